@@ -1,0 +1,1 @@
+"""Engines carry out plans. None is imported unless it is used."""

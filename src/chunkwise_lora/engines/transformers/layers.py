@@ -1,0 +1,158 @@
+"""Linear layers that add what the current plan gates of an adapter.
+
+The reference semantics, for token t with gates g_t, is `y_t = W x_t + up (g_t * (down x_t))`. What runs is decided once
+per forward pass, for all layers: a `Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chunkwise_lora.errors import EngineError
+from chunkwise_lora.ladder import LadderModule
+
+GROUPING_GAIN = 24.0
+"""Tokens are grouped by rung when that saves this many directions per token: moving a token's activations into a
+group and back costs about as much as that many of its directions."""
+
+
+class Factors:
+    """One module's directions on the device, with the slices of every rung ready."""
+
+    def __init__(self, module: LadderModule, device: torch.device, dtype: torch.dtype) -> None:
+        self.down = module.down.to(device, dtype).contiguous()
+        """(r, in)"""
+        self.up = module.up.to(device, dtype).T.contiguous()
+        """(r, out): `up` transposed, so that a rung is a contiguous slice."""
+        self.ranks = module.ranks
+        self.table = module.gate_table().to(device, dtype)
+        self.slices = [(self.down[:k], self.up[:k]) if k else None for k in module.ranks]
+
+
+@dataclass
+class Part:
+    """What some tokens of a forward pass get from one adapter."""
+
+    adapter: str
+    rung: int
+    """The highest rung that any of the tokens needs."""
+    weights: Tensor | None = None
+    """(tokens, rungs) weights over the rungs; None where every token gets `rung` whole."""
+    rows: Tensor | None = None
+    """(tokens,) where the tokens stand among all of the pass; None for all of them."""
+    _gates: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def gates(self, factors: Factors) -> Tensor:
+        """(tokens, k) the gates of a module; modules with equal ranks share them."""
+        gates = self._gates.get(factors.ranks)
+        if gates is None:
+            assert self.weights is not None
+            table = factors.table[:, : factors.ranks[self.rung]]
+            gates = self._gates[factors.ranks] = self.weights.to(table.dtype) @ table
+        return gates
+
+
+@dataclass
+class Step:
+    """What all gated layers do in one forward pass. Shared by them, refilled before every pass."""
+
+    parts: list[Part] = field(default_factory=list)
+    sequences: dict[str, Tensor | None] = field(default_factory=dict)
+    """Per adapter, the sequences of the batch that use it; None for all of them."""
+    tokens: int = 0
+    """Tokens of the pass, over the whole batch."""
+
+
+def parts_of(
+    adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None, device: torch.device
+) -> list[Part]:
+    """Choose how an adapter runs: one slice, one gated product, or tokens grouped by rung.
+
+    `weights` is (tokens, rungs), `ranks` (rungs,) the rung's mean ranks, `rows` where the tokens stand in the pass.
+    """
+    top = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] != 0, axis=1)
+    top[~weights.any(axis=1)] = 0
+    highest = int(top.max())
+    if len(weights) > 1 and ranks[highest] - ranks[top].mean() > GROUPING_GAIN:
+        groups = [np.flatnonzero(top == rung) for rung in np.unique(top)]
+        return [
+            _part(adapter, weights[group], group if rows is None else rows[group], int(top[group[0]]), device)
+            for group in groups
+        ]
+    return [_part(adapter, weights, rows, highest, device)]
+
+
+def _part(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: int, device: torch.device) -> Part:
+    whole = np.zeros(weights.shape[1], np.float32)
+    whole[rung] = 1
+    return Part(
+        adapter,
+        rung,
+        None if (weights == whole).all() else torch.from_numpy(weights).to(device),
+        None if rows is None else torch.from_numpy(rows).to(device),
+    )
+
+
+class GatedLinear:
+    """Stands in for the `forward` of a linear module of any kind and adds the adapters' parts."""
+
+    def __init__(self, name: str, module: nn.Module, step: Step) -> None:
+        self.name = name
+        self.factors: dict[str, Factors] = {}
+        self._forward: Callable[[Tensor], Tensor] = module.forward
+        self._step = step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        y = self._forward(x)
+        for part in self._step.parts:
+            factors = self.factors.get(part.adapter)
+            if factors is not None and (slices := factors.slices[part.rung]) is not None:
+                y = self._add(y, x, part, factors, *slices)
+        return y
+
+    def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors, down: Tensor, up: Tensor) -> Tensor:
+        x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if part.rows is not None or part.weights is not None:
+            if len(x_rows) != self._step.tokens:
+                raise EngineError(
+                    f"{self.name}: sees {len(x_rows)} of the pass's {self._step.tokens} tokens, so gates cannot be told "
+                    "apart (a routed expert?); only the lossless preset with one adapter per batch can run it"
+                )
+            if part.rows is not None:
+                x_rows = x_rows[part.rows]
+        hidden = x_rows.to(down.dtype) @ down.T
+        if part.weights is not None:
+            hidden = hidden * part.gates(factors)
+        if part.rows is not None:
+            return y_rows.index_add(0, part.rows, (hidden @ up).to(y.dtype)).view(y.shape)
+        if y.dtype != up.dtype:
+            return y + (hidden @ up).to(y.dtype).view(y.shape)
+        return torch.addmm(y_rows, hidden, up).view(y.shape)
+
+
+class ReplacedModule:
+    """Stands in for the `forward` of a module that adapters replace whole (PEFT's `modules_to_save`)."""
+
+    def __init__(self, module: nn.Module, step: Step) -> None:
+        self.copies: dict[str, nn.Module] = {}
+        self._forward: Callable[..., Tensor] = module.forward
+        self._step = step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (batch, ...) to the output of each sequence's own copy of the module."""
+        y = None
+        for adapter, sequences in self._step.sequences.items():
+            copy = self.copies.get(adapter)
+            if copy is None:
+                continue
+            if sequences is None:
+                return copy(x)
+            y = self._forward(x).clone() if y is None else y
+            y[sequences] = copy(x[sequences])
+        return self._forward(x) if y is None else y

@@ -1,0 +1,416 @@
+"""A transformers model that generates with ladders, chunk by chunk."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
+from chunkwise_lora.engines.transformers.layers import Factors, GatedLinear, ReplacedModule, Step
+from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
+from chunkwise_lora.errors import EngineError
+from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "default"
+"""The name of a ladder given without one, as in PEFT."""
+
+REFUSED_OPTIONS = {
+    "assistant_model": "assisted generation rolls the cache back, which a cache that drops entries cannot",
+    "prompt_lookup_num_tokens": "assisted generation rolls the cache back, which a cache that drops entries cannot",
+    "assistant_early_exit": "assisted generation rolls the cache back, which a cache that drops entries cannot",
+    "use_mtp": "assisted generation rolls the cache back, which a cache that drops entries cannot",
+    "custom_generate": "a custom generation loop is not known to keep sequences in order",
+    "cache_implementation": "the KV policy owns the cache; choose a preset or kv_cache settings instead",
+    "past_key_values": "the KV policy owns the cache; pass the whole prompt instead",
+    "inputs_embeds": "plans are made from token ids; pass input_ids instead",
+}
+
+
+class ChunkWiseModel:
+    """Ladders attached to a causal language model of transformers.
+
+    The model keeps its modules, names and weights; attaching replaces the `forward` of the adapted modules and the
+    model's `generate`, and `detach` puts them back. Use it as a context manager to detach at the end::
+
+        with ChunkWiseModel(model, ladder) as chunkwise:
+            chunkwise.generate(**inputs, max_new_tokens=64)
+
+    Args:
+        model: A loaded causal language model, not wrapped by PEFT.
+        ladder: A ladder, the folder of a ladder or of a PEFT adapter, or several of these by name.
+        config: Knobs of the method. By default those beside the ladder's folder, or else the `balanced` preset.
+
+    Raises:
+        EngineError: The ladder does not fit the model's modules, by name or shape, or the model is not supported.
+    """
+
+    trace: Trace | None = None
+    """What the last call of `generate` did."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ladder: RankLadder | str | Path | Mapping[str, RankLadder | str | Path],
+        config: ChunkWiseConfig | None = None,
+    ) -> None:
+        _refuse_model(model)
+        self.model = model
+        ladders = dict(ladder) if isinstance(ladder, Mapping) else {DEFAULT: ladder}
+        if not ladders:
+            raise EngineError("give at least one ladder")
+        self.chunkwise_config = config or _config_beside(next(iter(ladders.values())))
+        self.ladders: dict[str, RankLadder] = {}
+        self._infos: dict[str, AdapterInfo] = {}
+        self._step = Step()
+        self._session: Session | None = None
+        self._linears: dict[str, GatedLinear] = {}
+        self._replaced: dict[str, ReplacedModule] = {}
+        self._restore: list[Callable[[], None]] = []
+        self._carries_out, self._kv_notes = _kv_support(model)
+        for name, one in ladders.items():
+            self.load_ladder(name, one)
+        self.attach()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        ladder: RankLadder | str | Path | Mapping[str, RankLadder | str | Path],
+        config: ChunkWiseConfig | None = None,
+        **model_options: Any,
+    ) -> ChunkWiseModel:
+        """Load the base with `AutoModelForCausalLM.from_pretrained(..., **model_options)` and attach `ladder`."""
+        return cls(AutoModelForCausalLM.from_pretrained(model_name_or_path, **model_options), ladder, config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not set yet: do not look for it in itself
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    # Attaching
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs with its ladders."""
+        return bool(self._restore)
+
+    def attach(self) -> Self:
+        """Let the model run with its ladders, until `detach`."""
+        if self.attached:
+            return self
+        modules = {name: self.model.get_submodule(name) for name in (*self._linears, *self._replaced)}
+        for name, module in modules.items():
+            if isinstance(vars(module).get("forward"), (GatedLinear, ReplacedModule)):
+                raise EngineError(f"{name}: another ChunkWiseModel is attached to this model; detach that one first")
+        for name, module in modules.items():
+            self._replace(module, "forward", self._linears.get(name) or self._replaced[name])
+        self._replace(self.model, "generate", self.generate)
+        self._restore += [
+            self.model.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove,
+            self.model.register_forward_hook(self._after_pass).remove,
+        ]
+        return self
+
+    def detach(self) -> PreTrainedModel:
+        """Put the model back exactly as it was, and return it."""
+        for restore in reversed(self._restore):
+            restore()
+        self._restore.clear()
+        return self.model
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
+        own = vars(module)
+        before = own.get(name)
+        setattr(module, name, value)
+        self._restore.append(lambda: own.pop(name) if before is None else own.update({name: before}))
+
+    # Ladders
+
+    def load_ladder(self, name: str, ladder: RankLadder | str | Path) -> None:
+        """Add a ladder under `name`, beside those already loaded."""
+        if name == BASE or name in self.ladders:
+            raise EngineError(f"adapter name {name!r} is {'reserved' if name == BASE else 'taken'}; choose another")
+        ladder = ladder if isinstance(ladder, RankLadder) else RankLadder.load(ladder)
+        modules = {module: _fitting_linear(self.model, module, ladder) for module in ladder.modules}
+        copies = _replaced_copies(self.model, ladder)
+        attached = self.attached
+        self.detach()
+        dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
+        for module_name, module in modules.items():
+            gated = self._linears.setdefault(module_name, GatedLinear(module_name, module, self._step))
+            gated.factors[name] = Factors(ladder.modules[module_name], _device(module), dtype)
+        for module_name, module in copies.items():
+            original = self.model.get_submodule(module_name)
+            self._replaced.setdefault(module_name, ReplacedModule(original, self._step)).copies[name] = module
+        self.ladders[name] = ladder
+        rung_bytes = [
+            sum(module.cost * module.ranks[rung] for module in ladder.modules.values()) * dtype.itemsize
+            for rung in range(ladder.rungs)
+        ]
+        self._infos[name] = AdapterInfo(np.array(ladder.rung_ranks), np.array(rung_bytes))
+        if attached:
+            self.attach()
+
+    # Running
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        adapter_names: str | Sequence[str] | None = None,
+        chunkwise_config: ChunkWiseConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """transformers' `generate` with all its options; `trace` tells afterwards what was done.
+
+        Args:
+            inputs: (batch, tokens) prompt ids; `input_ids=` does as well. Prompts of a batch are padded on the left.
+            adapter_names: The ladder of all prompts, or one name per prompt; `"__base__"` runs without.
+                By default the ladder loaded first.
+            chunkwise_config: Knobs of this call instead of the model's.
+            options: As for the model's own `generate`.
+
+        Raises:
+            EngineError: An empty prompt, ids outside the vocabulary, a prompt longer than the model's positions, an
+                unknown adapter name, or an option that cannot work with a plan per chunk.
+        """
+        if not self.attached:
+            raise EngineError("the ladders are detached; call attach() first")
+        input_ids = options.pop("input_ids", inputs)
+        defaults = options.get("generation_config") or self.model.generation_config
+        for name, reason in REFUSED_OPTIONS.items():
+            if options.get(name) is not None or (
+                "generation_config" in options and getattr(defaults, name, None) is not None
+            ):
+                raise EngineError(f"generate: {name} is not supported: {reason}")
+        self._check_prompt(input_ids, options)
+        session = self._new_session(adapter_names, chunkwise_config, len(input_ids), input_ids.shape[1])
+        if options.get("use_cache", defaults.use_cache) is not False:
+            options["past_key_values"] = session.cache
+        with self._running(session):
+            try:
+                return type(self.model).generate(self.model, input_ids, **options)
+            finally:
+                self.trace = session.trace()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        adapter_names: str | Sequence[str] | None = None,
+        chunkwise_config: ChunkWiseConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """One forward pass over whole sequences, planned like a prompt; what the model's `forward` returns."""
+        if not self.attached:
+            raise EngineError("the ladders are detached; call attach() first")
+        self._check_prompt(input_ids, options)
+        session = self._new_session(adapter_names, chunkwise_config, len(input_ids), input_ids.shape[1])
+        with self._running(session):
+            return self.model(input_ids=input_ids, **options)
+
+    @contextmanager
+    def stream(
+        self,
+        *,
+        batch: int = 1,
+        prompt_columns: int = 1,
+        adapter_names: str | Sequence[str] | None = None,
+        chunkwise_config: ChunkWiseConfig | None = None,
+    ) -> Iterator[Session]:
+        """Call the model step by step yourself, as `generate` would, with `past_key_values=session.cache`.
+
+        Used to score text exactly as generation would run it: from `prompt_columns` on, tokens are planned with the
+        entropies of the steps before.
+        """
+        session = self._new_session(adapter_names, chunkwise_config, batch, prompt_columns)
+        with self._running(session):
+            yield session
+
+    @contextmanager
+    def _running(self, session: Session) -> Iterator[None]:
+        if self._session is not None:
+            raise EngineError("this model is already generating; use one model per thread")
+        self._session = session
+        try:
+            yield
+        finally:
+            self._session = None
+            self._step.parts, self._step.sequences = [], {}
+
+    def _new_session(
+        self,
+        adapter_names: str | Sequence[str] | None,
+        config: ChunkWiseConfig | None,
+        batch: int,
+        prompt_columns: int,
+    ) -> Session:
+        names = adapter_names if adapter_names is not None else next(iter(self.ladders))
+        names = [names] * batch if isinstance(names, str) else list(names)
+        if len(names) != batch:
+            raise EngineError(f"adapter_names has {len(names)} names for {batch} prompts; give one per prompt")
+        for name in names:
+            if name != BASE and name not in self.ladders:
+                raise EngineError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.ladders)} and {BASE}")
+        config = config or self.chunkwise_config
+        notes = self._kv_notes if config.kv_cache.acts else []
+        for note in notes:
+            logger.warning("KV policy: %s", note)
+        return Session(
+            self.model.config,
+            config,
+            names,
+            self._infos,
+            self._step,
+            prompt_columns,
+            carries_out=self._carries_out and config.kv_cache.acts,
+            kv_notes=notes,
+        )
+
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise EngineError("plans are made from token ids; pass input_ids, not inputs_embeds")
+        if self._session is None:
+            # A plain call of the model: whole sequences, with the first ladder and no KV policy.
+            cache = inputs.get("past_key_values")
+            if cache is not None and cache.get_seq_length():
+                raise EngineError("ladders are attached, and this cache is not theirs; use ChunkWiseModel.generate")
+            self._single = self._new_session(None, None, *input_ids.shape)
+            self._single.before_pass({**inputs, "past_key_values": None})
+        else:
+            self._session.before_pass(inputs)
+        return (), inputs
+
+    def _after_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._session is None:
+            self._step.parts, self._step.sequences = [], {}
+        else:
+            self._session.after_pass(output[0] if isinstance(output, tuple) else output.logits)
+
+    def _check_prompt(self, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")
+        mask = options.get("attention_mask")
+        lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)
+        if not lengths.numel() or not input_ids.shape[1] or not lengths.all():
+            raise EngineError("a prompt is empty; give every sequence at least one token (for example the BOS token)")
+        rows = self.model.get_input_embeddings().num_embeddings
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= rows:
+            raise EngineError(
+                f"input_ids hold {low if low < 0 else high}, outside the model's vocabulary of {rows}; "
+                "use the tokenizer of this model"
+            )
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = int(lengths.max())
+        if positions is not None and longest > positions:
+            raise EngineError(
+                f"a prompt has {longest} tokens, but the model has {positions} positions; shorten the prompt"
+            )
+
+
+def _refuse_model(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise EngineError(
+            f"expected a transformers model, got {type(model).__name__}; of a PeftModel, pass peft_model.unload()"
+        )
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
+
+
+def _config_beside(ladder: RankLadder | str | Path) -> ChunkWiseConfig:
+    if not isinstance(ladder, RankLadder) and (Path(ladder) / CONFIG_NAME).is_file():
+        return ChunkWiseConfig.from_pretrained(ladder)
+    return ChunkWiseConfig.preset("balanced")
+
+
+def _kv_support(model: PreTrainedModel) -> tuple[bool, list[str]]:
+    """Whether the engine can carry out KV decisions in this model, and what it leaves undone, and why."""
+    config = model.config.get_text_config()
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return False, ["not carried out: ALiBi ties attention to the order of the cache"]
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return False, [f"not carried out: {type(model).__name__} derives positions from the cache"]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return False, [f"not carried out: layers of type {', '.join(other)} are not supported"]
+    if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None):
+        return True, ["sliding-window layers keep transformers' own cache, which the window already bounds"]
+    return True, []
+
+
+def _fitting_linear(model: PreTrainedModel, name: str, ladder: RankLadder) -> nn.Module:
+    trained_on = f" (the adapter was trained on {ladder.base_model})" if ladder.base_model else ""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise EngineError(
+            f"the ladder adapts {name}, which {type(model).__name__} does not have; load the base model{trained_on}"
+        ) from None
+    shape = _linear_shape(module)
+    if shape is None:
+        raise EngineError(f"{name} is a {type(module).__name__}, not a linear layer; ladders fit linear layers only")
+    factors = ladder.modules[name]
+    wanted = (factors.up.shape[0], factors.down.shape[1])
+    if shape != wanted:
+        raise EngineError(
+            f"{name}: the ladder is for (out, in) = {wanted}, the model has {shape}; load the base model{trained_on}"
+        )
+    return module
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer of any kind, quantised ones included."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)
+    return None
+
+
+def _replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn.Module]:
+    """Copies of the modules that the adapter replaces, with its parameters."""
+    copies: dict[str, nn.Module] = {}
+    for name, tensor in ladder.saved_modules.items():
+        module_name, _, parameter = name.rpartition(".")
+        try:
+            original = model.get_submodule(module_name)
+            shape = original.get_parameter(parameter).shape
+        except AttributeError:
+            raise EngineError(f"the adapter replaces {name}, which {type(model).__name__} does not have") from None
+        if shape != tensor.shape:
+            raise EngineError(f"{name}: the adapter holds {tuple(tensor.shape)}, the model {tuple(shape)}")
+        module = copies.setdefault(module_name, copy.deepcopy(original))
+        value = tensor.to(_device(original), original.get_parameter(parameter).dtype)
+        setattr(module, parameter, nn.Parameter(value, requires_grad=False))
+    return copies
+
+
+def _device(module: nn.Module) -> torch.device:
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return torch.device(execution) if execution is not None else next(module.parameters()).device

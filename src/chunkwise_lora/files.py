@@ -1,0 +1,33 @@
+"""Reading and writing files so that a failure names the file and never damages it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from chunkwise_lora.errors import ChunkWiseError
+
+
+def read_text(path: Path, error: type[ChunkWiseError]) -> str:
+    """The text of `path`; raises `error` naming it when that fails."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise error(f"{path}: cannot be read ({cause})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename over it: an interrupted write leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
