@@ -1,11 +1,11 @@
 """Train the embedded LoRA adapters on the embedded base model.
 
-    python training/adapters.py wiki WIKITEXT/valid.txt --base runs/base --out runs --test WIKITEXT/test.txt
-    python training/adapters.py e2e E2E/devset.csv --base runs/base --out runs --test E2E/testset_w_refs.csv
+    python training/adapters.py wiki valid.txt --base runs/base --out runs/wiki [--test test.txt]
+    python training/adapters.py e2e devset.csv --base runs/base --out runs/e2e [--test test.csv]
 
-`wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words. The end
-of the data is held out and chooses the checkpoint that is kept, in ``OUT/wiki`` or ``OUT/e2e``, in
-PEFT's own layout. Interrupted runs resume from the last checkpoint there.
+`wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words. The
+end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
+layout. Interrupted runs resume from the last checkpoint there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Annotated
 
 import torch
 import typer
-from base import Blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -32,6 +31,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from base import Blocks
+
 BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
 TEST_TOKENS = 60_000
@@ -43,17 +44,16 @@ Example = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapter: at most `steps` updates on `batch` examples, measured every `interval` updates."""
+    """At most `steps` updates on `batch` examples each, measured every `interval` updates."""
 
-    name: str
     batch: int
     steps: int
     interval: int
     learning_rate: float
 
 
-WIKI = Recipe("wiki", batch=4, steps=1200, interval=50, learning_rate=2e-3)
-E2E = Recipe("e2e", batch=32, steps=1200, interval=50, learning_rate=2e-3)
+WIKI = Recipe(batch=4, steps=1200, interval=50, learning_rate=2e-3)
+E2E = Recipe(batch=32, steps=1200, interval=50, learning_rate=2e-3)
 
 
 class Windows(Dataset):
@@ -92,10 +92,7 @@ class Rows(Dataset):
 def collate(examples: list[Example]) -> Example:
     """Pad on the right, where causal attention needs no mask and the labels are ignored."""
     padding = {"input_ids": 0, "labels": IGNORED}
-    return {
-        key: pad_sequence([example[key] for example in examples], True, value)
-        for key, value in padding.items()
-    }
+    return {key: pad_sequence([example[key] for example in examples], True, value) for key, value in padding.items()}
 
 
 @torch.inference_mode()
@@ -105,8 +102,8 @@ def mean_loss(model: PeftModel, examples: Dataset) -> float:
     total = count = 0
     for batch in DataLoader(examples, batch_size=8, collate_fn=collate):
         learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        total += model(**batch).loss.item() * learned
+        inputs = {key: value.to(model.device) for key, value in batch.items()}
+        total += model(**inputs).loss.item() * learned
         count += learned
     return total / count
 
@@ -124,15 +121,11 @@ def report(model: PeftModel, texts: dict[str, Dataset]) -> None:
 def new_adapter(base: Path) -> PeftModel:
     """Rank 16 on every linear layer."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear"
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
     return get_peft_model(model, config)
 
 
-def train(
-    model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path
-) -> None:
+def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path) -> None:
     """Train in place, resuming from the last checkpoint; ends with the best adapter."""
     trainer = Trainer(
         model=model,
@@ -173,28 +166,23 @@ def save(model: PeftModel, out: Path) -> None:
     config = model.peft_config["default"]
     config.base_model_name_or_path = BASE_NAME
     config.target_modules = sorted(config.target_modules)
-    model.half().save_pretrained(out, save_embedding_layers=False)
+    for parameter in model.parameters():  # model.half() would also round the rotary frequencies
+        parameter.data = parameter.data.half()
+    model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
 
 
-def make(
-    recipe: Recipe,
-    base: Path,
-    examples: Dataset,
-    held_out: Dataset,
-    test: Dataset | None,
-    out: Path,
-) -> None:
+def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: Dataset, test: Dataset | None) -> None:
     """Train, save and measure one adapter."""
     torch.manual_seed(0)
     model = new_adapter(base)
-    train(model, recipe, examples, held_out, out / recipe.name)
-    save(model, out / recipe.name)
+    train(model, recipe, examples, held_out, out)
+    save(model, out)
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
 
 
 Base = Annotated[Path, typer.Option(help="Folder of the base model.")]
-Out = Annotated[Path, typer.Option(help="Folder that receives the adapter's folder.")]
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints and the final adapter.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
@@ -217,10 +205,10 @@ def wiki(
     make(
         WIKI,
         base,
-        Windows(tokens[:cut], length),
-        Blocks(tokens[cut:], length),
-        Blocks(encode(test)[:TEST_TOKENS], length) if test else None,
         out,
+        examples=Windows(tokens[:cut], length),
+        held_out=Blocks(tokens[cut:], length),
+        test=Blocks(encode(test)[:TEST_TOKENS], length) if test else None,
     )
 
 
@@ -244,10 +232,10 @@ def e2e(
     make(
         E2E,
         base,
-        Rows(tokenizer, [row for row in rows if row["mr"] not in unseen]),
-        Rows(tokenizer, [row for row in rows if row["mr"] in unseen]),
-        Rows(tokenizer, read(test, TEST_ROWS)) if test else None,
         out,
+        examples=Rows(tokenizer, [row for row in rows if row["mr"] not in unseen]),
+        held_out=Rows(tokenizer, [row for row in rows if row["mr"] in unseen]),
+        test=Rows(tokenizer, read(test, TEST_ROWS)) if test else None,
     )
 
 

@@ -47,8 +47,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("short", 256, 24, 2800, 1.2e-3, "cosine_with_min_lr", {"min_lr_rate": 0.4}),
-    Stage("long", 1024, 6, 1200, 6e-4, "linear", {}),
+    Stage("short", 256, 24, 2000, 1.2e-3, "cosine_with_min_lr", {"min_lr_rate": 0.4}),
+    Stage("long", 1024, 6, 900, 6e-4, "linear", {}),
 )
 
 
@@ -68,7 +68,7 @@ class Blocks(Dataset):
 def books(files: list[Path]) -> Iterator[str]:
     """Every book of the files; a line that begins with ``# Title:`` starts one."""
     for file in files:
-        text = lzma.open(file, "rt").read() if file.suffix == ".xz" else file.read_text()
+        text = lzma.decompress(file.read_bytes()).decode() if file.suffix == ".xz" else file.read_text()
         first, *rest = text.split("# Title:")
         yield from filter(str.strip, [first, *("# Title:" + book for book in rest)])
 
@@ -84,9 +84,7 @@ def train_tokenizer(files: list[Path], vocab_size: int = 4096) -> PreTrainedToke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(books(files), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> torch.Tensor:
@@ -117,9 +115,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def train_stage(
-    stage: Stage, model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, out: Path
-) -> None:
+def train_stage(stage: Stage, model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, out: Path) -> None:
     """Run one stage in place, resuming from its last checkpoint; ends with the held-out loss."""
     folder = out / stage.name
     trainer = Trainer(

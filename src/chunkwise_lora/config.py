@@ -19,7 +19,6 @@ CONFIG_NAME = "chunkwise_config.json"
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 KVPrecision = Literal["full", "int8"]
-Preset = Literal["lossless", "balanced", "compact"]
 
 
 class Knobs(BaseModel):
@@ -170,7 +169,7 @@ class ChunkWiseConfig(Knobs):
         return self.levels > 1 and self.complexity.entropy > 0
 
     @classmethod
-    def preset(cls, name: Preset) -> ChunkWiseConfig:
+    def preset(cls, name: str) -> ChunkWiseConfig:
         """`lossless` (full rank, full cache), `balanced` or `compact`.
 
         `balanced` and `compact` are uncalibrated: the paper's four signals choose between close rungs.

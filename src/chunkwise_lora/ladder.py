@@ -117,6 +117,8 @@ class RankLadder:
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None) -> RankLadder:
         """Build the plain SVD ladder of a PEFT LoRA adapter: a folder, or a name on the hub.
 
+        The ladder is float32 whatever the adapter's dtype, so that full rank equals the adapter; see `to`.
+
         Raises:
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
         """
@@ -145,6 +147,14 @@ class RankLadder:
         if set(ranks) != set(self.modules):
             raise LadderError("with_ranks needs the ranks of exactly the ladder's modules")
         modules = {name: replace(module, ranks=tuple(ranks[name])) for name, module in self.modules.items()}
+        return replace(self, modules=modules)
+
+    def to(self, dtype: torch.dtype) -> RankLadder:
+        """The same ladder with factors in `dtype`: half the bytes in bfloat16 or float16, and no longer lossless."""
+        modules = {
+            name: replace(module, up=module.up.to(dtype), down=module.down.to(dtype))
+            for name, module in self.modules.items()
+        }
         return replace(self, modules=modules)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -199,7 +209,9 @@ class RankLadder:
         except (KeyError, LadderError) as error:
             raise LadderError(f"{folder}: {LADDER_NAME} and {path.name} do not fit together ({error})") from None
         if ladder.fingerprint != manifest.base_model.fingerprint:
-            raise LadderError(f"{folder / LADDER_NAME}: base_model.fingerprint is not that of the tensors; build it anew")
+            raise LadderError(
+                f"{folder / LADDER_NAME}: base_model.fingerprint is not that of the tensors; build it anew"
+            )
         return ladder
 
 
@@ -261,7 +273,7 @@ def _decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
     q_down, r_down = torch.linalg.qr(a.double().T)
     u, sigma, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     up, down = q_up @ u, sigma[:, None] * (v @ q_down.T)
-    return LadderModule(up.to(b.dtype), down.to(a.dtype), sigma.float(), even_ranks(len(sigma), steps))
+    return LadderModule(up.float(), down.float(), sigma.float(), even_ranks(len(sigma), steps))
 
 
 def _reweight(module: LadderModule, moment: Tensor, ridge: float = 1e-4) -> LadderModule:

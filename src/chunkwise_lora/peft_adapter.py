@@ -145,9 +145,7 @@ def _split(
     return {name: _factors(name, pair, config, path) for name, pair in sides.items()}, saved
 
 
-def _factors(
-    name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path
-) -> tuple[Tensor, Tensor, float]:
+def _factors(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> tuple[Tensor, Tensor, float]:
     if set(pair) != {"A", "B"}:
         raise LadderError(f"{path}: {name} lacks lora_{'B' if 'A' in pair else 'A'}")
     a, b = pair["A"], pair["B"]
@@ -156,7 +154,8 @@ def _factors(
     rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
     if a.shape[0] != rank or b.shape[1] != rank:
         raise LadderError(
-            f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but {CONFIG_NAME} says rank {rank}"
+            f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, "
+            f"but {CONFIG_NAME} says rank {rank}"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise LadderError(f"{path}: {name} has dtype {a.dtype}; expected a floating-point type")

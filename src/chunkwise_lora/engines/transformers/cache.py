@@ -8,6 +8,7 @@ that tells which slots each sequence really uses. All layers hold the same token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from chunkwise_lora.kv_policy import KVDecision
 
-HOT_BLOCK = 64
+HOT_BLOCK = 16
 """Hot storage grows by at least so many slots, and by an eighth, so that a step rarely copies it."""
 
 NO_TOKEN = -1
@@ -90,16 +91,19 @@ class ChunkWiseLayer(CacheLayerMixin):
     def __init__(self, int8_head_share: float = 1.0) -> None:
         super().__init__()
         self.int8_head_share = int8_head_share
+        self.keys: Tensor
+        self.values: Tensor
         self.seen = 0
+        """Tokens seen, whether still held or not."""
         self.hot = 0
         """Hot slots in use."""
-        self.cold_keys: Int8Pool | None = None
-        self.cold_values: Int8Pool | None = None
+        self.cold: tuple[Int8Pool, Int8Pool] | None = None
+        """Keys and values in INT8, None before the first."""
 
     @property
     def slots(self) -> int:
         """Slots that attention sees."""
-        return self.hot + (self.cold_keys.codes.shape[2] if self.cold_keys else 0)
+        return self.hot + (self.cold[0].codes.shape[2] if self.cold else 0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take shapes, dtype and device from the first states."""
@@ -108,40 +112,36 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store states (batch, heads, tokens, head_dim) and return all that attention sees."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
         end = self.hot + key_states.shape[2]
         if end > self.keys.shape[2]:
-            capacity = end if self.hot == 0 else end + max(HOT_BLOCK, end // 8)
+            capacity = end + max(HOT_BLOCK, end // 8) if self.hot else end
             self.keys, self.values = (_grown(t, self.hot, capacity) for t in (self.keys, self.values))
         self.keys[:, :, self.hot : end] = key_states
         self.values[:, :, self.hot : end] = value_states
         self.seen += key_states.shape[2]
         self.hot = end
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        if self.cold_keys is None or self.cold_values is None:
+        if self.cold is None:
             return keys, values
-        return (
-            torch.cat([self.cold_keys.read(self.dtype), keys], dim=2),
-            torch.cat([self.cold_values.read(self.dtype), values], dim=2),
-        )
+        cold_keys, cold_values = (pool.read(self.dtype) for pool in self.cold)
+        return torch.cat([cold_keys, keys], dim=2), torch.cat([cold_values, values], dim=2)
 
     def rearrange(self, to_cold: Tensor, cold: Tensor | None, hot: Tensor) -> None:
         """Quantise hot slots `to_cold`, then keep the slots `cold` (None: all) and `hot`; each is (batch, n)."""
-        assert self.keys is not None and self.values is not None
         if to_cold.shape[1]:
             keys, values = take(self.keys, to_cold), take(self.values, to_cold)
-            if self.cold_keys is None or self.cold_values is None:
+            if self.cold is None:
                 heads = self._int8_heads(keys, values)
-                self.cold_keys, self.cold_values = Int8Pool(keys, heads), Int8Pool(values, heads)
-            self.cold_keys.append(keys)
-            self.cold_values.append(values)
-        if cold is not None and self.cold_keys is not None and self.cold_values is not None:
-            self.cold_keys.pick(cold)
-            self.cold_values.pick(cold)
+                self.cold = Int8Pool(keys, heads), Int8Pool(values, heads)
+            self.cold[0].append(keys)
+            self.cold[1].append(values)
+        if cold is not None and self.cold is not None:
+            for pool in self.cold:
+                pool.pick(cold)
         self.keys, self.values = take(self.keys, hot), take(self.values, hot)
         self.hot = hot.shape[1]
 
@@ -160,7 +160,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         return self.slots + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, whether still held or not."""
+        """Tokens seen."""
         return self.seen
 
     def get_max_length(self) -> int:
@@ -169,11 +169,9 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def select(self, sequences: Tensor) -> None:
         """Keep only `sequences` of the batch, in that order."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[sequences], self.values[sequences]
-        for pool in (self.cold_keys, self.cold_values):
-            if pool is not None:
-                pool.select(sequences)
+        self.keys, self.values = self.keys[sequences], self.values[sequences]
+        for pool in self.cold or ():
+            pool.select(sequences)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""
@@ -183,13 +181,15 @@ class ChunkWiseLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of storage."""
-        hot = sum(t.untyped_storage().nbytes() for t in (self.keys, self.values) if t is not None)
-        return hot + sum(pool.nbytes for pool in (self.cold_keys, self.cold_values) if pool is not None)
+        if not self.is_initialized:
+            return 0
+        hot = sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values))
+        return hot + sum(pool.nbytes for pool in self.cold or ())
 
     @property
     def full_nbytes(self) -> int:
         """Bytes that every token seen would take in the model's precision."""
-        if self.keys is None or self.values is None:
+        if not self.is_initialized:
             return 0
         tensors = (self.keys, self.values)
         return sum(t.shape[0] * t.shape[1] * self.seen * t.shape[3] * t.itemsize for t in tensors)
@@ -275,7 +275,6 @@ class ChunkWiseCache(Cache):
         squares = torch.zeros(len(slots), device=products.device)
         index = torch.from_numpy(slots).to(products.device)
         for layer in self.own:
-            assert layer.keys is not None
             keys = layer.keys[row].index_select(1, index).float().transpose(0, 1).flatten(1)
             products += (keys[:-1] * keys[1:]).sum(1)
             squares += keys.square().sum(1)

@@ -113,16 +113,17 @@ class GatedLinear:
         for part in self._step.parts:
             factors = self.factors.get(part.adapter)
             if factors is not None and (slices := factors.slices[part.rung]) is not None:
-                y = self._add(y, x, part, factors, *slices)
+                y = self._add(y, x, part, factors, slices)
         return y
 
-    def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors, down: Tensor, up: Tensor) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors, slices: tuple[Tensor, Tensor]) -> Tensor:
+        down, up = slices
         x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if part.rows is not None or part.weights is not None:
             if len(x_rows) != self._step.tokens:
                 raise EngineError(
-                    f"{self.name}: sees {len(x_rows)} of the pass's {self._step.tokens} tokens, so gates cannot be told "
-                    "apart (a routed expert?); only the lossless preset with one adapter per batch can run it"
+                    f"{self.name}: sees {len(x_rows)} of {self._step.tokens} tokens of the pass (a routed expert?), so "
+                    "it cannot give each its own gates; use the lossless preset with one adapter per batch"
                 )
             if part.rows is not None:
                 x_rows = x_rows[part.rows]

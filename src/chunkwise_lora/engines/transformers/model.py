@@ -94,7 +94,7 @@ class ChunkWiseModel:
         **model_options: Any,
     ) -> ChunkWiseModel:
         """Load the base with `AutoModelForCausalLM.from_pretrained(..., **model_options)` and attach `ladder`."""
-        return cls(AutoModelForCausalLM.from_pretrained(model_name_or_path, **model_options), ladder, config)
+        return cls(load_base(model_name_or_path, **model_options), ladder, config)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet: do not look for it in itself
@@ -157,6 +157,8 @@ class ChunkWiseModel:
         self.detach()
         dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
         for module_name, module in modules.items():
+            if not all(t.isfinite().all() for t in (ladder.modules[module_name].up, ladder.modules[module_name].down)):
+                raise EngineError(f"ladder {name!r}: {module_name} holds NaN or infinity; build the ladder anew")
             gated = self._linears.setdefault(module_name, GatedLinear(module_name, module, self._step))
             gated.factors[name] = Factors(ladder.modules[module_name], _device(module), dtype)
         for module_name, module in copies.items():
@@ -284,7 +286,7 @@ class ChunkWiseModel:
             names,
             self._infos,
             self._step,
-            prompt_columns,
+            prompt_columns=prompt_columns,
             carries_out=self._carries_out and config.kv_cache.acts,
             kv_notes=notes,
         )
@@ -331,6 +333,14 @@ class ChunkWiseModel:
             raise EngineError(
                 f"a prompt has {longest} tokens, but the model has {positions} positions; shorten the prompt"
             )
+
+
+def load_base(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, from safetensors only; raises `EngineError` naming what is wrong."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{name_or_path}: cannot be loaded as a causal language model ({error})") from None
 
 
 def _refuse_model(model: object) -> None:
@@ -388,7 +398,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)
+        return int(str(module.out_features)), int(str(module.in_features))
     return None
 
 

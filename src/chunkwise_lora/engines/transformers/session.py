@@ -66,8 +66,8 @@ class Session:
         adapters: Sequence[str],
         infos: Mapping[str, AdapterInfo],
         step: Step,
-        prompt_columns: int,
         *,
+        prompt_columns: int,
         carries_out: bool,
         kv_notes: Sequence[str] = (),
     ) -> None:

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench train clean
+
+demo: .venv/ready  ## Run the whole method on the embedded model
+	$(BIN)/chunkwise demo
+
+test: check  ## Lint, types and tests
+	$(BIN)/pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready  ## The numbers of docs/benchmarks.md
+	$(BIN)/python benchmarks/decode.py --shape embedded
+	$(BIN)/python benchmarks/decode.py --shape 135m
+
+train: .venv/ready  ## Train the embedded weights anew: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
+	$(BIN)/python training/base.py $(BOOKS) --out runs/base
+	$(BIN)/python training/adapters.py wiki $(WIKI) --base runs/base --out runs/wiki
+	$(BIN)/python training/adapters.py e2e $(E2E) --base runs/base --out runs/e2e
+
+# On Linux, plain `torch` is a CUDA build of several GB; the constraint keeps to the version that was tested, and where
+# there is no GPU, PyTorch's CPU index (or a local one) can be given in PIP_EXTRA_INDEX_URL.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train]'
+	touch $@
+
+clean:
+	rm -rf .venv runs dist

@@ -1,0 +1,269 @@
+"""The `chunkwise` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from chunkwise_lora import embedded
+from chunkwise_lora.config import PRESETS, ChunkWiseConfig
+from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError
+from chunkwise_lora.files import read_text, write_atomically
+from chunkwise_lora.ladder import RankLadder, describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from chunkwise_lora.engines.transformers import ChunkWiseModel
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+ladder_app = typer.Typer(help="Build and look at rank ladders.", no_args_is_help=True)
+app.add_typer(ladder_app, name="ladder")
+console = Console()
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.")]
+
+DEMO_PROMPTS = (
+    ("wiki", " = Aldhaven = \n \n Aldhaven is a town in"),
+    ("wiki", " = = History = = \n \n The church was built in"),
+    ("e2e", "name[Blue Spice], eatType[coffee shop], area[city centre] ->"),
+)
+
+
+@app.command()
+def demo(
+    new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Run the whole method on the embedded model: coloured text, then a comparison with PEFT."""
+    from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.evaluation.compare import compare, contestants
+    from chunkwise_lora.rendering import comparison_table, rank_legend
+
+    base, tokenizer = _load(str(embedded.BASE))
+    ladders = {name: RankLadder.load(path) for name, path in embedded.ADAPTERS.items()}
+    console.print("Two adapters on one base model, [bold]balanced[/], all prompts in one batch:")
+    with ChunkWiseModel(base, ladders, ChunkWiseConfig.preset("balanced")) as model:
+        console.print(rank_legend(ladders["wiki"].rung_ranks))
+        names, prompts = zip(*DEMO_PROMPTS, strict=True)
+        shown = _show(model, tokenizer, list(prompts), list(names), new_tokens)
+
+    entrants = contestants(
+        base, embedded.ADAPTERS["wiki"], {name: ChunkWiseConfig.preset(name) for name in PRESETS}, ladders["wiki"]
+    )
+    held = _tokens(tokenizer, read_text(embedded.HELD_TEXT, EngineError))
+    with _progress() as progress:
+        task = progress.add_task("comparing on the embedded model", total=len(entrants) * (rounds + 2))
+        results = compare(
+            entrants,
+            held[:, :256],
+            new_tokens=new_tokens,
+            rounds=rounds,
+            held=held,
+            advance=lambda: progress.advance(task),
+        )
+    console.print(comparison_table(results))
+    console.print(
+        f"Adapter `wiki`, {base.dtype}, prompt of 256 tokens, {new_tokens} new tokens, {rounds} rounds; perplexity on "
+        f"{held.shape[1]} held tokens, run token by token. Where one adapter never changes, merge it instead."
+    )
+    _write_json(json_file, {"generations": shown, "comparison": [asdict(result) for result in results]})
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[
+        str, typer.Option(help="PEFT adapter or ladder: a folder, a name on the hub, or `wiki` or `e2e` (embedded).")
+    ] = "wiki",
+    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Knobs as JSON, instead of a preset.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    show_ranks: Annotated[bool, typer.Option("--show-ranks", help="Colour tokens by rank and mark chunks.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Continue a prompt with a base model and an adapter, greedily."""
+    from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.rendering import rank_legend
+
+    if preset and config:
+        raise ChunkWiseError("--preset and --config: give one of them")
+    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config else None
+    if preset:
+        chosen = ChunkWiseConfig.preset(preset)
+    source = embedded.ADAPTERS.get(adapter, adapter)
+    base, tokenizer = _load(model)
+    with ChunkWiseModel(base, source, chosen) as chunkwise:
+        if show_ranks:
+            console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
+        shown = _show(chunkwise, tokenizer, [prompt], None, max_new_tokens, show_ranks)
+    _write_json(json_file, shown[0])
+
+
+@ladder_app.command("build")
+def ladder_build(
+    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a name on the hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Base model, for a data-aware ladder.")] = None,
+    calibration_text: Annotated[Path | None, typer.Option(help="Plain text like the adapter will see.")] = None,
+    dtype: Annotated[str, typer.Option(help="Storage: float32 (lossless), bfloat16 or float16.")] = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Turn a PEFT LoRA adapter into a rank ladder: once, by SVD.
+
+    With --base and --calibration-text the ladder is data-aware: every rank keeps most of the adapter's output on real
+    inputs, not on random ones.
+    """
+    from chunkwise_lora.rendering import ladder_table
+
+    if (base is None) != (calibration_text is None):
+        raise ChunkWiseError("--base and --calibration-text go together; give both or none")
+    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
+    if base is not None and calibration_text is not None:
+        ladder = _data_aware(ladder, base, calibration_text)
+    ladder.to(_dtype(dtype)).save_pretrained(output)
+    console.print(ladder_table(ladder))
+    console.print(f"Written to {output}")
+    _write_json(json_file, describe(ladder))
+
+
+@ladder_app.command("show")
+def ladder_show(
+    folder: Annotated[Path, typer.Argument(help="Folder of a ladder, or of a PEFT adapter.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Show a ladder: spectrum and energy kept per rung and module."""
+    from chunkwise_lora.rendering import ladder_table
+
+    if not folder.is_dir():
+        raise LadderError(f"{folder}: no such folder")
+    ladder = RankLadder.load(folder)
+    console.print(ladder_table(ladder))
+    _write_json(json_file, describe(ladder))
+
+
+def main() -> None:
+    """Run the command; a refusal becomes one line and exit status 1."""
+    try:
+        app()
+    except ChunkWiseError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ChunkWiseError(f"--dtype {name}: choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Base model and tokenizer."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from chunkwise_lora.engines.transformers.model import load_base
+
+    logging.disable_progress_bar()
+    base = load_base(name)
+    if base.device.type == "cpu" and str(base.dtype) == "torch.float16":
+        base = base.float()  # CPUs compute float16 slowly
+    try:
+        return base, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{name}: its tokenizer cannot be loaded ({error})") from None
+
+
+def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
+    """(1, tokens)"""
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+    return ids.long()
+
+
+def _show(
+    model: ChunkWiseModel,
+    tokenizer: Any,
+    prompts: list[str],
+    adapters: list[str] | None,
+    new_tokens: int,
+    show_ranks: bool = True,
+) -> list[dict[str, Any]]:
+    """Generate for all prompts in one batch, print the texts and return what happened."""
+    from chunkwise_lora.rendering import coloured_tokens
+
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    output = model.generate(
+        inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        adapter_names=adapters,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    trace = model.trace
+    assert trace is not None
+    shown = []
+    for row, sequence in enumerate(trace.sequences):
+        prompt_tokens = int(inputs.attention_mask[row].sum())
+        text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        if show_ranks:
+            full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
+            coloured = coloured_tokens(sequence, tokenizer.decode, full_rank, prompt_tokens)
+            ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
+            title = f"{sequence.adapter}, {ranks}, {len(sequence.chunks)} chunks"
+            console.print(Panel(coloured, title=title))
+        else:
+            console.print(text, markup=False, highlight=False)
+        shown.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
+    console.print(
+        f"KV cache {trace.kv_bytes / 1024:,.0f} KB of {trace.kv_bytes_full / 1024:,.0f} KB in full precision, "
+        f"adapter {trace.adapter_bytes_read / trace.passes / 1024:,.0f} KB read per pass, "
+        f"scheduler {trace.scheduler_seconds / trace.passes * 1e3:.2f} ms per pass",
+        style="dim",
+    )
+    return shown
+
+
+def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
+    from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.engines.transformers.moments import second_moments
+
+    model, tokenizer = _load(base)
+    length = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
+    tokens = _tokens(tokenizer, read_text(text, LadderError))[0, : 128 * length]
+    if len(tokens) < length:
+        raise LadderError(f"{text}: {len(tokens)} tokens are too few to calibrate on; give at least {length}")
+    blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)
+    with _progress() as progress, ChunkWiseModel(model, ladder) as chunkwise:
+        return ladder.data_aware(second_moments(chunkwise, progress.track(blocks, description="calibrating")))
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Measuring quality, latency and memory against honest rivals."""

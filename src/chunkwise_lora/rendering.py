@@ -1,0 +1,98 @@
+"""What people would rather see than read: tokens coloured by rank, ladders, comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os.path import commonprefix
+
+from rich.color import Color
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from chunkwise_lora.evaluation.compare import Comparison
+from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.trace import SequenceTrace
+
+COLD, WARM = (198, 219, 239), (253, 141, 60)
+"""Background of rank 0 and of the full rank."""
+
+
+def coloured_tokens(
+    sequence: SequenceTrace, decode: Callable[[list[int]], str], full_rank: float, prompt_tokens: int = 0
+) -> Text:
+    """The text of a sequence, each token on the colour of its rank, a bar before each chunk, the prompt in italics."""
+    starts = {chunk.chunk.start for chunk in sequence.chunks} - {0}
+    text = Text()
+    for position, (token, rank) in enumerate(zip(sequence.tokens, sequence.ranks, strict=True)):
+        if position in starts:
+            text.append("│", style="bold red")
+        share = rank / full_rank if full_rank else 0.0
+        text.append(decode([token]), style=_style(share, italic=position < prompt_tokens))
+    return text
+
+
+def _style(share: float, italic: bool) -> Style:
+    share = min(1.0, max(0.0, share))
+    red, green, blue = (round(cold + (warm - cold) * share) for cold, warm in zip(COLD, WARM, strict=True))
+    return Style(color="black", bgcolor=Color.from_rgb(red, green, blue), italic=italic)
+
+
+def rank_legend(ranks: Sequence[float]) -> Text:
+    """The colours of a ladder's rungs."""
+    text = Text("rank ")
+    for rank in ranks:
+        text.append(f" {rank:g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
+    return text.append("  │ chunk boundary   prompt in italics")
+
+
+def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
+    """Spectrum and energy kept per rung, for at most `rows` modules."""
+    prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
+    table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung")
+    table.add_column(f"{prefix}." if prefix else "module", overflow="fold")
+    table.add_column("r", justify="right")
+    table.add_column("spectrum", no_wrap=True)
+    for rank in ladder.rung_ranks[1:-1]:
+        table.add_column(f"{rank:.3g}", justify="right")
+    for name, module in list(ladder.modules.items())[:rows]:
+        energies = [f"{module.energy(k):.0%}" for k in module.ranks[1:-1]]
+        table.add_row(name.removeprefix(f"{prefix}."), str(module.rank), sparkline(module.sigma.tolist()), *energies)
+    if len(ladder.modules) > rows:
+        table.caption = f"{len(ladder.modules) - rows} more modules; --json has all"
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """Values as a row of bars, the largest one full height."""
+    bars = " ▁▂▃▄▅▆▇█"
+    step = max(1, -(-len(values) // width))
+    highest = max(values, default=0.0)
+    return "".join(bars[round(8 * value / highest)] if highest else bars[0] for value in values[::step])
+
+
+def comparison_table(results: Sequence[Comparison]) -> Table:
+    """One row per contestant; the ratio is the median over rounds of its decode time over PEFT unmerged's."""
+    table = Table(title="The same prompt, interleaved rounds")
+    table.add_column("")
+    for column in (
+        "decode ms/token",
+        "vs PEFT unmerged",
+        "prefill ms",
+        "adapter KB read/token",
+        "KV-cache KB",
+        "perplexity",
+    ):
+        table.add_column(column, justify="right")
+    for result in results:
+        ratio = "" if result.decode_ratio is None else f"{result.decode_ratio:.2f}"
+        table.add_row(
+            result.name,
+            f"{result.decode_ms:.2f}",
+            ratio,
+            f"{result.prefill_ms:.1f}",
+            f"{result.adapter_bytes_per_token / 1024:,.0f}",
+            f"{result.kv_bytes / 1024:,.0f}",
+            "" if result.perplexity is None else f"{result.perplexity:.2f}",
+        )
+    return table
