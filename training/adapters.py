@@ -52,8 +52,8 @@ class Recipe:
     learning_rate: float
 
 
-WIKI = Recipe(batch=4, steps=1200, interval=50, learning_rate=2e-3)
-E2E = Recipe(batch=32, steps=1200, interval=50, learning_rate=2e-3)
+WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
+E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
 
 
 class Windows(Dataset):
@@ -119,9 +119,9 @@ def report(model: PeftModel, texts: dict[str, Dataset]) -> None:
 
 
 def new_adapter(base: Path) -> PeftModel:
-    """Rank 16 on every linear layer."""
+    """Rank 16 on every linear layer; no dropout, which would nearly double the time of a CPU step."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     return get_peft_model(model, config)
 
 
@@ -137,7 +137,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
-            weight_decay=0.01,
+            weight_decay=0.1,
             max_grad_norm=1.0,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),

@@ -200,7 +200,7 @@ class ChunkWiseConfig(Knobs):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `chunkwise_config.json` beside a ladder."""
-        write_atomically(Path(folder) / CONFIG_NAME, self.to_json().encode())
+        write_atomically(Path(folder) / CONFIG_NAME, self.to_json().encode(), ConfigError)
 
 
 PRESETS: dict[str, ChunkWiseConfig] = {

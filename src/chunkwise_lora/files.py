@@ -17,17 +17,23 @@ def read_text(path: Path, error: type[ChunkWiseError]) -> str:
         raise error(f"{path}: cannot be read ({cause})") from None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename over it: an interrupted write leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(path: Path, content: bytes, error: type[ChunkWiseError] = ChunkWiseError) -> None:
+    """Write beside `path`, then rename over it: an interrupted write leaves the old file whole.
+
+    Raises `error` naming the path when it cannot be written.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as cause:
+        raise error(f"{path}: cannot be written ({cause})") from None

@@ -136,6 +136,10 @@ class RankLadder:
         unknown = sorted(set(moments) - set(self.modules))
         if unknown:
             raise LadderError(f"moments given for {unknown[0]}, which this ladder does not hold")
+        for name, moment in moments.items():
+            rank = self.modules[name].rank
+            if moment.shape != (rank, rank) or not moment.isfinite().all():
+                raise LadderError(f"{name}: its moment must be ({rank}, {rank}) finite numbers; gather it anew")
         modules = {
             name: _reweight(module, moments[name]) if name in moments and moments[name].any() else module
             for name, module in self.modules.items()
@@ -179,8 +183,8 @@ class RankLadder:
             sha256=digest,
             ranks={name: module.ranks for name, module in self.modules.items()},
         )
-        write_atomically(folder / manifest.tensors, content)
-        write_atomically(folder / LADDER_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+        write_atomically(folder / manifest.tensors, content, LadderError)
+        write_atomically(folder / LADDER_NAME, (manifest.model_dump_json(indent=1) + "\n").encode(), LadderError)
         for old in folder.glob("ladder-*.safetensors"):
             if old.name != manifest.tensors:
                 old.unlink()

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -117,11 +117,21 @@ def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
         )
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or (name == "r" and value < 1):
+        if not _is_number(value) or (name == "r" and value < 1):
             raise LadderError(f"{path}: {name} = {value!r} is not a positive number")
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
             raise LadderError(f"{path}: {name} must map module names to numbers")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise LadderError(f"{path}: {name} has {key!r}, which is no regular expression ({error})") from None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _split(
@@ -136,6 +146,8 @@ def _split(
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
             sides.setdefault(match[1], {})[match[2]] = tensor
             continue
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT adds the base's own weight where it adapts an output head
         module, _, parameter = name.replace(".modules_to_save", "").rpartition(".")
         if "lora_" in name or not module.endswith(saved_names) or not saved_names:
             raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")

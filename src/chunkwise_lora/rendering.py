@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os.path import commonprefix
 
+from rich.box import SIMPLE_HEAD
 from rich.color import Color
 from rich.style import Style
 from rich.table import Table
@@ -72,27 +73,23 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
 
 
 def comparison_table(results: Sequence[Comparison]) -> Table:
-    """One row per contestant; the ratio is the median over rounds of its decode time over PEFT unmerged's."""
-    table = Table(title="The same prompt, interleaved rounds")
-    table.add_column("")
-    for column in (
-        "decode ms/token",
-        "vs PEFT unmerged",
-        "prefill ms",
-        "adapter KB read/token",
-        "KV-cache KB",
-        "perplexity",
-    ):
+    """One row per contestant; an x is the median over rounds of its time over PEFT unmerged's in the same round."""
+    scored = any(result.perplexity is not None for result in results)
+    table = Table(title="Interleaved rounds; x: times PEFT unmerged", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in ("decode\nms/token", "x", "prefill\nms", "x", "adapter KB\nper token", "KV cache\nKB"):
         table.add_column(column, justify="right")
+    if scored:
+        table.add_column("perplexity\n(held text)", justify="right")
     for result in results:
-        ratio = "" if result.decode_ratio is None else f"{result.decode_ratio:.2f}"
-        table.add_row(
+        row = [
             result.name,
             f"{result.decode_ms:.2f}",
-            ratio,
+            f"{result.decode_ratio:.2f}",
             f"{result.prefill_ms:.1f}",
+            f"{result.prefill_ratio:.2f}",
             f"{result.adapter_bytes_per_token / 1024:,.0f}",
             f"{result.kv_bytes / 1024:,.0f}",
-            "" if result.perplexity is None else f"{result.perplexity:.2f}",
-        )
+        ]
+        table.add_row(*row, *([f"{result.perplexity:.2f}"] if result.perplexity is not None else []))
     return table

@@ -42,9 +42,10 @@ class Comparison:
     """From the call of generate to the first new token."""
     decode_ms: float
     """Per new token after the first."""
-    decode_ratio: float | None
+    decode_ratio: float
     """Median over rounds of the decode time over PEFT unmerged's in the same round."""
-    prefill_ratio: float | None
+    prefill_ratio: float
+    """The same of the prefill time."""
     adapter_bytes_per_token: float
     """Adapter bytes read per forward pass of the generation, averaged over passes."""
     kv_bytes: int
@@ -100,7 +101,8 @@ def compare(
 ) -> list[Comparison]:
     """Generate `new_tokens` greedily from `prompt` (batch, tokens), `rounds` times after a warm-up, in turns.
 
-    `held` (1, tokens) is scored besides. `advance` is called after every piece of work: (rounds + 2) per entrant.
+    One entrant must be PEFT unmerged. `held` (1, tokens) is scored besides. `advance` is called after every piece of
+    work, rounds + 2 times per entrant.
     """
     times: dict[str, list[tuple[float, float]]] = {entrant.name: [] for entrant in entrants}
     sizes: dict[str, tuple[float, int]] = {}
@@ -133,9 +135,7 @@ def compare(
     return results
 
 
-def _paired(times: Mapping[str, Sequence[tuple[float, float]]], name: str, which: int) -> float | None:
-    if UNMERGED not in times:
-        return None
+def _paired(times: Mapping[str, Sequence[tuple[float, float]]], name: str, which: int) -> float:
     return statistics.median(own[which] / other[which] for own, other in zip(times[name], times[UNMERGED], strict=True))
 
 

@@ -303,7 +303,7 @@ class ChunkWiseCache(Cache):
 
 def _plain_nbytes(layer: object) -> int:
     tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
 def _within(tokens: np.ndarray, decision: KVDecision) -> np.ndarray:

@@ -25,13 +25,13 @@ class Factors:
     """One module's directions on the device, with the slices of every rung ready."""
 
     def __init__(self, module: LadderModule, device: torch.device, dtype: torch.dtype) -> None:
-        self.down = module.down.to(device, dtype).contiguous()
-        """(r, in)"""
-        self.up = module.up.to(device, dtype).T.contiguous()
-        """(r, out): `up` transposed, so that a rung is a contiguous slice."""
+        down = module.down.to(device, dtype).contiguous()
+        up = module.up.to(device, dtype).T.contiguous()  # transposed, so that a rung is a contiguous slice
         self.ranks = module.ranks
         self.table = module.gate_table().to(device, dtype)
-        self.slices = [(self.down[:k], self.up[:k]) if k else None for k in module.ranks]
+        """(rungs, r)"""
+        self.slices = [(down[:k].T, up[:k]) if k else None for k in module.ranks]
+        """Per rung the factors (in, k) and (k, out), views of the full ones; None at rank 0."""
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Part:
     rows: Tensor | None = None
     """(tokens,) where the tokens stand among all of the pass; None for all of them."""
     _gates: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _tails: dict[int, Part] = field(default_factory=dict)
 
     def gates(self, factors: Factors) -> Tensor:
         """(tokens, k) the gates of a module; modules with equal ranks share them."""
@@ -56,6 +57,18 @@ class Part:
             gates = self._gates[factors.ranks] = self.weights.to(table.dtype) @ table
         return gates
 
+    def tail(self, columns: int, step: Step) -> Part:
+        """The same for a module that sees only the last `columns` of every sequence, as an output head may."""
+        if columns not in self._tails:
+            hidden = step.width - columns
+            rows = torch.arange(step.batch * step.width) if self.rows is None else self.rows
+            seen = rows % step.width >= hidden
+            rows = rows[seen]
+            weights = None if self.weights is None else self.weights[seen.to(self.weights.device)]
+            rows = rows // step.width * columns + rows % step.width - hidden
+            self._tails[columns] = Part(self.adapter, self.rung, weights, rows)
+        return self._tails[columns]
+
 
 @dataclass
 class Step:
@@ -64,8 +77,10 @@ class Step:
     parts: list[Part] = field(default_factory=list)
     sequences: dict[str, Tensor | None] = field(default_factory=dict)
     """Per adapter, the sequences of the batch that use it; None for all of them."""
-    tokens: int = 0
-    """Tokens of the pass, over the whole batch."""
+    batch: int = 0
+    """Sequences of the pass."""
+    width: int = 0
+    """Tokens of the pass per sequence, padding included."""
 
 
 def parts_of(
@@ -118,23 +133,22 @@ class GatedLinear:
 
     def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors, slices: tuple[Tensor, Tensor]) -> Tensor:
         down, up = slices
+        if part.weights is None and part.rows is None:
+            return y + (x.to(down.dtype) @ down @ up).to(y.dtype)
         x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if part.rows is not None or part.weights is not None:
-            if len(x_rows) != self._step.tokens:
-                raise EngineError(
-                    f"{self.name}: sees {len(x_rows)} of {self._step.tokens} tokens of the pass (a routed expert?), so "
-                    "it cannot give each its own gates; use the lossless preset with one adapter per batch"
-                )
-            if part.rows is not None:
-                x_rows = x_rows[part.rows]
-        hidden = x_rows.to(down.dtype) @ down.T
+        columns, rest = divmod(len(x_rows), self._step.batch)
+        if rest or columns > self._step.width or (columns < self._step.width and x.ndim < 3):
+            raise EngineError(
+                f"{self.name}: sees {len(x_rows)} tokens of a pass of {self._step.batch} x {self._step.width} (a routed "
+                "expert?), so it cannot give each its own gates; use the lossless preset with one adapter per batch"
+            )
+        if columns < self._step.width:
+            part = part.tail(columns, self._step)
+        hidden = (x_rows if part.rows is None else x_rows[part.rows]).to(down.dtype) @ down
         if part.weights is not None:
             hidden = hidden * part.gates(factors)
-        if part.rows is not None:
-            return y_rows.index_add(0, part.rows, (hidden @ up).to(y.dtype)).view(y.shape)
-        if y.dtype != up.dtype:
-            return y + (hidden @ up).to(y.dtype).view(y.shape)
-        return torch.addmm(y_rows, hidden, up).view(y.shape)
+        output = (hidden @ up).to(y.dtype)
+        return (y_rows + output if part.rows is None else y_rows.index_add(0, part.rows, output)).view(y.shape)
 
 
 class ReplacedModule:

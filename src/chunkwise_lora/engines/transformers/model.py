@@ -151,16 +151,17 @@ class ChunkWiseModel:
         if name == BASE or name in self.ladders:
             raise EngineError(f"adapter name {name!r} is {'reserved' if name == BASE else 'taken'}; choose another")
         ladder = ladder if isinstance(ladder, RankLadder) else RankLadder.load(ladder)
+        for module_name, one in ladder.modules.items():
+            if not (one.up.isfinite().all() and one.down.isfinite().all()):
+                raise EngineError(f"ladder {name!r}: {module_name} holds NaN or infinity; build the ladder anew")
         modules = {module: _fitting_linear(self.model, module, ladder) for module in ladder.modules}
         copies = _replaced_copies(self.model, ladder)
         attached = self.attached
         self.detach()
         dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
         for module_name, module in modules.items():
-            if not all(t.isfinite().all() for t in (ladder.modules[module_name].up, ladder.modules[module_name].down)):
-                raise EngineError(f"ladder {name!r}: {module_name} holds NaN or infinity; build the ladder anew")
             gated = self._linears.setdefault(module_name, GatedLinear(module_name, module, self._step))
-            gated.factors[name] = Factors(ladder.modules[module_name], _device(module), dtype)
+            gated.factors[name] = Factors(ladder.modules[module_name], _device(self.model, module), dtype)
         for module_name, module in copies.items():
             original = self.model.get_submodule(module_name)
             self._replaced.setdefault(module_name, ReplacedModule(original, self._step)).copies[name] = module
@@ -207,7 +208,13 @@ class ChunkWiseModel:
             ):
                 raise EngineError(f"generate: {name} is not supported: {reason}")
         self._check_prompt(input_ids, options)
-        session = self._new_session(adapter_names, chunkwise_config, len(input_ids), input_ids.shape[1])
+        session = self._new_session(
+            adapter_names,
+            chunkwise_config,
+            len(input_ids),
+            input_ids.shape[1],
+            options.get("eos_token_id", defaults.eos_token_id),
+        )
         if options.get("use_cache", defaults.use_cache) is not False:
             options["past_key_values"] = session.cache
         with self._running(session):
@@ -268,6 +275,7 @@ class ChunkWiseModel:
         config: ChunkWiseConfig | None,
         batch: int,
         prompt_columns: int,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
     ) -> Session:
         names = adapter_names if adapter_names is not None else next(iter(self.ladders))
         names = [names] * batch if isinstance(names, str) else list(names)
@@ -287,12 +295,14 @@ class ChunkWiseModel:
             self._infos,
             self._step,
             prompt_columns=prompt_columns,
+            eos_token_ids=[] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist(),
             carries_out=self._carries_out and config.kv_cache.acts,
             kv_notes=notes,
         )
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngineError("plans are made from token ids; pass input_ids, not inputs_embeds")
@@ -301,8 +311,7 @@ class ChunkWiseModel:
             cache = inputs.get("past_key_values")
             if cache is not None and cache.get_seq_length():
                 raise EngineError("ladders are attached, and this cache is not theirs; use ChunkWiseModel.generate")
-            self._single = self._new_session(None, None, *input_ids.shape)
-            self._single.before_pass({**inputs, "past_key_values": None})
+            self._new_session(None, None, *input_ids.shape).before_pass({**inputs, "past_key_values": None})
         else:
             self._session.before_pass(inputs)
         return (), inputs
@@ -314,9 +323,14 @@ class ChunkWiseModel:
             self._session.after_pass(output[0] if isinstance(output, tuple) else output.logits)
 
     def _check_prompt(self, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        kinds = (torch.int64, torch.int32)
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in kinds:
             raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")
         mask = options.get("attention_mask")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise EngineError(
+                f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; make them alike"
+            )
         lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)
         if not lengths.numel() or not input_ids.shape[1] or not lengths.all():
             raise EngineError("a prompt is empty; give every sequence at least one token (for example the BOS token)")
@@ -415,12 +429,15 @@ def _replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn
         if shape != tensor.shape:
             raise EngineError(f"{name}: the adapter holds {tuple(tensor.shape)}, the model {tuple(shape)}")
         module = copies.setdefault(module_name, copy.deepcopy(original))
-        value = tensor.to(_device(original), original.get_parameter(parameter).dtype)
+        value = tensor.to(_device(model, original), original.get_parameter(parameter).dtype)
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
     return copies
 
 
-def _device(module: nn.Module) -> torch.device:
-    hook = getattr(module, "_hf_hook", None)
+def _device(model: PreTrainedModel, module: nn.Module) -> torch.device:
+    hook = getattr(module, "_hf_hook", None)  # accelerate's, where weights are offloaded
     execution = getattr(hook, "execution_device", None)
-    return torch.device(execution) if execution is not None else next(module.parameters()).device
+    if execution is not None:
+        return torch.device(execution)
+    weight = next(module.parameters(), None)
+    return model.device if weight is None else weight.device

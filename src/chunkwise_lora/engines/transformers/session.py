@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,12 @@ class SessionCache(ChunkWiseCache):
 
     def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool) -> None:
         super().__init__(config, session.config.kv_cache.int8_head_share, carries_out)
-        self.session = session
+        self._session = weakref.proxy(session)  # the session holds the cache
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""
         super().reorder_cache(beam_idx)
-        self.session.reorder(beam_idx.tolist())
+        self._session.reorder(beam_idx.tolist())
 
 
 class Session:
@@ -56,7 +57,7 @@ class Session:
 
     `adapters` names each prompt's adapter. `prompt_columns` is the width of the prompts, padding included: their
     tokens are planned without entropies, since a prefill in one pass does not know them and one in several must not
-    differ. `carries_out` tells whether the cache obeys KV decisions, `kv_notes` which it leaves undone.
+    differ. After one of `eos_token_ids` a sequence has ended, and what follows is padding. `carries_out` tells whether the cache obeys KV decisions, `kv_notes` which it leaves undone.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Session:
         step: Step,
         *,
         prompt_columns: int,
+        eos_token_ids: Collection[int] = (),
         carries_out: bool,
         kv_notes: Sequence[str] = (),
     ) -> None:
@@ -79,6 +81,8 @@ class Session:
         self._infos = infos
         self._step = step
         self._prompt_columns = prompt_columns
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._ended: list[bool] = []
         self._schedulers: list[RuntimeScheduler] = []
         self._tokens: list[list[int]] = []
         self._weights: list[list[np.ndarray]] = []
@@ -103,6 +107,7 @@ class Session:
         tokens = np.full((batch, width - known), NO_TOKEN)
         decisions: list[list[KVDecision]] = []
         for row, scheduler in enumerate(self._schedulers):
+            real[row, known:] &= not self._ended[row]
             columns = np.flatnonzero(real[row, known:])
             decisions.append(self._plan(row, scheduler, columns, ids[row], tokens))
         self._pending = (tokens, decisions)
@@ -131,6 +136,7 @@ class Session:
         self._tokens = [list(self._tokens[i]) for i in order]
         self._weights = [list(self._weights[i]) for i in order]
         self._adapters = [self._adapters[i] for i in order]
+        self._ended = [self._ended[i] for i in order]
         self._entropies = [self._entropies[i] for i in order] if self._entropies else []
 
     def trace(self) -> Trace:
@@ -169,6 +175,7 @@ class Session:
             self._schedulers.append(RuntimeScheduler(self.config, ranks.tolist(), vocab_size))
             self._weights.append([])
             self._tokens.append([])
+            self._ended.append(False)
 
     def _plan(
         self, row: int, scheduler: RuntimeScheduler, columns: np.ndarray, ids: Sequence[int], tokens: np.ndarray
@@ -176,8 +183,10 @@ class Session:
         """Plan one sequence's new tokens, which stand in `columns` of the pass."""
         new = [ids[column] for column in columns]
         entropies: list[float | None] = [None] * len(new)
-        if new and self._entropies and self._columns >= self._prompt_columns:
-            entropies[0] = self._entropies[row]
+        if new and self._columns >= self._prompt_columns:
+            if self._entropies:
+                entropies[0] = self._entropies[row]
+            self._ended[row] = not self._eos_token_ids.isdisjoint(new)
         plan = scheduler.step(new, entropies)
         tokens[row, columns] = np.arange(scheduler.position - len(new), scheduler.position)
         weights = np.full((tokens.shape[1], plan.weights.shape[1]), np.nan, np.float32)
@@ -188,7 +197,7 @@ class Session:
 
     def _fill_step(self, batch: int, width: int, device: torch.device) -> None:
         step, info = self._step, self._infos
-        step.parts, step.sequences, step.tokens = [], {}, batch * width
+        step.parts, step.sequences, step.batch, step.width = [], {}, batch, width
         for name in dict.fromkeys(self._adapters):
             if name == BASE:
                 continue
