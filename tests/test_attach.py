@@ -1,0 +1,170 @@
+"""Attaching changes a model reversibly: nothing is left behind, even after an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder
+from models import adapter, build, greedy, prompts
+
+LOSSLESS = ChunkWiseConfig.preset("lossless")
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """All that attaching could leave behind: attributes, hooks, tensors."""
+    attributes = {name: list(vars(module)) for name, module in model.named_modules()}
+    hooks = {
+        (name, key): len(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if "hooks" in key and isinstance(value, dict)
+    }
+    return {"attributes": attributes, "hooks": hooks, "tensors": {k: v.clone() for k, v in model.state_dict().items()}}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    after = fingerprint(model)
+    assert after["attributes"] == before["attributes"]
+    assert after["hooks"] == before["hooks"]
+    assert after["tensors"].keys() == before["tensors"].keys()
+    assert all(torch.equal(tensor, before["tensors"][name]) for name, tensor in after["tensors"].items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "saved_head", "saved_embedding"])
+@pytest.mark.parametrize("preset", ["lossless", "compact"])
+def test_detach_leaves_the_model_as_it_was(kind: str, preset: str) -> None:
+    base = build("llama")
+    before, outputs = fingerprint(base), greedy(base, prompts(), 8)[1]
+    with ChunkWiseModel(base, adapter("llama", kind), ChunkWiseConfig.preset(preset)) as model:
+        model.generate(**prompts(), max_new_tokens=8)
+        assert set(base.state_dict()) == set(before["tensors"])
+    assert_unchanged(base, before)
+    assert torch.equal(greedy(base, prompts(), 8)[1], outputs)
+
+
+def test_an_exception_inside_the_context_leaves_the_model_as_it_was() -> None:
+    base = build("llama")
+    before = fingerprint(base)
+    with pytest.raises(KeyboardInterrupt), ChunkWiseModel(base, adapter("llama")):
+        raise KeyboardInterrupt
+    assert_unchanged(base, before)
+
+
+def test_an_exception_inside_generate_leaves_the_model_usable() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise Stop
+
+    model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    expected = greedy(model, prompts(), 8)[0]
+    with pytest.raises(Stop):
+        model.generate(**prompts(), max_new_tokens=8, logits_processor=[stop])
+    assert torch.equal(greedy(model, prompts(), 8)[0], expected)
+
+
+def test_generating_inside_a_generation_is_refused_and_harmless() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    expected = greedy(model, prompts(), 8)[0]
+
+    def nested(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(EngineError, match="already generating"):
+            model.generate(input_ids, max_new_tokens=1)
+        return scores
+
+    assert torch.equal(greedy(model, prompts(), 8, logits_processor=[nested])[0], expected)
+
+
+def test_attaching_again_works() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    expected = greedy(model, prompts(), 8)[0]
+    base = model.detach()
+    assert not torch.equal(greedy(base, prompts(), 8)[0], expected)
+    with pytest.raises(EngineError, match="attach"):
+        model.generate(**prompts())
+    assert torch.equal(greedy(model.attach(), prompts(), 8)[0], expected)
+    assert model.attach() is model
+
+
+def test_a_second_chunkwise_model_on_one_base_is_refused_until_the_first_detaches() -> None:
+    first = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    expected = greedy(first, prompts(), 8)[0]
+    with pytest.raises(EngineError, match="detach"):
+        ChunkWiseModel(first.model, adapter("llama", seed=2))
+    assert torch.equal(greedy(first, prompts(), 8)[0], expected)
+    second = ChunkWiseModel(first.detach(), adapter("llama", seed=2), LOSSLESS)
+    assert not torch.equal(greedy(second, prompts(), 8)[0], expected)
+
+
+def test_a_ladder_loaded_later_runs_beside_the_first() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    first = greedy(model, prompts(), 8)[0]
+    model.load_ladder("second", adapter("llama", seed=2))
+    alone = ChunkWiseModel(build("llama"), adapter("llama", seed=2), LOSSLESS)
+    assert torch.equal(greedy(model, prompts(), 8)[0], first)
+    assert torch.equal(greedy(model, prompts(), 8, adapter_names="second")[0], greedy(alone, prompts(), 8)[0])
+
+
+def test_a_ladder_that_fails_to_load_leaves_the_attached_model_as_it_was() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    expected = greedy(model, prompts(), 8)[0]
+    broken = RankLadder.from_peft(adapter("llama", seed=2))
+    list(broken.modules.values())[-1].up[0, 0] = float("nan")
+    with pytest.raises(EngineError, match="NaN"):
+        model.load_ladder("second", broken)
+    assert model.attached
+    assert list(model.ladders) == ["default"]
+    assert torch.equal(greedy(model, prompts(), 8)[0], expected)
+    model.load_ladder("second", adapter("llama", seed=2))
+
+
+@pytest.mark.parametrize("name", ["default", "__base__"])
+def test_a_taken_adapter_name_is_refused(name: str) -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"))
+    with pytest.raises(EngineError, match=name):
+        model.load_ladder(name, adapter("llama", seed=2))
+
+
+def test_the_model_answers_for_what_the_wrapper_does_not_define() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"))
+    assert model.config is model.model.config
+    with pytest.raises(AttributeError):
+        _ = model.no_such_attribute
+
+
+def test_a_config_beside_the_ladder_is_taken_and_an_own_one_wins(tmp_path: Any) -> None:
+    RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path)
+    assert ChunkWiseModel(build("llama"), tmp_path).chunkwise_config == ChunkWiseConfig.preset("balanced")
+    ChunkWiseConfig.preset("compact").save_pretrained(tmp_path)
+    assert ChunkWiseModel(build("llama"), tmp_path).chunkwise_config == ChunkWiseConfig.preset("compact")
+    assert ChunkWiseModel(build("llama"), tmp_path, LOSSLESS).chunkwise_config == LOSSLESS
+
+
+def test_a_base_loaded_by_name_runs_the_ladder(tmp_path: Any) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = ChunkWiseModel.from_pretrained(tmp_path, adapter("llama"), LOSSLESS)
+    model.generation_config.eos_token_id = None
+    expected = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
+    assert torch.equal(greedy(model, prompts(), 8)[0], greedy(expected, prompts(), 8)[0])
+
+
+def test_positional_arguments_mean_what_the_model_says_they_mean() -> None:
+    base, inputs = build("gpt2"), prompts((6, 9))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with ChunkWiseModel(base, adapter("gpt2"), LOSSLESS) as model:
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.allclose(base(ids, None, mask).logits, expected)
+        assert not torch.allclose(base(ids).logits, expected)
+
+
+def test_a_plain_loop_over_an_unknown_cache_is_refused() -> None:
+    base = build("llama")
+    with ChunkWiseModel(base, adapter("llama")):
+        output = base(prompts((6,))["input_ids"], use_cache=True)
+        with pytest.raises(EngineError, match="cache"):
+            base(torch.tensor([[5]]), past_key_values=output.past_key_values)

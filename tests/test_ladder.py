@@ -1,0 +1,376 @@
+"""The ladder against numpy: equal at full rank, optimal below it, and safe on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from chunkwise_lora import ChunkWiseModel, LadderError, RankLadder
+from chunkwise_lora.engines.transformers.moments import second_moments
+from chunkwise_lora.ladder import describe, even_ranks
+from models import ADAPTERS, adapter, build, linear_outputs_plus, peft_model, prompts
+
+
+def delta_weights(kind: str) -> dict[str, Tensor]:
+    """PEFT's own s B A of every module."""
+    model = peft_model("llama", kind)
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module.get_delta_weight("default").detach()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def write_adapter(folder: Path, a: Tensor, b: Tensor, alpha: float = 16.0, **config: Any) -> Path:
+    """An adapter of one module `proj`."""
+    folder.mkdir(exist_ok=True)
+    prefix = "base_model.model.proj.lora_"
+    save_file(
+        {f"{prefix}A.weight": a.contiguous(), f"{prefix}B.weight": b.contiguous()}, folder / "adapter_model.safetensors"
+    )
+    fields = {"peft_type": "LORA", "r": len(a), "lora_alpha": alpha, "target_modules": ["proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def same(first: RankLadder, second: RankLadder) -> bool:
+    return (
+        first.modules.keys() == second.modules.keys()
+        and (first.base_model, first.build, first.rung_ranks) == (second.base_model, second.build, second.rung_ranks)
+        and all(
+            torch.equal(one.up, two.up)
+            and torch.equal(one.down, two.down)
+            and torch.equal(one.sigma, two.sigma)
+            and (one.up.dtype, one.down.dtype, one.ranks) == (two.up.dtype, two.down.dtype, two.ranks)
+            for one, two in ((first.modules[name], second.modules[name]) for name in first.modules)
+        )
+        and first.saved_modules.keys() == second.saved_modules.keys()
+        and all(torch.equal(first.saved_modules[name], second.saved_modules[name]) for name in first.saved_modules)
+    )
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_full_rank_equals_pefts_delta_weight(kind: str) -> None:
+    ladder, deltas = RankLadder.from_peft(adapter("llama", kind)), delta_weights(kind)
+    assert ladder.modules.keys() == deltas.keys()
+    for name, module in ladder.modules.items():
+        assert torch.allclose(module.up @ module.down, deltas[name], atol=1e-5), name
+        assert module.ranks[-1] == module.rank <= min(deltas[name].shape)
+
+
+@given(
+    rank=st.integers(1, 20),
+    inputs=st.integers(1, 16),
+    outputs=st.integers(1, 16),
+    alpha=st.floats(0.1, 64),
+    seed=st.integers(0, 1000),
+)
+def test_every_rank_errs_exactly_as_numpys_svd_does(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, inputs: int, outputs: int, alpha: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    module = RankLadder.from_peft(write_adapter(tmp_path_factory.mktemp("adapter"), a, b, alpha)).modules["proj"]
+    delta = (alpha / rank * b.double() @ a.double()).numpy()
+    sigma = np.linalg.svd(delta, compute_uv=False)
+    tolerance = 1e-5 * sigma[0]
+    assert np.allclose(module.sigma.numpy(), sigma[: module.rank], atol=tolerance)
+    for k in range(module.rank + 1):
+        error = np.linalg.norm(delta - (module.up[:, :k].double() @ module.down[:k].double()).numpy())
+        assert error == pytest.approx(np.linalg.norm(sigma[k:]), abs=10 * tolerance)
+        assert module.energy(k) == pytest.approx((sigma[:k] ** 2).sum() / (sigma**2).sum(), abs=1e-5)
+
+
+def test_an_adapter_that_does_nothing_makes_a_ladder_that_does_nothing(tmp_path: Path) -> None:
+    module = RankLadder.from_peft(write_adapter(tmp_path, torch.randn(4, 6), torch.zeros(5, 4))).modules["proj"]
+    assert not (module.up @ module.down).any()
+    assert module.energy(0) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_adapter_of_any_float_dtype_becomes_a_float32_ladder(tmp_path: Path, dtype: torch.dtype) -> None:
+    a, b = torch.randn(4, 6).to(dtype), torch.randn(5, 4).to(dtype)
+    module = RankLadder.from_peft(write_adapter(tmp_path, a, b)).modules["proj"]
+    assert module.up.dtype == module.down.dtype == torch.float32
+    assert torch.allclose(module.up @ module.down, 4 * b.float() @ a.float(), atol=1e-5)
+
+
+# Rungs
+
+
+@given(rank=st.integers(1, 300), steps=st.integers(1, 16))
+def test_even_ranks_rise_evenly_from_nothing_to_all(rank: int, steps: int) -> None:
+    ranks = even_ranks(rank, steps)
+    assert (len(ranks), ranks[0], ranks[-1]) == (steps + 1, 0, rank)
+    assert all(abs(k - step * rank / steps) <= 0.5 for step, k in enumerate(ranks))
+
+
+def test_gate_tables_switch_on_the_first_directions() -> None:
+    module = RankLadder.from_peft(adapter("llama")).modules["model.layers.0.mlp.up_proj"]
+    assert module.gate_table().sum(1).tolist() == list(module.ranks)
+    assert (module.gate_table().diff(dim=1) <= 0).all()
+
+
+def test_a_rungs_rank_is_the_mean_over_modules_weighted_by_what_a_direction_costs() -> None:
+    ladder = RankLadder.from_peft(adapter("llama", "patterns"))
+    costs = {name: sum(delta.shape) for name, delta in delta_weights("patterns").items()}
+    for rung, rank in enumerate(ladder.rung_ranks):
+        total = sum(module.ranks[rung] * costs[name] for name, module in ladder.modules.items())
+        assert rank == pytest.approx(total / sum(costs.values()))
+    assert list(ladder.rung_ranks) == sorted(ladder.rung_ranks)
+
+
+def test_with_ranks_gives_every_module_its_own_rungs_and_keeps_the_directions() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    ranks = {name: (index % 3, 4, module.rank) for index, (name, module) in enumerate(ladder.modules.items())}
+    changed = ladder.with_ranks(ranks)
+    assert changed.rungs == 3
+    assert all(module.ranks == ranks[name] for name, module in changed.modules.items())
+    assert all(module.up is ladder.modules[name].up for name, module in changed.modules.items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ranks: ranks.popitem(),
+        lambda ranks: ranks.update(no_such_module=(0, 8)),
+        lambda ranks: ranks.update({next(iter(ranks)): (0, 4)}),
+        lambda ranks: ranks.update({next(iter(ranks)): (4, 2, 8)}),
+        lambda ranks: ranks.update({next(iter(ranks)): (-1, 8)}),
+        lambda ranks: ranks.update({next(iter(ranks)): (0, 4, 8)}),
+        lambda ranks: ranks.update({next(iter(ranks)): ()}),
+    ],
+    ids=["one missing", "one unknown", "not full rank", "falling", "negative", "other rungs", "none"],
+)
+def test_impossible_ranks_are_refused(change: Callable[[dict[str, tuple[int, ...]]], Any]) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    ranks = {name: (0, module.rank) for name, module in ladder.modules.items()}
+    change(ranks)
+    with pytest.raises(LadderError):
+        ladder.with_ranks(ranks)
+
+
+def test_an_empty_ladder_is_refused() -> None:
+    with pytest.raises(LadderError, match="module"):
+        RankLadder({})
+
+
+def test_describe_is_plain_data_about_every_module() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    described = json.loads(json.dumps(describe(ladder)))
+    assert described["modules"].keys() == ladder.modules.keys()
+    assert described["modules"]["model.layers.0.mlp.up_proj"]["energy"][-1] == pytest.approx(1)
+
+
+# The data-aware ladder
+
+
+def correlated(width: int, tokens: int, generator: torch.Generator) -> Tensor:
+    mixing = torch.randn(width, width, generator=generator) * torch.logspace(0, -2, width)
+    return torch.randn(tokens, width, generator=generator) @ mixing.T
+
+
+@given(rank=st.integers(1, 6), inputs=st.integers(6, 12), outputs=st.integers(6, 12), seed=st.integers(0, 1000))
+def test_the_data_aware_ladder_is_optimal_on_its_inputs_for_every_rank(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, inputs: int, outputs: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    plain = RankLadder.from_peft(write_adapter(tmp_path_factory.mktemp("adapter"), a, b))
+    x = correlated(inputs, 400, generator)
+    z = x @ plain.modules["proj"].down.T
+    aware = plain.data_aware({"proj": z.T @ z / len(z)})
+    delta = (16 / rank * b.double() @ a.double()).numpy()
+    second_moment = (x.double().T @ x.double() / len(x)).numpy()
+    values, vectors = np.linalg.eigh(second_moment)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    sigma = np.linalg.svd(delta @ root, compute_uv=False)
+
+    def error(ladder: RankLadder, k: int) -> float:
+        module = ladder.modules["proj"]
+        missing = delta - (module.up[:, :k].double() @ module.down[:k].double()).numpy()
+        return float(np.linalg.norm(missing @ root))
+
+    scale = np.linalg.norm(sigma)
+    for k in range(rank + 1):
+        best = np.linalg.norm(sigma[k:])
+        assert best - 1e-4 * scale <= error(aware, k) <= best + 2e-2 * scale
+        assert error(aware, k) <= error(plain, k) + 2e-2 * scale
+    assert error(aware, rank) < 1e-4 * scale
+    assert (aware.build, plain.build) == ("data-aware", "svd")
+
+
+def test_the_data_aware_ladder_beats_plain_svd_where_inputs_are_correlated(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 24, generator=generator), torch.randn(24, 8, generator=generator)
+    plain = RankLadder.from_peft(write_adapter(tmp_path, a, b))
+    x = correlated(24, 1000, generator)
+    z = x @ plain.modules["proj"].down.T
+    aware = plain.data_aware({"proj": z.T @ z / len(z)})
+    outputs = {"svd": plain.modules["proj"], "data-aware": aware.modules["proj"]}
+    errors = {
+        name: [float(((x @ m.down[k:].T) @ m.up[:, k:].T).square().sum()) for k in (2, 4, 6)]
+        for name, m in outputs.items()
+    }
+    assert all(ours < 0.8 * theirs for ours, theirs in zip(errors["data-aware"], errors["svd"], strict=True))
+
+
+def test_modules_without_moments_keep_their_plain_directions() -> None:
+    plain = RankLadder.from_peft(adapter("llama"))
+    seen, unseen, silent = list(plain.modules)[:3]
+    aware = plain.data_aware({seen: torch.diag(torch.arange(1.0, 9.0)), silent: torch.zeros(8, 8)})
+    assert aware.modules[unseen] is plain.modules[unseen]
+    assert aware.modules[silent] is plain.modules[silent]
+    assert not torch.equal(aware.modules[seen].up, plain.modules[seen].up)
+    with pytest.raises(LadderError, match="nowhere"):
+        plain.data_aware({"nowhere": torch.eye(8)})
+
+
+def test_data_aware_keeps_rungs_and_dtype() -> None:
+    ladder = RankLadder.from_peft(adapter("llama")).to(torch.bfloat16)
+    ladder = ladder.with_ranks(dict.fromkeys(ladder.modules, (1, 3, 8)))
+    name = next(iter(ladder.modules))
+    module = ladder.data_aware({name: torch.eye(8)}).modules[name]
+    assert (module.ranks, module.up.dtype, module.down.dtype) == ((1, 3, 8), torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("moment", [torch.eye(7), torch.full((8, 8), float("nan"))], ids=["wrong shape", "NaN"])
+def test_impossible_moments_are_refused(moment: Tensor) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    name = next(iter(ladder.modules))
+    with pytest.raises(LadderError, match=name):
+        ladder.data_aware({name: moment})
+
+
+def test_second_moments_are_those_of_what_the_modules_see_in_peft() -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"))
+    batches = [prompts((9, 9))["input_ids"], prompts((9, 9), seed=4)["input_ids"]]
+    moments = second_moments(model, batches)
+    rival = peft_model("llama").get_base_model()
+    inputs: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        inputs.setdefault(name, []).append(x.detach().flatten(0, 1))
+        return torch.zeros(1)
+
+    with torch.no_grad(), linear_outputs_plus(rival, keep, model.ladders["default"].modules):
+        for batch in batches:
+            rival(batch)
+    assert moments.keys() == inputs.keys()
+    for name, module in model.ladders["default"].modules.items():
+        z = torch.cat(inputs[name]) @ module.down.T
+        assert torch.allclose(moments[name], z.T @ z / len(z), rtol=1e-3, atol=1e-4), name
+    assert not any(module._forward_pre_hooks for _, module in model.model.named_modules() if module is not model.model)
+
+
+# On disk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["plain", "patterns", "saved_head"])
+def test_a_saved_ladder_comes_back_the_same(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    ladder = RankLadder.from_peft(adapter("llama", kind)).to(dtype)
+    ladder.save_pretrained(tmp_path / "a" / "b")
+    assert same(RankLadder.from_pretrained(tmp_path / "a" / "b"), ladder)
+    assert same(RankLadder.load(tmp_path / "a" / "b"), ladder)
+
+
+def test_load_takes_the_folder_of_an_adapter_too() -> None:
+    assert same(RankLadder.load(adapter("llama")), RankLadder.from_peft(adapter("llama")))
+
+
+def test_a_data_aware_ladder_with_own_ranks_comes_back_the_same(tmp_path: Path) -> None:
+    plain = RankLadder.from_peft(adapter("llama"))
+    ladder = plain.with_ranks(dict.fromkeys(plain.modules, (2, 8))).data_aware(
+        {next(iter(plain.modules)): torch.eye(8)}
+    )
+    ladder.save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), ladder)
+
+
+def test_saving_again_replaces_the_ladder_and_leaves_no_other_file(tmp_path: Path) -> None:
+    RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path)
+    second = RankLadder.from_peft(adapter("llama", seed=2))
+    second.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), second)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_a_loaded_ladder_can_be_saved_over_itself(tmp_path: Path) -> None:
+    RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path)
+    loaded = RankLadder.from_pretrained(tmp_path)
+    changed = loaded.with_ranks(dict.fromkeys(loaded.modules, (0, 8)))
+    changed.save_pretrained(tmp_path)
+    changed.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), changed.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("failing", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("file", ["ladder.json", ".safetensors"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
+def test_an_interrupted_save_leaves_the_old_ladder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str, file: str, error: BaseException
+) -> None:
+    old, new = RankLadder.from_peft(adapter("llama")), RankLadder.from_peft(adapter("llama", seed=2))
+    old.save_pretrained(tmp_path)
+    original, calls = getattr(os, failing), 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if file == ".safetensors" else 2):
+            raise error
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, interrupted)
+        with pytest.raises((LadderError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), old)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    new.save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), new)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_interruption_before_the_old_tensors_go_leaves_the_new_ladder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old, new = RankLadder.from_peft(adapter("llama")), RankLadder.from_peft(adapter("llama", seed=2))
+    old.save_pretrained(tmp_path)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+    assert same(RankLadder.from_pretrained(tmp_path), new)
+
+
+def test_a_ladder_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(LadderError, match="taken"):
+        RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path / "taken")
+
+
+def test_the_tensors_file_is_plain_safetensors(tmp_path: Path) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    ladder.save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    assert {name.rpartition("/")[0] for name in load_file(path)} == set(ladder.modules)
