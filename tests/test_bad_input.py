@@ -485,6 +485,17 @@ def test_the_same_option_in_the_models_own_generation_config_is_refused_by_name(
         ChunkWiseModel(base, adapter("llama")).generate(IDS, max_new_tokens=4)
 
 
+def test_a_hybrid_cache_in_the_models_own_generation_config_is_ignored_as_transformers_does() -> None:
+    base = build("llama")
+    base.generation_config.cache_implementation = "hybrid"
+    assert ChunkWiseModel(base, adapter("llama")).generate(IDS, max_new_tokens=2).shape == (1, 5)
+
+
+def test_beams_without_a_cache_are_refused(model: ChunkWiseModel) -> None:
+    with pytest.raises(EngineError, match=r"num_beams.*use_cache"):
+        model.generate(IDS, num_beams=2, use_cache=False)
+
+
 def test_an_unknown_option_is_refused_as_transformers_does(model: ChunkWiseModel) -> None:
     with pytest.raises(ValueError, match="no_such_option"):
         model.generate(IDS, no_such_option=1)

@@ -66,7 +66,6 @@ def test_lossless_bfloat16_is_as_close_to_float32_as_peft_is() -> None:
         {"num_beams": 4},
         {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
         {"use_cache": False},
-        {"num_beams": 3, "use_cache": False},
         {"prefill_chunk_size": 4},
         {"repetition_penalty": 1.3},
         {"eos_token_id": list(range(2, 12)), "pad_token_id": PAD},

@@ -22,7 +22,7 @@ KVPrecision = Literal["full", "int8"]
 
 
 class Knobs(BaseModel):
-    """Frozen, strict about names and values; a bad value raises `ConfigError`."""
+    """Frozen; an unknown name or an impossible value raises `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

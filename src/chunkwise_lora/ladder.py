@@ -2,7 +2,7 @@
 
 For one linear module the adapter is dW = s B A. The ladder holds `up` (out, r) and `down` (r, in) with
 dW = up @ down, ordered so that `up[:, :k] @ down[:k]` is the best rank-k version: two slices, no copy.
-dW itself is never formed. See DESIGN: thin QR of both factors and an SVD of their r x r core.
+dW itself is never formed: thin QR of both factors, then an SVD of their r x r core.
 """
 
 from __future__ import annotations

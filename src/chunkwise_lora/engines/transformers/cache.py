@@ -263,23 +263,22 @@ class ChunkWiseCache(Cache):
         cold = _packed(cold_tokens != NO_TOKEN)
         # Slots in use already packed as they should be: nothing to move.
         settled = cold.shape == cold_tokens.shape and (cold == np.arange(cold.shape[1])).all()
-        device = self.own[0].device
-        on_device = [torch.from_numpy(np.maximum(index, 0)).to(device) for index in (to_cold, cold, hot)]
+        picks = [torch.from_numpy(np.maximum(index, 0)) for index in (to_cold, cold, hot)]
         for layer in self.own:
-            layer.rearrange(on_device[0], None if settled else on_device[1], on_device[2])
+            moved, kept, newest = (pick.to(layer.device) for pick in picks)
+            layer.rearrange(moved, None if settled else kept, newest)
         self._cold, self._hot, self._in_columns = _picked(cold_tokens, cold), _picked(self._hot, hot), False
 
     def _duplicates(self, row: int, slots: np.ndarray, similarity: float) -> np.ndarray:
         """Those of `slots` whose key is all but equal to the next one's, over all heads and layers."""
-        products = torch.zeros(max(len(slots) - 1, 0), device=self.own[0].device if self.own else None)
-        squares = torch.zeros(len(slots), device=products.device)
-        index = torch.from_numpy(slots).to(products.device)
+        products, squares = torch.zeros(max(len(slots) - 1, 0)), torch.zeros(len(slots))
+        index = torch.from_numpy(slots)
         for layer in self.own:
-            keys = layer.keys[row].index_select(1, index).float().transpose(0, 1).flatten(1)
-            products += (keys[:-1] * keys[1:]).sum(1)
-            squares += keys.square().sum(1)
+            keys = layer.keys[row].index_select(1, index.to(layer.device)).float().transpose(0, 1).flatten(1)
+            products += (keys[:-1] * keys[1:]).sum(1).cpu()
+            squares += keys.square().sum(1).cpu()
         cosine = products / (squares[:-1] * squares[1:]).sqrt().clamp_min(1e-12)
-        return slots[:-1][(cosine > similarity).cpu().numpy()]
+        return slots[:-1][(cosine > similarity).numpy()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""

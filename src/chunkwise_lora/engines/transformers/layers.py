@@ -36,7 +36,7 @@ class Factors:
 
 @dataclass
 class Part:
-    """What some tokens of a forward pass get from one adapter."""
+    """What some tokens of a forward pass get from one adapter. Its tensors are on the CPU until `on` is asked."""
 
     adapter: str
     rung: int
@@ -47,6 +47,16 @@ class Part:
     """(tokens,) where the tokens stand among all of the pass; None for all of them."""
     _gates: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _tails: dict[int, Part] = field(default_factory=dict)
+    _copies: dict[torch.device, Part] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Part:
+        """The same with its tensors on `device`; layers on one device share it."""
+        if device.type == "cpu":
+            return self
+        if device not in self._copies:
+            weights, rows = (None if t is None else t.to(device) for t in (self.weights, self.rows))
+            self._copies[device] = Part(self.adapter, self.rung, weights, rows)
+        return self._copies[device]
 
     def gates(self, factors: Factors) -> Tensor:
         """(tokens, k) the gates of a module; modules with equal ranks share them."""
@@ -64,7 +74,7 @@ class Part:
             rows = torch.arange(step.batch * step.width) if self.rows is None else self.rows
             seen = rows % step.width >= hidden
             rows = rows[seen]
-            weights = None if self.weights is None else self.weights[seen.to(self.weights.device)]
+            weights = None if self.weights is None else self.weights[seen]
             rows = rows // step.width * columns + rows % step.width - hidden
             self._tails[columns] = Part(self.adapter, self.rung, weights, rows)
         return self._tails[columns]
@@ -83,9 +93,7 @@ class Step:
     """Tokens of the pass per sequence, padding included."""
 
 
-def parts_of(
-    adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None, device: torch.device
-) -> list[Part]:
+def parts_of(adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None) -> list[Part]:
     """Choose how an adapter runs: one slice, one gated product, or tokens grouped by rung.
 
     `weights` is (tokens, rungs), `ranks` (rungs,) the rung's mean ranks, `rows` where the tokens stand in the pass.
@@ -96,20 +104,20 @@ def parts_of(
     if len(weights) > 1 and ranks[highest] - ranks[top].mean() > GROUPING_GAIN:
         groups = [np.flatnonzero(top == rung) for rung in np.unique(top)]
         return [
-            _part(adapter, weights[group], group if rows is None else rows[group], int(top[group[0]]), device)
+            _part(adapter, weights[group], group if rows is None else rows[group], int(top[group[0]]))
             for group in groups
         ]
-    return [_part(adapter, weights, rows, highest, device)]
+    return [_part(adapter, weights, rows, highest)]
 
 
-def _part(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: int, device: torch.device) -> Part:
+def _part(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: int) -> Part:
     whole = np.zeros(weights.shape[1], np.float32)
     whole[rung] = 1
     return Part(
         adapter,
         rung,
-        None if (weights == whole).all() else torch.from_numpy(weights).to(device),
-        None if rows is None else torch.from_numpy(rows).to(device),
+        None if (weights == whole).all() else torch.from_numpy(weights),
+        None if rows is None else torch.from_numpy(rows),
     )
 
 
@@ -119,12 +127,13 @@ class GatedLinear:
     def __init__(self, name: str, module: nn.Module, step: Step) -> None:
         self.name = name
         self.factors: dict[str, Factors] = {}
-        self._forward: Callable[[Tensor], Tensor] = module.forward
+        self.inner: Callable[[Tensor], Tensor] = module.forward
+        """What gives W x: the module's own forward, or a `ReplacedModule`."""
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        y = self._forward(x)
+        y = self.inner(x)
         for part in self._step.parts:
             factors = self.factors.get(part.adapter)
             if factors is not None and (slices := factors.slices[part.rung]) is not None:
@@ -139,11 +148,13 @@ class GatedLinear:
         columns, rest = divmod(len(x_rows), self._step.batch)
         if rest or columns > self._step.width or (columns < self._step.width and x.ndim < 3):
             raise EngineError(
-                f"{self.name}: sees {len(x_rows)} tokens of a pass of {self._step.batch} x {self._step.width} (a routed "
-                "expert?), so it cannot give each its own gates; use the lossless preset with one adapter per batch"
+                f"{self.name}: sees {len(x_rows)} tokens of a pass of {self._step.batch} x {self._step.width} (a "
+                "routed expert?), so it cannot give each its own gates; use the lossless preset with one adapter per "
+                "batch"
             )
         if columns < self._step.width:
             part = part.tail(columns, self._step)
+        part = part.on(x.device)
         hidden = (x_rows if part.rows is None else x_rows[part.rows]).to(down.dtype) @ down
         if part.weights is not None:
             hidden = hidden * part.gates(factors)
@@ -169,5 +180,6 @@ class ReplacedModule:
             if sequences is None:
                 return copy(x)
             y = self._forward(x).clone() if y is None else y
-            y[sequences] = copy(x[sequences])
+            rows = sequences.to(x.device)
+            y[rows] = copy(x[rows])
         return self._forward(x) if y is None else y

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
@@ -81,6 +82,7 @@ class ChunkWiseModel:
         self._replaced: dict[str, ReplacedModule] = {}
         self._restore: list[Callable[[], None]] = []
         self._carries_out, self._kv_notes = _kv_support(model)
+        self._learned_positions = _learned_positions(model)
         for name, one in ladders.items():
             self.load_ladder(name, one)
         self.attach()
@@ -165,6 +167,8 @@ class ChunkWiseModel:
         for module_name, module in copies.items():
             original = self.model.get_submodule(module_name)
             self._replaced.setdefault(module_name, ReplacedModule(original, self._step)).copies[name] = module
+        for module_name in self._linears.keys() & self._replaced.keys():  # one adapter's LoRA, another's replacement
+            self._linears[module_name].inner = self._replaced[module_name]
         self.ladders[name] = ladder
         rung_bytes = [
             sum(module.cost * module.ranks[rung] for module in ladder.modules.values()) * dtype.itemsize
@@ -202,11 +206,8 @@ class ChunkWiseModel:
             raise EngineError("the ladders are detached; call attach() first")
         input_ids = options.pop("input_ids", inputs)
         defaults = options.get("generation_config") or self.model.generation_config
-        for name, reason in REFUSED_OPTIONS.items():
-            if options.get(name) is not None or (
-                "generation_config" in options and getattr(defaults, name, None) is not None
-            ):
-                raise EngineError(f"generate: {name} is not supported: {reason}")
+        use_cache = options.get("use_cache", defaults.use_cache) is not False
+        _refuse_options(options, defaults, use_cache)
         self._check_prompt(input_ids, options)
         session = self._new_session(
             adapter_names,
@@ -215,13 +216,13 @@ class ChunkWiseModel:
             input_ids.shape[1],
             options.get("eos_token_id", defaults.eos_token_id),
         )
-        if options.get("use_cache", defaults.use_cache) is not False:
+        if use_cache:
             options["past_key_values"] = session.cache
+        self.trace = None
         with self._running(session):
-            try:
-                return type(self.model).generate(self.model, input_ids, **options)
-            finally:
-                self.trace = session.trace()
+            output = type(self.model).generate(self.model, input_ids, **options)
+        self.trace = session.trace()
+        return output
 
     @torch.no_grad()
     def __call__(
@@ -298,6 +299,7 @@ class ChunkWiseModel:
             eos_token_ids=[] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist(),
             carries_out=self._carries_out and config.kv_cache.acts,
             kv_notes=notes,
+            positions=self._learned_positions,
         )
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,6 +366,28 @@ def _refuse_model(model: object) -> None:
         )
     if model.config.is_encoder_decoder or not model.can_generate():
         raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
+
+
+def _refuse_options(options: Mapping[str, Any], defaults: GenerationConfig, use_cache: bool) -> None:
+    for name, reason in REFUSED_OPTIONS.items():
+        value = options.get(name, getattr(defaults, name, None))
+        if name == "cache_implementation" and value == "hybrid":
+            continue  # stands in old checkpoints; transformers ignores it
+        if value is not None and value is not False:
+            raise EngineError(f"generate: {name} is not supported: {reason}")
+    if options.get("num_beams", defaults.num_beams or 1) > 1 and not use_cache:
+        raise EngineError("generate: num_beams with use_cache=False is not supported: beams are followed in the cache")
+
+
+def _learned_positions(model: PreTrainedModel) -> float:
+    """How many positions the model has a learned embedding for; unbounded where they are computed."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return math.inf
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT and others keep a few rows before the first position.
+    return positions if any(0 <= table.num_embeddings - positions <= 2 for table in tables) else math.inf
 
 
 def _config_beside(ladder: RankLadder | str | Path) -> ChunkWiseConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
 from chunkwise_lora.engines.transformers.layers import Step, parts_of
+from chunkwise_lora.errors import EngineError
 from chunkwise_lora.kv_policy import KVDecision
 from chunkwise_lora.scheduler import RuntimeScheduler
 from chunkwise_lora.trace import SequenceTrace, Trace
@@ -57,7 +59,8 @@ class Session:
 
     `adapters` names each prompt's adapter. `prompt_columns` is the width of the prompts, padding included: their
     tokens are planned without entropies, since a prefill in one pass does not know them and one in several must not
-    differ. After one of `eos_token_ids` a sequence has ended, and what follows is padding. `carries_out` tells whether the cache obeys KV decisions, `kv_notes` which it leaves undone.
+    differ. After one of `eos_token_ids` a sequence has ended, and what follows is padding. `carries_out` tells whether
+    the cache obeys KV decisions, `kv_notes` which it leaves undone. A sequence that outgrows `positions` is refused.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class Session:
         eos_token_ids: Collection[int] = (),
         carries_out: bool,
         kv_notes: Sequence[str] = (),
+        positions: float = math.inf,
     ) -> None:
         self.config = config
         self.cache = SessionCache(self, model_config, carries_out)
         self._kv_notes = tuple(kv_notes)
+        self._positions = positions
         self._model_config = model_config
         self._adapters = list(adapters)
         self._infos = infos
@@ -112,7 +117,7 @@ class Session:
             decisions.append(self._plan(row, scheduler, columns, ids[row], tokens))
         self._pending = (tokens, decisions)
         self._columns += width - known
-        self._fill_step(batch, width, input_ids.device)
+        self._fill_step(batch, width)
         if self.cache.own and inputs.get("past_key_values") is self.cache:
             self._align_mask(inputs, real)
         self._scheduler_seconds += time.perf_counter() - start
@@ -188,6 +193,11 @@ class Session:
                 entropies[0] = self._entropies[row]
             self._ended[row] = not self._eos_token_ids.isdisjoint(new)
         plan = scheduler.step(new, entropies)
+        if scheduler.position > self._positions:
+            raise EngineError(
+                f"a sequence has come to {scheduler.position} tokens, but the model has learned {self._positions} "
+                "positions; lower max_new_tokens or shorten the prompt"
+            )
         tokens[row, columns] = np.arange(scheduler.position - len(new), scheduler.position)
         weights = np.full((tokens.shape[1], plan.weights.shape[1]), np.nan, np.float32)
         weights[columns] = plan.weights
@@ -195,7 +205,7 @@ class Session:
         self._tokens[row] += new
         return plan.decisions
 
-    def _fill_step(self, batch: int, width: int, device: torch.device) -> None:
+    def _fill_step(self, batch: int, width: int) -> None:
         step, info = self._step, self._infos
         step.parts, step.sequences, step.batch, step.width = [], {}, batch, width
         for name in dict.fromkeys(self._adapters):
@@ -205,9 +215,9 @@ class Session:
             everyone = len(members) == batch
             weights = np.concatenate([_without_padding(self._of_pass(row, width)) for row in members])
             rows = None if everyone else (members[:, None] * width + np.arange(width)).ravel()
-            parts = parts_of(name, weights, info[name].rung_ranks, rows, device)
+            parts = parts_of(name, weights, info[name].rung_ranks, rows)
             step.parts += parts
-            step.sequences[name] = None if everyone else torch.from_numpy(members).to(device)
+            step.sequences[name] = None if everyone else torch.from_numpy(members)
             self._bytes_read += sum(int(info[name].rung_bytes[part.rung]) for part in parts)
         self._passes += 1
 
