@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from chunkwise_lora import embedded
 from chunkwise_lora.config import PRESETS, ChunkWiseConfig
-from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError
+from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, first_line
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.ladder import RankLadder, describe
 
@@ -128,10 +128,11 @@ def ladder_build(
 
     if (base is None) != (calibration_text is None):
         raise ChunkWiseError("--base and --calibration-text go together; give both or none")
+    storage = _dtype(dtype)
     ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
     if base is not None and calibration_text is not None:
         ladder = _data_aware(ladder, base, calibration_text)
-    ladder.to(_dtype(dtype)).save_pretrained(output)
+    ladder.to(storage).save_pretrained(output)
     console.print(ladder_table(ladder))
     console.print(f"Written to {output}")
     _write_json(json_file, describe(ladder))
@@ -184,7 +185,7 @@ def _load(name: str) -> tuple[Any, Any]:
     try:
         return base, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise EngineError(f"{name}: its tokenizer cannot be loaded ({error})") from None
+        raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def _tokens(tokenizer: Any, text: str) -> torch.Tensor:

@@ -15,3 +15,8 @@ class LadderError(ChunkWiseError):
 
 class EngineError(ChunkWiseError):
     """A model, a ladder and a call do not fit together."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its advice on further lines."""
+    return str(error).partition("\n")[0]

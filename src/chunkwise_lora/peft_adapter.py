@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chunkwise_lora.errors import LadderError
+from chunkwise_lora.errors import LadderError, first_line
 from chunkwise_lora.files import read_text
 
 CONFIG_NAME = "adapter_config.json"
@@ -97,7 +97,7 @@ def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
     try:
         config, weights = (cached_file(str(adapter), name, revision=revision) for name in (CONFIG_NAME, WEIGHTS_NAME))
     except (OSError, ValueError) as error:
-        raise LadderError(f"{adapter}: no such folder, and not to be had from the hub ({error})") from None
+        raise LadderError(f"{adapter}: no such folder, and not to be had from the hub ({first_line(error)})") from None
     return Path(str(config)), Path(str(weights))
 
 

@@ -75,12 +75,12 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
 def comparison_table(results: Sequence[Comparison]) -> Table:
     """One row per contestant; an x is the median over rounds of its time over PEFT unmerged's in the same round."""
     scored = any(result.perplexity is not None for result in results)
-    table = Table(title="Interleaved rounds; x: times PEFT unmerged", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="Interleaved rounds; x: times PEFT unmerged", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
-    for column in ("decode\nms/token", "x", "prefill\nms", "x", "adapter KB\nper token", "KV cache\nKB"):
+    for column in ("decode\nms/token", "x", "prefill\nms", "x", "adapter\nKB/token", "KV cache\nKB"):
         table.add_column(column, justify="right")
     if scored:
-        table.add_column("perplexity\n(held text)", justify="right")
+        table.add_column("held text\nperplexity", justify="right")
     for result in results:
         row = [
             result.name,

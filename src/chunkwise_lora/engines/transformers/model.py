@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
 from chunkwise_lora.engines.transformers.layers import Factors, GatedLinear, ReplacedModule, Step
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
-from chunkwise_lora.errors import EngineError
+from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.trace import Trace
 
@@ -356,7 +356,9 @@ def load_base(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
-        raise EngineError(f"{name_or_path}: cannot be loaded as a causal language model ({error})") from None
+        raise EngineError(
+            f"{name_or_path}: cannot be loaded as a causal language model ({first_line(error)})"
+        ) from None
 
 
 def _refuse_model(model: object) -> None:
