@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +46,8 @@ def demo(
     json_file: JsonOption = None,
 ) -> None:
     """Run the whole method on the embedded model: coloured text, then a comparison with PEFT."""
+    from transformers import set_seed
+
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.evaluation.compare import compare, contestants
     from chunkwise_lora.rendering import comparison_table, rank_legend
@@ -55,7 +58,8 @@ def demo(
     with ChunkWiseModel(base, ladders, ChunkWiseConfig.preset("balanced")) as model:
         console.print(rank_legend(ladders["wiki"].rung_ranks))
         names, prompts = zip(*DEMO_PROMPTS, strict=True)
-        shown = _show(model, tokenizer, list(prompts), list(names), new_tokens)
+        set_seed(0)
+        shown = _show(model, tokenizer, list(prompts), list(names), new_tokens, do_sample=True, top_p=0.7)
 
     entrants = contestants(
         base, embedded.ADAPTERS["wiki"], {name: ChunkWiseConfig.preset(name) for name in PRESETS}, ladders["wiki"]
@@ -106,7 +110,7 @@ def generate(
     with ChunkWiseModel(base, source, chosen) as chunkwise:
         if show_ranks:
             console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
-        shown = _show(chunkwise, tokenizer, [prompt], None, max_new_tokens, show_ranks)
+        shown = _show(chunkwise, tokenizer, [prompt], None, max_new_tokens, show_ranks, do_sample=False)
     _write_json(json_file, shown[0])
 
 
@@ -201,6 +205,7 @@ def _show(
     adapters: list[str] | None,
     new_tokens: int,
     show_ranks: bool = True,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Generate for all prompts in one batch, print the texts and return what happened."""
     from chunkwise_lora.rendering import coloured_tokens
@@ -213,8 +218,8 @@ def _show(
         attention_mask=inputs.attention_mask,
         adapter_names=adapters,
         max_new_tokens=new_tokens,
-        do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     trace = model.trace
     assert trace is not None
@@ -224,7 +229,7 @@ def _show(
         text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         if show_ranks:
             full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
-            coloured = coloured_tokens(sequence, tokenizer.decode, full_rank, prompt_tokens)
+            coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), full_rank, prompt_tokens)
             ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
             title = f"{sequence.adapter}, {ranks}, {len(sequence.chunks)} chunks"
             console.print(Panel(coloured, title=title))
@@ -238,6 +243,14 @@ def _show(
         style="dim",
     )
     return shown
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens comes with the last of them."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
 
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:

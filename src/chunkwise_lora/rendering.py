@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 
 from rich.box import SIMPLE_HEAD
@@ -19,17 +19,16 @@ COLD, WARM = (198, 219, 239), (253, 141, 60)
 """Background of rank 0 and of the full rank."""
 
 
-def coloured_tokens(
-    sequence: SequenceTrace, decode: Callable[[list[int]], str], full_rank: float, prompt_tokens: int = 0
-) -> Text:
-    """The text of a sequence, each token on the colour of its rank, a bar before each chunk, the prompt in italics."""
+def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: float, prompt_tokens: int = 0) -> Text:
+    """A sequence's text, the piece of each token on the colour of its rank, a bar before each chunk, the prompt in
+    italics."""
     starts = {chunk.chunk.start for chunk in sequence.chunks} - {0}
     text = Text()
-    for position, (token, rank) in enumerate(zip(sequence.tokens, sequence.ranks, strict=True)):
+    for position, (piece, rank) in enumerate(zip(pieces, sequence.ranks, strict=True)):
         if position in starts:
             text.append("│", style="bold red")
         share = rank / full_rank if full_rank else 0.0
-        text.append(decode([token]), style=_style(share, italic=position < prompt_tokens))
+        text.append(piece, style=_style(share, italic=position < prompt_tokens))
     return text
 
 
@@ -50,8 +49,8 @@ def rank_legend(ranks: Sequence[float]) -> Text:
 def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
     """Spectrum and energy kept per rung, for at most `rows` modules."""
     prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
-    table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung")
-    table.add_column(f"{prefix}." if prefix else "module", overflow="fold")
+    table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung", box=SIMPLE_HEAD, padding=0)
+    table.add_column(f"{prefix}." if prefix else "module", no_wrap=True)
     table.add_column("r", justify="right")
     table.add_column("spectrum", no_wrap=True)
     for rank in ladder.rung_ranks[1:-1]:

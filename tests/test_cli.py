@@ -1,0 +1,121 @@
+"""The commands, run as a user runs them, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkwise_lora import ChunkWiseConfig, RankLadder, cli, embedded
+
+TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
+
+    def chunkwise(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["chunkwise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return chunkwise
+
+
+def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text(TEXT * 3)
+    monkeypatch.setattr(embedded, "HELD_TEXT", held)
+    code, out, err = run("demo", "--new-tokens", 4, "--rounds", 1, "--json", tmp_path / "demo.json")
+    assert (code, err) == (0, "")
+    assert "mean rank" in out and "│" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert [one["adapter"] for one in result["generations"]] == ["wiki", "wiki", "e2e"]
+    rows = {row["name"]: row for row in result["comparison"]}
+    assert list(rows)[:3] == ["base, no adapter", "PEFT merged", "PEFT unmerged"]
+    assert rows["base, no adapter"]["adapter_bytes_per_token"] == rows["PEFT merged"]["adapter_bytes_per_token"] == 0
+    unmerged, lossless = rows["PEFT unmerged"], rows["ChunkWise lossless"]
+    assert lossless["adapter_bytes_per_token"] == unmerged["adapter_bytes_per_token"]
+    assert lossless["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-4)
+    for preset in ("balanced", "compact"):
+        ours = rows[f"ChunkWise {preset}"]
+        assert 0 < ours["adapter_bytes_per_token"] < unmerged["adapter_bytes_per_token"]
+
+
+def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:
+    arguments = ("generate", "--prompt", TEXT, "--max-new-tokens", 8, "--preset", "compact")
+    code, plain, _ = run(*arguments)
+    assert code == 0 and "rank" not in plain
+    code, coloured, _ = run(*arguments, "--show-ranks", "--json", tmp_path / "out.json")
+    assert code == 0 and "mean rank" in coloured
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["text"].strip() in plain
+    assert len(result["ranks"]) == len(result["tokens"])
+    assert 0 < result["mean_rank"] < 16
+
+
+def test_generate_takes_knobs_from_a_file(run: Any, tmp_path: Path) -> None:
+    config = tmp_path / "knobs.json"
+    config.write_text(ChunkWiseConfig.preset("lossless").to_json())
+    code, *_ = run("generate", "--prompt", TEXT, "--max-new-tokens", 2, "--config", config, "--json", tmp_path / "o")
+    assert code == 0 and json.loads((tmp_path / "o").read_text())["mean_rank"] == 16
+
+
+def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text(TEXT * 40)
+    folder = tmp_path / "ladder"
+    code, out, _ = run("ladder", "build", "wiki", "-o", folder, "--base", embedded.BASE, "--calibration-text", text)
+    assert code == 0 and "data-aware" in out
+    assert RankLadder.from_pretrained(folder).build == "data-aware"
+    code, out, _ = run("ladder", "show", folder, "--json", tmp_path / "show.json")
+    assert code == 0 and "0.self_attn.q_proj" in out
+    shown = json.loads((tmp_path / "show.json").read_text())
+    assert all(module["energy"] == sorted(module["energy"]) for module in shown["modules"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "--prompt", ""), "empty"),
+        (("generate", "--prompt", "a", "--preset", "fast"), "lossless, balanced, compact"),
+        (("generate", "--prompt", "a", "--preset", "compact", "--config", "x.json"), "one of them"),
+        (("generate", "--prompt", "a", "--config", "no/such.json"), "no/such.json"),
+        (("generate", "--prompt", "a", "--adapter", "no/such"), "no/such"),
+        (("generate", "--prompt", "a", "--model", "no/such"), "no/such"),
+        (("ladder", "show", "no/such"), "no/such"),
+        (("ladder", "build", "wiki", "-o", "x", "--base", "y"), "--calibration-text"),
+        (("ladder", "build", "wiki", "-o", "x", "--dtype", "int4"), "bfloat16"),
+    ],
+)
+def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 1
+    assert told in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT)
+    code, _, err = run(
+        "ladder", "build", "wiki", "-o", tmp_path / "x", "--base", embedded.BASE, "--calibration-text", text
+    )
+    assert code == 1 and "short.txt" in err and "512" in err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("generate",), ("ladder",), ("ladder", "build"), ("ladder", "show")]
+)
+def test_every_command_has_help(run: Any, command: tuple[str, ...]) -> None:
+    code, out, _ = run(*command, "--help")
+    assert code == 0 and "Usage" in out
