@@ -16,8 +16,11 @@ import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from chunkwise_lora.engines.transformers import FastPaths
+
 VOCABULARY = 97
 PAD = 0
+FAST = {"all fast paths": FastPaths(), "no fast path": FastPaths(kernels=False, attention=False, products=False)}
 SLIDING_WINDOW = 16
 
 _COMMON: dict[str, Any] = {

@@ -158,7 +158,7 @@ def test_positional_arguments_mean_what_the_model_says_they_mean() -> None:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with ChunkWiseModel(base, adapter("gpt2"), LOSSLESS) as model:
         expected = model(ids, attention_mask=mask).logits
-        assert torch.allclose(base(ids, None, mask).logits, expected)
+        assert torch.allclose(base(ids, None, mask).logits, expected, atol=1e-5)
         assert not torch.allclose(base(ids).logits, expected)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
 from chunkwise_lora.config import ChunkingConfig, CompositionConfig, KVCacheConfig, LevelKVPolicy, SelectionConfig
-from chunkwise_lora.engines.transformers import layers
+from chunkwise_lora.engines.transformers import FastPaths, layers
 from chunkwise_lora.engines.transformers.layers import Factors, GatedLinear, Step, parts_of
 from chunkwise_lora.ladder import LadderModule
-from models import ARCHITECTURES, adapter, build, greedy, linear_outputs_plus, prompts
+from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_plus, prompts
 
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
 
@@ -87,15 +87,16 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(modules, owners, weights, width, seed)
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("gain", GROUPING.values(), ids=GROUPING)
 @given(case=cases())
-def test_random_plans_equal_the_gate_form(gain: float, case: Case) -> None:
+def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) -> None:
     generator = torch.Generator().manual_seed(case.seed)
     linear = nn.Linear(6, 5)
     x = torch.randn(len(case.owners), case.width, 6, generator=generator)
     expected = linear(x).reshape(-1, 5)
     step = Step(batch=len(case.owners), width=case.width)
-    gated = GatedLinear("linear", linear, step)
+    gated = GatedLinear("linear", linear, step, FAST[fast])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(layers, "GROUPING_GAIN", gain)
         for name, module in case.modules.items():
@@ -277,7 +278,7 @@ def test_a_head_with_both_a_lora_and_a_replacement_in_one_batch_gives_each_seque
 
 def test_a_module_that_sees_routed_tokens_refuses_gates_per_token() -> None:
     step = Step(batch=2, width=3)
-    gated = GatedLinear("experts.0", nn.Linear(6, 5), step)
+    gated = GatedLinear("experts.0", nn.Linear(6, 5), step, FastPaths())
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
     gated.factors["a"] = Factors(module, torch.device("cpu"), torch.float32)
     plan = np.array([[1, 0], [0, 1]] * 3, np.float32)

@@ -11,15 +11,18 @@ from transformers import TextGenerationPipeline
 from transformers.generation.streamers import BaseStreamer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
-from models import ADAPTERS, ARCHITECTURES, PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
+from chunkwise_lora.engines.transformers import FastPaths
+from models import ADAPTERS, ARCHITECTURES, FAST, PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
 
 LOSSLESS = ChunkWiseConfig.preset("lossless")
 TOLERANCE = 1e-4
 NEW_TOKENS = 64
 
 
-def attached(architecture: str = "llama", kind: str = "plain", **changes: Any) -> ChunkWiseModel:
-    return ChunkWiseModel(build(architecture, **changes), adapter(architecture, kind), LOSSLESS)
+def attached(
+    architecture: str = "llama", kind: str = "plain", fast: FastPaths | None = None, **changes: Any
+) -> ChunkWiseModel:
+    return ChunkWiseModel(build(architecture, **changes), adapter(architecture, kind), LOSSLESS, fast)
 
 
 def assert_same_generation(model: ChunkWiseModel, rival: Any, base: Any, inputs: dict[str, Tensor]) -> None:
@@ -31,9 +34,12 @@ def assert_same_generation(model: ChunkWiseModel, rival: Any, base: Any, inputs:
     assert (logits - expected_logits).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lossless_matches_peft(architecture: str) -> None:
-    assert_same_generation(attached(architecture), peft_model(architecture), build(architecture), prompts())
+def test_lossless_matches_peft(architecture: str, fast: str) -> None:
+    assert_same_generation(
+        attached(architecture, fast=FAST[fast]), peft_model(architecture), build(architecture), prompts()
+    )
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -147,7 +153,7 @@ def test_an_adapter_that_replaces_the_head_leaves_other_sequences_their_own() ->
 
 def test_the_base_name_runs_the_base_model() -> None:
     inputs = prompts()
-    tokens, logits = greedy(attached(), inputs, 16, adapter_names="__base__")
+    tokens, logits = greedy(attached(fast=FAST["no fast path"]), inputs, 16, adapter_names="__base__")
     expected_tokens, expected_logits = greedy(build("llama"), inputs, 16)
     assert torch.equal(tokens, expected_tokens)
     assert torch.equal(logits, expected_logits)
@@ -185,7 +191,8 @@ def test_lossless_keeps_every_direction_and_every_byte() -> None:
     model.generate(**prompts(), max_new_tokens=8, do_sample=False)
     trace = model.trace
     assert trace is not None
-    assert trace.kv_bytes == trace.kv_bytes_full
+    # The cache keeps room for the tokens to come: 16 slots, of 11 + 7 + 16 in all.
+    assert trace.kv_bytes * 18 == trace.kv_bytes_full * (11 + 1 + 16)
     full = model.ladders["default"].rung_ranks[-1]
     assert [len(sequence.ranks) for sequence in trace.sequences] == [5 + 7, 11 + 7, 8 + 7]
     assert [sequence.mean_rank for sequence in trace.sequences] == pytest.approx([full] * 3)

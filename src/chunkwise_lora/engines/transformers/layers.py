@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chunkwise_lora.engines.transformers.native import Kernels, emulates, kernels
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
 
 GROUPING_GAIN = 24.0
 """Tokens are grouped by rung when that saves this many directions per token: moving a token's activations into a
 group and back costs about as much as that many of its directions."""
+
+FEW_TOKENS = 32
+"""Up to so many tokens of a pass the kernels are faster than PyTorch's products of matrices."""
 
 
 class Factors:
@@ -28,10 +32,11 @@ class Factors:
         down = module.down.to(device, dtype).contiguous()
         up = module.up.to(device, dtype).T.contiguous()  # transposed, so that a rung is a contiguous slice
         self.ranks = module.ranks
-        self.table = module.gate_table().to(device, dtype)
-        """(rungs, r)"""
-        self.slices = [(down[:k].T, up[:k]) if k else None for k in module.ranks]
-        """Per rung the factors (in, k) and (k, out), views of the full ones; None at rank 0."""
+        self.slices = [(down[:k], up[:k]) for k in module.ranks]
+        """Per rung the factors (k, in) and (k, out), views of the full ones."""
+        self.emulated = emulates(dtype, device)
+        self.table = module.gate_table().to(device)
+        """(rungs, r) float32"""
 
 
 @dataclass
@@ -59,12 +64,11 @@ class Part:
         return self._copies[device]
 
     def gates(self, factors: Factors) -> Tensor:
-        """(tokens, k) the gates of a module; modules with equal ranks share them."""
+        """(tokens, k) float32 the gates of a module; modules with equal ranks share them."""
         gates = self._gates.get(factors.ranks)
         if gates is None:
             assert self.weights is not None
-            table = factors.table[:, : factors.ranks[self.rung]]
-            gates = self._gates[factors.ranks] = self.weights.to(table.dtype) @ table
+            gates = self._gates[factors.ranks] = self.weights @ factors.table[:, : factors.ranks[self.rung]]
         return gates
 
     def tail(self, columns: int, step: Step) -> Part:
@@ -91,6 +95,17 @@ class Step:
     """Sequences of the pass."""
     width: int = 0
     """Tokens of the pass per sequence, padding included."""
+    _widened: tuple[Tensor, Tensor] | None = None
+
+    def clear(self) -> None:
+        """Between passes no adapter runs, and nothing of a pass is held."""
+        self.parts, self.sequences, self._widened = [], {}, None
+
+    def widen(self, x: Tensor) -> Tensor:
+        """x in float32; modules that share an input share it."""
+        if self._widened is None or self._widened[0] is not x:
+            self._widened = x, x.float()
+        return self._widened[1]
 
 
 def parts_of(adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None) -> list[Part]:
@@ -121,45 +136,108 @@ def _part(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: int)
     )
 
 
+@dataclass(frozen=True)
+class FastPaths:
+    """Which of the engine's fast paths may run; what they compute is the same up to rounding."""
+
+    kernels: bool = True
+    """C kernels for the products and the attention of decode steps, on a CPU with a C compiler."""
+    attention: bool = True
+    """An attention function of our own, which takes INT8 entries as they are. Only in place of transformers' `sdpa`."""
+    products: bool = True
+    """On a CPU that emulates the model's half precision: linear layers computed in float32, from the same weights."""
+
+
 class GatedLinear:
     """Stands in for the `forward` of a linear module of any kind and adds the adapters' parts."""
 
-    def __init__(self, name: str, module: nn.Module, step: Step) -> None:
+    def __init__(self, name: str, module: nn.Module, step: Step, fast: FastPaths) -> None:
         self.name = name
         self.factors: dict[str, Factors] = {}
         self.inner: Callable[[Tensor], Tensor] = module.forward
-        """What gives W x: the module's own forward, or a `ReplacedModule`."""
+        """What gives W x: the module's own forward, a `WideProduct` or a `ReplacedModule`."""
         self._step = step
+        self._kernels: Kernels | None = None
+        if (weight := getattr(module, "weight", None)) is not None and weight.device.type == "cpu":
+            self._kernels = kernels(weight.dtype) if fast.kernels else None
+            if fast.products and type(module) is nn.Linear and emulates(weight.dtype, weight.device):
+                self.inner = WideProduct(module, step, self._kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         y = self.inner(x)
         for part in self._step.parts:
             factors = self.factors.get(part.adapter)
-            if factors is not None and (slices := factors.slices[part.rung]) is not None:
-                y = self._add(y, x, part, factors, slices)
+            if factors is not None and factors.ranks[part.rung]:
+                y = self._add(y, x, part, factors)
         return y
 
-    def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors, slices: tuple[Tensor, Tensor]) -> Tensor:
-        down, up = slices
-        if part.weights is None and part.rows is None:
-            return y + (x.to(down.dtype) @ down @ up).to(y.dtype)
-        x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        columns, rest = divmod(len(x_rows), self._step.batch)
-        if rest or columns > self._step.width or (columns < self._step.width and x.ndim < 3):
-            raise EngineError(
-                f"{self.name}: sees {len(x_rows)} tokens of a pass of {self._step.batch} x {self._step.width} (a "
-                "routed expert?), so it cannot give each its own gates; use the lossless preset with one adapter per "
-                "batch"
-            )
-        if columns < self._step.width:
-            part = part.tail(columns, self._step)
-        part = part.on(x.device)
-        hidden = (x_rows if part.rows is None else x_rows[part.rows]).to(down.dtype) @ down
-        if part.weights is not None:
-            hidden = hidden * part.gates(factors)
+    def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors) -> Tensor:
+        down, up = factors.slices[part.rung]
+        if part.weights is not None or part.rows is not None:
+            part = self._seen(x, part).on(x.device)
+        gates = None if part.weights is None else part.gates(factors)
+        if self._runs_kernel(y, x, down):
+            assert self._kernels is not None
+            self._kernels.add_adapter(y, x, down, up, gates, part.rows)
+            return y
+        if factors.emulated:
+            x, down, up = self._step.widen(x), down.float(), up.float()
+        else:
+            x = x.to(down.dtype)
+        if part.rows is not None:
+            x = x.reshape(-1, x.shape[-1])[part.rows]
+        hidden = nn.functional.linear(x, down)
+        if gates is not None:
+            hidden = hidden.view(gates.shape).mul(gates).to(up.dtype).view(hidden.shape)
         output = (hidden @ up).to(y.dtype)
-        return (y_rows + output if part.rows is None else y_rows.index_add(0, part.rows, output)).view(y.shape)
+        if part.rows is None:
+            return y + output
+        return y.reshape(-1, y.shape[-1]).index_add(0, part.rows, output).view(y.shape)
+
+    def _seen(self, x: Tensor, part: Part) -> Part:
+        """The part as it stands among the tokens that this module sees."""
+        tokens, step = x.numel() // x.shape[-1], self._step
+        columns, rest = divmod(tokens, step.batch)
+        if rest or columns > step.width or (columns < step.width and x.ndim < 3):
+            raise EngineError(
+                f"{self.name}: sees {tokens} tokens of a pass of {step.batch} x {step.width} (a routed expert?), so it "
+                "cannot give each its own gates; use the lossless preset with one adapter per batch"
+            )
+        return part.tail(columns, step) if columns < step.width else part
+
+    def _runs_kernel(self, y: Tensor, x: Tensor, down: Tensor) -> bool:
+        return (
+            self._kernels is not None
+            and x.numel() <= FEW_TOKENS * x.shape[-1]
+            and x.dtype == y.dtype == down.dtype
+            and x.is_contiguous()
+            and y.is_contiguous()
+            and not y.requires_grad
+        )
+
+
+class WideProduct:
+    """A linear layer whose half-precision weights are widened on the fly, where a CPU would emulate the product.
+
+    Up to rounding the same: every product of two halves is exact in float32, and sums are rounded once.
+    """
+
+    def __init__(self, module: nn.Linear, step: Step, few: Kernels | None) -> None:
+        self._module = module
+        self._step = step
+        self._few = few
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        weight, bias = self._module.weight, self._module.bias
+        few = x.numel() <= FEW_TOKENS * x.shape[-1]
+        if torch.is_grad_enabled() or x.dtype != weight.dtype or (few and self._few is None):
+            return nn.functional.linear(x, weight, bias)
+        if few and self._few is not None:
+            return self._few.multiply(self._step.widen(x), weight, bias)
+        y = nn.functional.linear(self._step.widen(x), weight.float(), None if bias is None else bias.float())
+        return y.to(x.dtype)
 
 
 class ReplacedModule:

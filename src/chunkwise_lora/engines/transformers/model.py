@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
-from chunkwise_lora.engines.transformers.layers import Factors, GatedLinear, ReplacedModule, Step
+from chunkwise_lora.engines.transformers import attention
+from chunkwise_lora.engines.transformers.layers import Factors, FastPaths, GatedLinear, ReplacedModule, Step
+from chunkwise_lora.engines.transformers.native import emulates
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
 from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """The name of a ladder given without one, as in PEFT."""
+
+PREFILL_TOKENS = 2048
+"""Longer prompts are prefilled in passes of so many tokens, so that the KV policy keeps the peak of memory low."""
 
 REFUSED_OPTIONS = {
     "assistant_model": "assisted generation rolls the cache back, which a cache that drops entries cannot",
@@ -54,6 +59,7 @@ class ChunkWiseModel:
         model: A loaded causal language model, not wrapped by PEFT.
         ladder: A ladder, the folder of a ladder or of a PEFT adapter, or several of these by name.
         config: Knobs of the method. By default those beside the ladder's folder, or else the `balanced` preset.
+        fast: Which fast paths may run; by default all that the machine allows.
 
     Raises:
         EngineError: The ladder does not fit the model's modules, by name or shape, or the model is not supported.
@@ -67,9 +73,11 @@ class ChunkWiseModel:
         model: PreTrainedModel,
         ladder: RankLadder | str | Path | Mapping[str, RankLadder | str | Path],
         config: ChunkWiseConfig | None = None,
+        fast: FastPaths | None = None,
     ) -> None:
         _refuse_model(model)
         self.model = model
+        self._fast = fast or FastPaths()
         ladders = dict(ladder) if isinstance(ladder, Mapping) else {DEFAULT: ladder}
         if not ladders:
             raise EngineError("give at least one ladder")
@@ -83,6 +91,11 @@ class ChunkWiseModel:
         self._restore: list[Callable[[], None]] = []
         self._carries_out, self._kv_notes = _kv_support(model)
         self._learned_positions = _learned_positions(model)
+        self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        if self._fast.products:
+            for name, module in model.named_modules():
+                if type(module) is nn.Linear and emulates(module.weight.dtype, module.weight.device):
+                    self._linears[name] = self._gated(name, module)
         for name, one in ladders.items():
             self.load_ladder(name, one)
         self.attach()
@@ -120,6 +133,8 @@ class ChunkWiseModel:
                 raise EngineError(f"{name}: another ChunkWiseModel is attached to this model; detach that one first")
         for name, module in modules.items():
             self._replace(module, "forward", self._linears.get(name) or self._replaced[name])
+        if self._fast.attention and self._carries_out:
+            self._use_attention(attention.NAME)
         self._replace(self.model, "generate", self.generate)
         self._restore += [
             self.model.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove,
@@ -146,6 +161,14 @@ class ChunkWiseModel:
         setattr(module, name, value)
         self._restore.append(lambda: own.pop(name) if before is None else own.update({name: before}))
 
+    def _use_attention(self, name: str) -> None:
+        """Run `sdpa` attention by the implementation `name` until `detach`; another one stays the user's choice."""
+        config = self.model.config.get_text_config()
+        before = config._attn_implementation
+        if before == "sdpa" and type(self.model)._supports_attention_backend:
+            config._attn_implementation = name
+            self._restore.append(lambda: setattr(config, "_attn_implementation", before))
+
     # Ladders
 
     def load_ladder(self, name: str, ladder: RankLadder | str | Path) -> None:
@@ -162,7 +185,7 @@ class ChunkWiseModel:
         self.detach()
         dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
         for module_name, module in modules.items():
-            gated = self._linears.setdefault(module_name, GatedLinear(module_name, module, self._step))
+            gated = self._linears.setdefault(module_name, self._gated(module_name, module))
             gated.factors[name] = Factors(ladder.modules[module_name], _device(self.model, module), dtype)
         for module_name, module in copies.items():
             original = self.model.get_submodule(module_name)
@@ -177,6 +200,9 @@ class ChunkWiseModel:
         self._infos[name] = AdapterInfo(np.array(ladder.rung_ranks), np.array(rung_bytes))
         if attached:
             self.attach()
+
+    def _gated(self, name: str, module: nn.Module) -> GatedLinear:
+        return GatedLinear(name, module, self._step, self._fast)
 
     # Running
 
@@ -218,6 +244,8 @@ class ChunkWiseModel:
         )
         if use_cache:
             options["past_key_values"] = session.cache
+            if input_ids.shape[1] > PREFILL_TOKENS and not _pads(options.get("attention_mask")):
+                options.setdefault("prefill_chunk_size", PREFILL_TOKENS)
         self.trace = None
         with self._running(session):
             output = type(self.model).generate(self.model, input_ids, **options)
@@ -268,7 +296,7 @@ class ChunkWiseModel:
             yield
         finally:
             self._session = None
-            self._step.parts, self._step.sequences = [], {}
+            self._step.clear()
 
     def _new_session(
         self,
@@ -297,14 +325,14 @@ class ChunkWiseModel:
             self._step,
             prompt_columns=prompt_columns,
             eos_token_ids=[] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist(),
-            carries_out=self._carries_out and config.kv_cache.acts,
+            carries_out=self._carries_out,
+            use_kernels=self._fast.kernels,
             kv_notes=notes,
             positions=self._learned_positions,
         )
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngineError("plans are made from token ids; pass input_ids, not inputs_embeds")
@@ -319,9 +347,8 @@ class ChunkWiseModel:
         return (), inputs
 
     def _after_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._session is None:
-            self._step.parts, self._step.sequences = [], {}
-        else:
+        self._step.clear()
+        if self._session is not None:
             self._session.after_pass(output[0] if isinstance(output, tuple) else output.logits)
 
     def _check_prompt(self, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
@@ -379,6 +406,10 @@ def _refuse_options(options: Mapping[str, Any], defaults: GenerationConfig, use_
             raise EngineError(f"generate: {name} is not supported: {reason}")
     if options.get("num_beams", defaults.num_beams or 1) > 1 and not use_cache:
         raise EngineError("generate: num_beams with use_cache=False is not supported: beams are followed in the cache")
+
+
+def _pads(mask: Tensor | None) -> bool:
+    return mask is not None and not bool(mask.all())
 
 
 def _learned_positions(model: PreTrainedModel) -> float:

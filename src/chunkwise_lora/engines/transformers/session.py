@@ -44,8 +44,8 @@ NO_ADAPTER = AdapterInfo(np.zeros(1), np.zeros(1, np.int64))
 class SessionCache(ChunkWiseCache):
     """The cache of a session, through which a beam search reaches its schedulers too."""
 
-    def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool) -> None:
-        super().__init__(config, session.config.kv_cache.int8_head_share, carries_out)
+    def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool, use_kernels: bool) -> None:
+        super().__init__(config, session.config.kv_cache.int8_head_share, carries_out, use_kernels)
         self._session = weakref.proxy(session)  # the session holds the cache
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -60,7 +60,8 @@ class Session:
     `adapters` names each prompt's adapter. `prompt_columns` is the width of the prompts, padding included: their
     tokens are planned without entropies, since a prefill in one pass does not know them and one in several must not
     differ. After one of `eos_token_ids` a sequence has ended, and what follows is padding. `carries_out` tells whether
-    the cache obeys KV decisions, `kv_notes` which it leaves undone. A sequence that outgrows `positions` is refused.
+    the cache can obey KV decisions, `kv_notes` which it leaves undone, `use_kernels` whether kernels may read it. A
+    sequence that outgrows `positions` is refused.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Session:
         prompt_columns: int,
         eos_token_ids: Collection[int] = (),
         carries_out: bool,
+        use_kernels: bool = True,
         kv_notes: Sequence[str] = (),
         positions: float = math.inf,
     ) -> None:
         self.config = config
-        self.cache = SessionCache(self, model_config, carries_out)
+        self.cache = SessionCache(self, model_config, carries_out, use_kernels)
         self._kv_notes = tuple(kv_notes)
         self._positions = positions
         self._model_config = model_config

@@ -1,0 +1,42 @@
+"""Attention of models with ladders: INT8 entries are read as they are, and no half precision is emulated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
+from chunkwise_lora.engines.transformers.native import emulates
+
+NAME = "chunkwise"
+"""Its name among transformers' attention implementations."""
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, but for a decode step over a `ChunkWiseLayer` a kernel where there is one.
+
+    query (batch, heads, tokens, head_dim); key and value as the cache gave them; the output is
+    (batch, tokens, heads, head_dim). That a cache's own tensors arrive here tells it that it need not widen INT8.
+    """
+    layer = getattr(key, "layer", None)
+    if isinstance(layer, ChunkWiseLayer):
+        layer.read_by_attention = True
+        plain = not options.get("dropout") and options.get("position_bias") is None
+        if plain and layer.attends(query, attention_mask):
+            scaling = options.get("scaling")
+            return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        key, value = layer.read()
+    if not emulates(query.dtype, query.device):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return output.to(query.dtype), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

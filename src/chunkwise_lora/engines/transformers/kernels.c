@@ -1,0 +1,236 @@
+// What a decode step needs and PyTorch has no fast CPU form of: skinny products that add an adapter, and attention of one
+// new token over a cache of INT8 and full-precision entries. Each stored byte is read once, and nothing is copied.
+//
+// native.py compiles this file once per element type: float, or bfloat16 with -DBFLOAT16.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+static inline float widen_bfloat16(uint16_t x) {
+  union { uint32_t bits; float value; } both = {(uint32_t)x << 16};
+  return both.value;
+}
+
+#ifdef BFLOAT16
+typedef uint16_t element;
+static inline float widen(element x) { return widen_bfloat16(x); }
+static inline element narrow(float x) {  // to the nearest, ties to even
+  union { float value; uint32_t bits; } both = {x};
+  return x == x ? (both.bits + 0x7fff + ((both.bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+#else
+typedef float element;
+static inline float widen(element x) { return x; }
+static inline element narrow(float x) { return x; }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { COLUMNS = 256, SLOTS = 32 };
+
+// y_t += up^T (g_t * (down x_t)), for the tokens t that `rows` lists or for all.
+// y (tokens, out), x (tokens, in), down (rank, in), up (rank, out), gates (tokens, rank) or null for ones.
+void add_adapter(element *y, const element *x, const element *down, const element *up, const float *gates,
+                 const int64_t *rows, int64_t tokens, int64_t in, int64_t out, int64_t rank, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * rank * (in + out) > 200000)
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t row = rows ? rows[t] : t;
+    const element *x_t = x + row * in;
+    element *y_t = y + row * out;
+    float z[rank];
+    for (int64_t j = 0; j < rank; j++) {
+      const element *down_j = down + j * in;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x_t[i]);
+      z[j] = gates ? gates[t * rank + j] * sum : sum;
+    }
+    for (int64_t from = 0; from < out; from += COLUMNS) {
+      const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
+      float sums[COLUMNS] = {0};
+      for (int64_t j = 0; j < rank; j++) {
+        const element *up_j = up + j * out + from;
+        const float z_j = z[j];
+#pragma omp simd
+        for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++) y_t[from + i] = narrow(widen(y_t[from + i]) + sums[i]);
+    }
+  }
+}
+
+// y = x W^T + bias for a few tokens: y (tokens, out), x (tokens, in) already wide, w (out, in), bias (out,) or null. Reads
+// and widens W once for every four tokens, where a product that emulates its element type does for each.
+void multiply(element *y, const float *x, const element *w, const element *bias, int64_t tokens, int64_t in, int64_t out,
+              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t o = 0; o < out; o++) {
+    const element *row = w + o * in;
+    const float start = bias ? widen(bias[o]) : 0;
+    for (int64_t t = 0; t < tokens; t += 4) {
+      const int64_t last = tokens - 1;  // a token past the last is the last once more
+      const int64_t at[4] = {t, t + 1 < last ? t + 1 : last, t + 2 < last ? t + 2 : last, t + 3 < last ? t + 3 : last};
+      const float *x0 = x + at[0] * in, *x1 = x + at[1] * in, *x2 = x + at[2] * in, *x3 = x + at[3] * in;
+      float s0 = start, s1 = start, s2 = start, s3 = start;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int64_t i = 0; i < in; i++) {
+        const float w_i = widen(row[i]);
+        s0 += w_i * x0[i];
+        s1 += w_i * x1[i];
+        s2 += w_i * x2[i];
+        s3 += w_i * x3[i];
+      }
+      y[at[3] * out + o] = narrow(s3);
+      y[at[2] * out + o] = narrow(s2);
+      y[at[1] * out + o] = narrow(s1);
+      y[at[0] * out + o] = narrow(s0);
+    }
+  }
+}
+
+// Keys or values of one layer: `hot` (batch, heads, hot_room, width), then in the cold pool `codes`
+// (batch, int8_heads, cold_room, width) with `scales` (batch, int8_heads, cold_room), and `others`
+// (batch, heads - int8_heads, cold_room, width).
+typedef struct {
+  const element *hot;
+  const int8_t *codes;
+  const uint16_t *scales;  // bfloat16
+  const element *others;
+} Pools;
+
+typedef struct {
+  int64_t batch, heads, group, width;  // `group` query heads share one of `heads` key-value heads
+  int64_t hot, hot_room, cold, cold_room, int8_heads;  // slots in use, and slots there is room for
+  const int32_t *places;  // (heads,) where a head stands: p >= 0 in `codes`, otherwise at -1 - p in `others`
+} Shape;
+
+// exp(x) for x <= 0 to about one part in a million, in a form that compilers vectorise
+static inline float exponential(float x) {
+  const float t = (x < -87.0f ? -87.0f : x) * 1.44269504f;
+  const int32_t whole = (int32_t)(t - 0.5f);
+  const float f = (t - (float)whole) * 0.69314718f;  // within [-0.35, 0.35]
+  const float p = 1 + f * (1 + f * (0.5f + f * (0.16666667f + f * (0.041666667f + f * (0.0083333333f + f * 0.0013888889f)))));
+  union { int32_t bits; float value; } power = {(whole + 127) << 23};
+  return p * power.value;
+}
+
+// Row `slot` of a head, cold slots first, as floats in `row`; its scale is returned, not yet applied.
+INLINE float load(const Pools *pools, const Shape *s, int64_t width, int64_t b, int64_t h, int64_t slot,
+                  float *restrict row) {
+  const element *from;
+  if (slot >= s->cold) {
+    from = pools->hot + ((b * s->heads + h) * s->hot_room + slot - s->cold) * width;
+  } else if (s->places[h] >= 0) {
+    const int64_t at = (b * s->int8_heads + s->places[h]) * s->cold_room + slot;
+    const int8_t *codes = pools->codes + at * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) row[i] = codes[i];
+    return widen_bfloat16(pools->scales[at]);
+  } else {
+    from = pools->others + ((b * (s->heads - s->int8_heads) - 1 - s->places[h]) * s->cold_room + slot) * width;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; i++) row[i] = widen(from[i]);
+  return 1;
+}
+
+// Attention of the heads that share key-value head h over slots `start` to `end`, one block at a time: a running
+// maximum and a sum of exponentials per head, and in `sums` (group, width) the values weighted by them.
+INLINE void attend_part(const element *query, const Pools *keys, const Pools *values, const uint8_t *mask, float scaling,
+                        const Shape *s, int64_t width, int64_t b, int64_t h, int64_t start, int64_t end, float *peaks,
+                        float *totals, float *restrict sums) {
+  const int64_t group = s->group;
+  float row[width], q[group * width], scores[group * SLOTS];
+  for (int64_t i = 0; i < group * width; i++) {
+    q[i] = scaling * widen(query[i]);
+    sums[i] = 0;
+  }
+  for (int64_t g = 0; g < group; g++) {
+    peaks[g] = -1e30f;
+    totals[g] = 0;
+  }
+  for (int64_t block = start; block < end; block += SLOTS) {
+    const int64_t slots = end - block < SLOTS ? end - block : SLOTS;
+    for (int64_t n = 0; n < slots; n++) {
+      const int hidden = mask && !mask[block + n];
+      const float scale = hidden ? 0 : load(keys, s, width, b, h, block + n, row);
+      for (int64_t g = 0; g < group; g++) {
+        float sum = 0;
+        if (!hidden) {
+#pragma omp simd reduction(+ : sum)
+          for (int64_t i = 0; i < width; i++) sum += q[g * width + i] * row[i];
+        }
+        scores[g * SLOTS + n] = hidden ? -1e30f : sum * scale;
+      }
+    }
+    for (int64_t g = 0; g < group; g++) {
+      float *score = scores + g * SLOTS;
+      float peak = peaks[g], total = 0;
+      for (int64_t n = 0; n < slots; n++) peak = score[n] > peak ? score[n] : peak;
+      const float shrink = exponential(peaks[g] - peak);
+      if (shrink != 1) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) sums[g * width + i] *= shrink;
+      }
+#pragma omp simd reduction(+ : total)
+      for (int64_t n = 0; n < slots; n++) {
+        score[n] = score[n] < -9e29f ? 0 : exponential(score[n] - peak);
+        total += score[n];
+      }
+      totals[g] = totals[g] * shrink + total;
+      peaks[g] = peak;
+    }
+    for (int64_t n = 0; n < slots; n++) {
+      if (mask && !mask[block + n]) continue;
+      const float scale = load(values, s, width, b, h, block + n, row);
+      for (int64_t g = 0; g < group; g++) {
+        const float weight = scale * scores[g * SLOTS + n];
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) sums[g * width + i] += weight * row[i];
+      }
+    }
+  }
+}
+
+// output and query (batch, heads * group, width); mask (batch, cold + hot) bytes, at `mask_stride`, or null.
+// The slots of a head are cut into `parts`, whose results are put together by their maxima. Returns 0, or 1 without
+// memory.
+int attend(element *output, const element *query, const Pools *keys, const Pools *values, const uint8_t *mask,
+           int64_t mask_stride, float scaling, const Shape *s, int64_t parts, int threads) {
+  const int64_t cells = s->batch * s->heads, slots = s->cold + s->hot, span = s->group * s->width;
+  float *sums = malloc(cells * parts * (span + 2 * s->group) * sizeof(float));
+  if (!sums) return 1;
+  float *peaks = sums + cells * parts * span, *totals = peaks + cells * parts * s->group;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (int64_t task = 0; task < cells * parts; task++) {
+    const int64_t cell = task / parts, part = task % parts, b = cell / s->heads;
+#define ATTEND(width)                                                                                                 \
+  attend_part(query + cell * span, keys, values, mask ? mask + b * mask_stride : 0, scaling, s, width, b,             \
+              cell % s->heads, slots * part / parts, slots * (part + 1) / parts, peaks + task * s->group,             \
+              totals + task * s->group, sums + task * span)
+    switch (s->width) {  // known widths let the compiler keep rows in registers
+      case 64: ATTEND(64); break;
+      case 128: ATTEND(128); break;
+      default: ATTEND(s->width);
+    }
+  }
+  for (int64_t cell = 0; cell < cells; cell++) {
+    for (int64_t g = 0; g < s->group; g++) {
+      const int64_t first = cell * parts * s->group + g;
+      float peak = -1e30f, total = 0;
+      for (int64_t p = 0; p < parts; p++) peak = fmaxf(peak, peaks[first + p * s->group]);
+      float row[s->width];
+      for (int64_t i = 0; i < s->width; i++) row[i] = 0;
+      for (int64_t p = 0; p < parts; p++) {
+        const float weight = exponential(peaks[first + p * s->group] - peak);
+        const float *part = sums + (cell * parts + p) * span + g * s->width;
+        total += weight * totals[first + p * s->group];
+        for (int64_t i = 0; i < s->width; i++) row[i] += weight * part[i];
+      }
+      for (int64_t i = 0; i < s->width; i++) output[cell * span + g * s->width + i] = narrow(row[i] / total);
+    }
+  }
+  free(sums);
+  return 0;
+}

@@ -1,0 +1,162 @@
+"""The kernels compute what PyTorch does, for every shape, mask and pool; without a compiler all runs on PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from chunkwise_lora import ChunkWiseModel
+from chunkwise_lora.engines.transformers import native
+from chunkwise_lora.engines.transformers.attention import attention
+from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
+from chunkwise_lora.engines.transformers.layers import FEW_TOKENS, FastPaths, Step, WideProduct
+from chunkwise_lora.engines.transformers.native import Kernels, kernels
+from models import adapter, build, greedy, prompts
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def kernels_of(dtype: torch.dtype) -> Kernels:
+    found = kernels(dtype)
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
+
+
+def assert_close(result: Tensor, expected: Tensor) -> None:
+    """Within rounding of the result's own precision."""
+    tolerance = 1e-5 if result.dtype == torch.float32 else 2**-8
+    assert torch.allclose(
+        result.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 6), rank=st.integers(1, 70), width=st.integers(1, 600))
+def test_adding_an_adapter_is_two_products_with_gates_between(
+    dtype: torch.dtype, seed: int, tokens: int, rank: int, width: int
+) -> None:
+    torch.manual_seed(seed)
+    x, y = torch.randn(tokens, 40).to(dtype), torch.randn(tokens, width).to(dtype)
+    down, up = torch.randn(rank, 40).to(dtype) / 6, torch.randn(rank, width).to(dtype)
+    rows = torch.randperm(tokens)[: max(1, tokens // 2)]
+    gates = torch.rand(len(rows), rank)
+    expected = y.double()
+    expected[rows] += (x[rows].double() @ down.double().T * gates) @ up.double()
+    kernels_of(dtype).add_adapter(y, x, down, up, gates, rows)
+    assert_close(y, expected)
+    expected = y.double() + x.double() @ down.double().T @ up.double()
+    kernels_of(dtype).add_adapter(y, x, down, up, None, None)
+    assert_close(y, expected)
+
+
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 9), width=st.integers(1, 300), bias=st.booleans())
+def test_a_product_of_few_tokens_is_that_of_float32(seed: int, tokens: int, width: int, bias: bool) -> None:
+    torch.manual_seed(seed)
+    x, linear = torch.randn(tokens, width).bfloat16(), nn.Linear(width, 33, bias=bias).bfloat16()
+    expected = linear.float()(x.float()).detach()
+    linear.bfloat16()
+    assert_close(kernels_of(torch.bfloat16).multiply(x.float(), linear.weight, linear.bias), expected)
+
+
+@pytest.mark.parametrize("tokens", [FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("use_kernels", [True, False])
+def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -> None:
+    linear, x = nn.Linear(24, 10).bfloat16(), torch.randn(1, tokens, 24).bfloat16()
+    wide = WideProduct(linear, Step(), kernels_of(torch.bfloat16) if use_kernels else None)
+    with torch.no_grad():
+        assert_close(wide(x), linear.float()(x.float()))
+    linear.bfloat16()
+    assert wide(x).requires_grad, "with gradients it is the layer itself"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    width=st.sampled_from([8, 20, 64, 128]),
+    cold=st.integers(0, 90),
+    hot=st.integers(1, 90),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    masked=st.booleans(),
+)
+def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
+    dtype: torch.dtype,
+    seed: int,
+    batch: int,
+    heads: int,
+    group: int,
+    width: int,
+    cold: int,
+    hot: int,
+    share: float,
+    masked: bool,
+) -> None:
+    torch.manual_seed(seed)
+    layer = ChunkWiseLayer(int8_head_share=share)
+    states = 2 * torch.randn(2, batch, heads, cold + hot, width).to(dtype)
+    layer.update(*states)
+    if cold:
+        slots = torch.arange(cold + hot).expand(batch, -1)
+        layer.quantise(slots[:, :cold])
+        layer.sweep(None, slots[:, cold:])
+    query = 2 * torch.randn(batch, heads * group, 1, width).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, 1, 1, cold + hot) > 0.3
+        mask[..., -1] = True  # as ever, a token sees itself
+    kernels_of(dtype)
+    assert layer.attends(query, mask)
+    layer.dtype = torch.float64  # widened without rounding
+    keys, values = (states.double() for states in layer.read())
+    expected = nn.functional.scaled_dot_product_attention(
+        query.double(), keys, values, mask, scale=0.2, enable_gqa=True
+    )
+    assert_close(layer.attend(query, mask, 0.2), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_no_kernel_takes_goes_to_sdpa_over_the_widened_cache(tokens: int) -> None:
+    layer, states = ChunkWiseLayer(use_kernels=False), torch.randn(2, 1, 2, 20, 8)
+    layer.update(*states)
+    slots = torch.arange(20)[None]
+    layer.quantise(slots[:, :10])
+    layer.sweep(None, slots[:, 10:])
+    new = torch.randn(2, 1, 2, tokens, 8)
+    layer.read_by_attention = True
+    keys, values = layer.update(*new)
+    assert keys.shape[2] == 10 + tokens, "only the hot pool is handed over"
+    query, mask = torch.randn(1, 2, tokens, 8), torch.rand(1, 1, tokens, 20 + tokens) > 0.2
+    output, _ = attention(nn.Module(), query, keys, values, mask)
+    assert torch.equal(output, nn.functional.scaled_dot_product_attention(query, *layer.read(), mask).transpose(1, 2))
+
+
+@pytest.mark.parametrize("how", ["switched off", "no compiler", "a compiler that fails"])
+def test_without_kernels_the_same_tokens_come_from_pytorch(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"))
+    expected = greedy(model, prompts(), 24)[0]
+    if how == "switched off":
+        monkeypatch.setenv("CHUNKWISE_KERNELS", "0")
+    elif how == "no compiler":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(native, "kernels", native.kernels.__wrapped__)
+    for module in ("cache", "layers"):
+        monkeypatch.setattr(f"chunkwise_lora.engines.transformers.{module}.kernels", native.kernels)
+    assert native.kernels(torch.float32) is None
+    slow = ChunkWiseModel(build("llama"), adapter("llama"))
+    assert torch.equal(greedy(slow, prompts(), 24)[0], expected)
+
+
+@pytest.mark.parametrize("switched_off", ["kernels", "attention", "products"])
+def test_each_fast_path_can_be_switched_off_alone(switched_off: str) -> None:
+    fast = FastPaths(**{switched_off: False})
+    expected = greedy(ChunkWiseModel(build("llama"), adapter("llama")), prompts(), 24)[0]
+    assert torch.equal(greedy(ChunkWiseModel(build("llama"), adapter("llama"), fast=fast), prompts(), 24)[0], expected)
