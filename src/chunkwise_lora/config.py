@@ -67,7 +67,7 @@ class ChunkingConfig(Knobs):
     )
     hysteresis: float = Field(0.03, ge=0, lt=1, description="How far past a bound the mean must go to cut.")
     memory: float = Field(6.0, ge=1, description="Length of the running mean, tokens.")
-    hard_share: Share = Field(0.5, description="Budget: largest share of tokens at the highest level.")
+    hard_share: Share = Field(0.1, description="Budget: largest share of tokens at the highest level.")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

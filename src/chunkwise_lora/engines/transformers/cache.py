@@ -74,8 +74,8 @@ class Int8Pool:
         states = (codes * scales.float()).to(dtype)
         if not len(self.other_heads):
             return states
-        both = others.new_empty((len(states), len(self.int8_heads) + len(self.other_heads), *states.shape[2:]))
-        both[:, self.int8_heads], both[:, self.other_heads] = states, others
+        both = states.new_empty((len(states), len(self.int8_heads) + len(self.other_heads), *states.shape[2:]))
+        both[:, self.int8_heads], both[:, self.other_heads] = states, others.to(dtype)
         return both
 
     @property
@@ -327,13 +327,13 @@ class ChunkWiseCache(Cache):
             self._each(ChunkWiseLayer.quantise, to_cold)
             self._cold = np.concatenate([self._cold, _picked(self._hot, to_cold)], axis=1)
         self._hot[fate != _KEEP] = NO_TOKEN
-        cold, hot = _kept(self._cold), _kept(self._hot)
-        if cold is not None or hot is not None:
-            self._each(ChunkWiseLayer.sweep, cold, hot)
-        if cold is not None:
-            self._cold = _picked(self._cold, cold)
-        if hot is not None:
-            self._hot = _picked(self._hot, hot)
+        kept_cold, kept_hot = _kept(self._cold), _kept(self._hot)
+        if kept_cold is not None or kept_hot is not None:
+            self._each(ChunkWiseLayer.sweep, kept_cold, kept_hot)
+        if kept_cold is not None:
+            self._cold = _picked(self._cold, kept_cold)
+        if kept_hot is not None:
+            self._hot = _picked(self._hot, kept_hot)
 
     def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
         """Do the same in all own layers; `slots` are (batch, n)."""
