@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from chunkwise_lora import embedded
 from chunkwise_lora.config import PRESETS, ChunkWiseConfig
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
     import torch
 
     from chunkwise_lora.engines.transformers import ChunkWiseModel
+
+CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
+
+
+class ListCommand(TyperCommand):
+    """A command whose repeatable options may also be followed by all their values: `--batch 1 4`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give every value its own flag, then parse as usual."""
+        repeatable = {flag for param in self.params if getattr(param, "multiple", False) for flag in param.opts}
+        spread: list[str] = []
+        flag = ""
+        for arg in args:
+            if arg.startswith("-"):
+                flag = arg
+            elif flag in repeatable and spread[-1] != flag:
+                spread.append(flag)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 ladder_app = typer.Typer(help="Build and look at rank ladders.", no_args_is_help=True)
@@ -49,8 +71,8 @@ def demo(
     from transformers import set_seed
 
     from chunkwise_lora.engines.transformers import ChunkWiseModel
-    from chunkwise_lora.evaluation.compare import compare, contestants
-    from chunkwise_lora.rendering import comparison_table, rank_legend
+    from chunkwise_lora.evaluation.bench import contestants, measure, score
+    from chunkwise_lora.rendering import bench_table, rank_legend
 
     base, tokenizer = _load(str(embedded.BASE))
     ladders = {name: RankLadder.load(path) for name, path in embedded.ADAPTERS.items()}
@@ -62,25 +84,28 @@ def demo(
         shown = _show(model, tokenizer, list(prompts), list(names), new_tokens, do_sample=True, top_p=0.7)
 
     entrants = contestants(
-        base, embedded.ADAPTERS["wiki"], {name: ChunkWiseConfig.preset(name) for name in PRESETS}, ladders["wiki"]
+        base,
+        {"wiki": embedded.ADAPTERS["wiki"]},
+        {name: ChunkWiseConfig.preset(name) for name in PRESETS},
+        ladders={"wiki": ladders["wiki"]},
     )
     held = _tokens(tokenizer, read_text(embedded.HELD_TEXT, EngineError))
     with _progress() as progress:
-        task = progress.add_task("comparing on the embedded model", total=len(entrants) * (rounds + 2))
-        results = compare(
-            entrants,
-            held[:, :256],
-            new_tokens=new_tokens,
-            rounds=rounds,
-            held=held,
-            advance=lambda: progress.advance(task),
+        task = progress.add_task("comparing on the embedded model", total=len(entrants) * (2 * rounds + 1))
+        results = measure(
+            entrants, held[:, :256], new_tokens=new_tokens, rounds=rounds, advance=lambda: progress.advance(task)
         )
-    console.print(comparison_table(results))
+        perplexities = {}
+        for entrant in entrants:
+            perplexities[entrant.name] = score(entrant, held)
+            progress.advance(task)
+    console.print(bench_table(results, perplexities))
     console.print(
         f"Adapter `wiki`, {base.dtype}, prompt of 256 tokens, {new_tokens} new tokens, {rounds} rounds; perplexity on "
         f"{held.shape[1]} held tokens, run token by token. Where one adapter never changes, merge it instead."
     )
-    _write_json(json_file, {"generations": shown, "comparison": [asdict(result) for result in results]})
+    compared = [{**asdict(result), "perplexity": perplexities[result.name]} for result in results]
+    _write_json(json_file, {"generations": shown, "comparison": compared})
 
 
 @app.command()
@@ -112,6 +137,97 @@ def generate(
             console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
         shown = _show(chunkwise, tokenizer, [prompt], None, max_new_tokens, show_ranks, do_sample=False)
     _write_json(json_file, shown[0])
+
+
+@app.command(cls=ListCommand)
+def bench(
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[
+        str, typer.Option(help="PEFT adapter: a folder, a name on the hub, or an embedded one.")
+    ] = "wiki",
+    random_weights: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPE", help="Instead: random weights in a known shape, 135M, 360M, 1B or 7B."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapters.")] = 16,
+    adapters: Annotated[
+        int, typer.Option(min=1, help="So many random adapters, which the sequences of a batch take in turns.")
+    ] = 1,
+    contexts: Annotated[list[int], typer.Option(min=16, help="Prompt tokens, one or more numbers.")] = CONTEXTS,
+    batch: Annotated[list[int], typer.Option(min=1, help="Sequences per batch, one or more numbers.")] = BATCHES,
+    presets: Annotated[list[str], typer.Option(help=f"One or more of {', '.join(PRESETS)}.")] = ALL_PRESETS,
+    contestants: Annotated[
+        list[str] | None, typer.Option(help="Only those whose names start so, besides PEFT unmerged.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a round decodes.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of decoding.")] = 7,
+    prefill_rounds: Annotated[
+        int, typer.Option(min=0, help="Rounds of prefill. 0: fill the rivals' caches at random and time decoding only.")
+    ] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    slow: Annotated[
+        list[str] | None, typer.Option(help="Fast paths to switch off: kernels, attention, products.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency and memory against context into this PNG.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time and weigh ChunkWise beside the base model, PEFT merged and PEFT unmerged.
+
+    One process, the same weights, threads and attention for all, in interleaved rounds: ratios are medians of paired
+    rounds. The base model without its adapter shows the limit for any adapter. Peaks are of the process above the
+    loaded weights, or of the GPU.
+    """
+    from chunkwise_lora.engines.transformers.layers import FastPaths
+    from chunkwise_lora.evaluation import bench as benchmark
+    from chunkwise_lora.evaluation.shapes import SHAPES, random_adapter, random_model
+    from chunkwise_lora.rendering import bench_table
+
+    known = [name for name in FastPaths.__dataclass_fields__ if name in (slow or [])]
+    if unknown := sorted(set(slow or []) - set(known)):
+        raise ChunkWiseError(f"--slow {unknown[0]}: choose from {', '.join(FastPaths.__dataclass_fields__)}")
+    if random_weights is not None and random_weights not in SHAPES:
+        raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
+    if adapters > 1 and random_weights is None:
+        raise ChunkWiseError("--adapters makes random adapters; give --random-weights too")
+    configs = {name: ChunkWiseConfig.preset(name) for name in presets}
+    with tempfile.TemporaryDirectory() as scratch:
+        if random_weights is None:
+            base = _load(model)[0].to(device, _dtype(dtype))
+            folders = {adapter: embedded.ADAPTERS.get(adapter, adapter)}
+        else:
+            shape = SHAPES[random_weights]
+            base = random_model(shape, _dtype(dtype), device)
+            names = [f"random-{seed}" for seed in range(1, adapters + 1)]
+            folders = {
+                name: random_adapter(shape, rank, Path(scratch) / name, seed) for seed, name in enumerate(names, 1)
+            }
+        fast = FastPaths(**dict.fromkeys(known, False))
+        entrants = benchmark.contestants(base, folders, configs, caches=True, fast=fast)
+    wanted = (benchmark.UNMERGED, *(contestants or [""]))
+    entrants = [entrant for entrant in entrants if entrant.name.startswith(wanted)]
+    cells = [(size, context) for size in batch for context in contexts]
+    results = []
+    with _progress() as progress:
+        task = progress.add_task("", total=len(cells) * len(entrants) * (rounds + max(prefill_rounds, 1)))
+        for size, context in cells:
+            progress.update(task, description=f"context {context}, batch {size}")
+            results += benchmark.measure(
+                entrants,
+                benchmark.random_prompt(base, size, context),
+                new_tokens=new_tokens,
+                rounds=rounds,
+                prefill_rounds=prefill_rounds,
+                advance=lambda: progress.advance(task),
+            )
+    machine = benchmark.machine(base.device)
+    console.print(bench_table(results))
+    console.print(f"{random_weights or model}, {dtype}, {new_tokens} tokens a round; {machine}")
+    if plot is not None:
+        from chunkwise_lora.evaluation.plots import plot_bench
+
+        plot_bench(results, plot)
+    _write_json(json_file, {"machine": machine, "results": [asdict(result) for result in results]})
 
 
 @ladder_app.command("build")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from chunkwise_lora.evaluation.compare import Comparison
+from chunkwise_lora.evaluation.bench import Measurement
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.trace import SequenceTrace
 
@@ -71,24 +71,35 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
     return "".join(bars[round(8 * value / highest)] if highest else bars[0] for value in values[::step])
 
 
-def comparison_table(results: Sequence[Comparison]) -> Table:
-    """One row per contestant; an x is the median over rounds of its time over PEFT unmerged's in the same round."""
-    scored = any(result.perplexity is not None for result in results)
+def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float] | None = None) -> Table:
+    """One row per measurement; an x is the median over rounds of its time over PEFT unmerged's in the same round."""
+    several = len({(result.context, result.batch) for result in results}) > 1
+    prefills = any(result.prefill_ms is not None for result in results)
     table = Table(title="Interleaved rounds; x: times PEFT unmerged", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
-    for column in ("decode\nms/token", "x", "prefill\nms", "x", "adapter\nKB/token", "KV cache\nKB"):
+    columns = ["decode\nms/step", "x"]
+    columns += ["prefill\nms", "x"] if prefills else []
+    columns += ["adapter\nKB/step", "KV cache\nKB"]
+    peaks = any(result.peak_bytes is not None for result in results)
+    columns += ["peak\nMB"] if peaks and perplexities is None else []
+    columns += ["held text\nperplexity"] if perplexities is not None else []
+    for column in columns:
         table.add_column(column, justify="right")
-    if scored:
-        table.add_column("held text\nperplexity", justify="right")
+    cell = None
     for result in results:
-        row = [
-            result.name,
-            f"{result.decode_ms:.2f}",
-            f"{result.decode_ratio:.2f}",
-            f"{result.prefill_ms:.1f}",
-            f"{result.prefill_ratio:.2f}",
-            f"{result.adapter_bytes_per_token / 1024:,.0f}",
-            f"{result.kv_bytes / 1024:,.0f}",
-        ]
-        table.add_row(*row, *([f"{result.perplexity:.2f}"] if result.perplexity is not None else []))
+        if several and cell != (result.context, result.batch):
+            cell = (result.context, result.batch)
+            table.add_row(f"[bold]context {result.context:,}, batch {result.batch}[/]")
+        row = [f"{result.decode_ms:.2f}", f"{result.decode_ratio:.2f}"]
+        row += [_number(result.prefill_ms, ",.1f"), _number(result.prefill_ratio, ".2f")] if prefills else []
+        row += [f"{result.adapter_bytes_per_token / 1024:,.0f}", f"{result.kv_bytes / 1024:,.0f}"]
+        if perplexities is not None:
+            row.append(f"{perplexities[result.name]:.2f}")
+        elif peaks:
+            row.append(_number(None if result.peak_bytes is None else result.peak_bytes / 1e6, ",.0f"))
+        table.add_row(result.name, *row)
     return table
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

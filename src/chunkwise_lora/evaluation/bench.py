@@ -1,8 +1,9 @@
-"""Latency and memory of ChunkWise beside the base model, PEFT merged and PEFT unmerged: one process, interleaved rounds."""
+"""Latency and memory of ChunkWise, the base model, PEFT merged and PEFT unmerged: one process, interleaved rounds."""
 
 from __future__ import annotations
 
 import copy
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,10 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
+from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
@@ -88,8 +92,6 @@ def contestants(
     They share the base's weights, but for the merged one. With several `adapters` the sequences of a batch take them in
     turns, and none can be merged. `caches` adds PEFT over transformers' static and quantised caches, where they run.
     """
-    from peft import PeftModel
-
     (first, folder), *others = adapters.items()
     unmerged = PeftModel.from_pretrained(_shared(base), folder, adapter_name=first, autocast_adapter_dtype=False).eval()
     for name, folder in others:
@@ -306,6 +308,25 @@ def _ratios(own: Sequence[float], other: Sequence[float]) -> list[float]:
 def _median_ratio(times: Mapping[str, Sequence[float]], name: str, other: str) -> float | None:
     """Median over rounds, None where the other one does not take part."""
     return statistics.median(_ratios(times[name], times[other])) if other in times else None
+
+
+def random_prompt(model: PreTrainedModel, batch: int, context: int) -> Tensor:
+    """(batch, context) random token ids, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (batch, context), generator=generator)
+    return ids.to(model.device)
+
+
+def machine(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+        name += f", {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
 
 
 def _rotated(entrants: Sequence[Contestant], turn: int) -> Iterator[Contestant]:
