@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from chunkwise_lora.engines.transformers.native import Kernels, Pools, Shape, kernels
+from chunkwise_lora.engines.transformers.native import Pools, Shape, kernels
 from chunkwise_lora.kv_policy import KVDecision
 
 ROOM = 16
@@ -120,7 +120,6 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
         """Keys and values in INT8, None before the first."""
         self._use_kernels = use_kernels
-        self._kernels: Kernels | None = None
 
     @property
     def slots(self) -> int:
@@ -133,8 +132,8 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
-        if self._use_kernels and self.device.type == "cpu" and key_states.shape == value_states.shape:
-            self._kernels = kernels(self.dtype)
+        if self.device.type != "cpu" or key_states.shape != value_states.shape:
+            self._use_kernels = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store states (batch, heads, tokens, head_dim) and return all that attention sees.
@@ -164,14 +163,17 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
         """Whether `attend` takes these: one token per sequence, and a mask of slots alone or none."""
-        if self._kernels is None or query.shape[2] != 1 or query.dtype != self.dtype or query.requires_grad:
+        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype or query.requires_grad:
+            return False
+        if kernels(self.dtype) is None:
             return False
         slots = (self.keys.shape[0], 1, 1, self.slots)
         return mask is None or (mask.dtype == torch.bool and mask.shape == slots and mask.stride(3) == 1)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """(batch, 1, query heads, head_dim) attention of query (batch, query heads, 1, head_dim) over all slots."""
-        assert self._kernels is not None
+        kernel = kernels(self.dtype)
+        assert kernel is not None
         batch, heads, room, width = self.keys.shape
         shape = Shape(batch, heads, query.shape[1] // heads, width, self.hot, room)
         keys, values = (Pools(hot.data_ptr()) for hot in (self.keys, self.values))
@@ -182,7 +184,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             for pool, cold in zip((keys, values), self.cold, strict=True):
                 pool.codes, pool.scales = cold.codes.data_ptr(), cold.scales.data_ptr()
                 pool.others = cold.others.data_ptr()
-        return self._kernels.attend(query, keys, values, shape, mask, scaling)
+        return kernel.attend(query, keys, values, shape, mask, scaling)
 
     def quantise(self, slots: Tensor) -> None:
         """Add hot `slots` (batch, n) to the cold pool; they stay hot until `sweep`."""

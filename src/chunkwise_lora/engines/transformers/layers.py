@@ -95,6 +95,8 @@ class Step:
     """Sequences of the pass."""
     width: int = 0
     """Tokens of the pass per sequence, padding included."""
+    constant: bool = False
+    """Whether every token of the generation gets the same gates of its adapter."""
     _widened: tuple[Tensor, Tensor] | None = None
 
     def clear(self) -> None:
@@ -174,7 +176,7 @@ class GatedLinear:
 
     def _add(self, y: Tensor, x: Tensor, part: Part, factors: Factors) -> Tensor:
         down, up = factors.slices[part.rung]
-        if part.weights is not None or part.rows is not None:
+        if part.weights is not None or part.rows is not None or not self._step.constant:
             part = self._seen(x, part).on(x.device)
         gates = None if part.weights is None else part.gates(factors)
         if self._runs_kernel(y, x, down):
@@ -201,10 +203,12 @@ class GatedLinear:
         columns, rest = divmod(tokens, step.batch)
         if rest or columns > step.width or (columns < step.width and x.ndim < 3):
             raise EngineError(
-                f"{self.name}: sees {tokens} tokens of a pass of {step.batch} x {step.width} (a routed expert?), so it "
-                "cannot give each its own gates; use the lossless preset with one adapter per batch"
+                f"{self.name}: sees {tokens} tokens of a pass of {step.batch} x {step.width} (a routed expert? a "
+                "projection of cached tokens?), so it cannot give each its own gates; use the lossless preset with one "
+                "adapter per batch"
             )
-        return part.tail(columns, step) if columns < step.width else part
+        everyone_alike = part.weights is None and part.rows is None
+        return part if columns == step.width or everyone_alike else part.tail(columns, step)
 
     def _runs_kernel(self, y: Tensor, x: Tensor, down: Tensor) -> bool:
         return (

@@ -39,6 +39,7 @@ REFUSED_OPTIONS = {
     "prompt_lookup_num_tokens": "assisted generation rolls the cache back, which a cache that drops entries cannot",
     "assistant_early_exit": "assisted generation rolls the cache back, which a cache that drops entries cannot",
     "use_mtp": "assisted generation rolls the cache back, which a cache that drops entries cannot",
+    "guidance_scale": "classifier-free guidance runs the model a second time, out of the order that plans follow",
     "custom_generate": "a custom generation loop is not known to keep sequences in order",
     "cache_implementation": "the KV policy owns the cache; choose a preset or kv_cache settings instead",
     "past_key_values": "the KV policy owns the cache; pass the whole prompt instead",
@@ -76,6 +77,7 @@ class ChunkWiseModel:
         fast: FastPaths | None = None,
     ) -> None:
         _refuse_model(model)
+        _refuse_type("config", config, ChunkWiseConfig)
         self.model = model
         self._fast = fast or FastPaths()
         ladders = dict(ladder) if isinstance(ladder, Mapping) else {DEFAULT: ladder}
@@ -89,9 +91,13 @@ class ChunkWiseModel:
         self._linears: dict[str, GatedLinear] = {}
         self._replaced: dict[str, ReplacedModule] = {}
         self._restore: list[Callable[[], None]] = []
+        self._depth = 0
+        self._planned_by: nn.Module | None = None
         self._carries_out, self._kv_notes = _kv_support(model)
         self._learned_positions = _learned_positions(model)
-        self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        # A model with a cache of its own kind, as recurrent ones have, keeps it.
+        self._takes_cache = model._supports_default_dynamic_cache()
+        self._parameters = _parameters(model)
         if self._fast.products:
             for name, module in model.named_modules():
                 if type(module) is nn.Linear and emulates(module.weight.dtype, module.weight.device):
@@ -136,10 +142,12 @@ class ChunkWiseModel:
         if self._fast.attention and self._carries_out:
             self._use_attention(attention.NAME)
         self._replace(self.model, "generate", self.generate)
-        self._restore += [
-            self.model.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove,
-            self.model.register_forward_hook(self._after_pass).remove,
-        ]
+        # The body too may be called alone, for hidden states; within a pass of the whole model its hooks do nothing.
+        for part in dict.fromkeys((self.model, self.model.base_model)):
+            self._restore += [
+                part.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove,
+                part.register_forward_hook(self._after_pass, always_call=True).remove,
+            ]
         return self
 
     def detach(self) -> PreTrainedModel:
@@ -150,10 +158,16 @@ class ChunkWiseModel:
         return self.model
 
     def __enter__(self) -> Self:
+        self._depth += 1
         return self.attach()
 
     def __exit__(self, *exception: object) -> None:
-        self.detach()
+        self._depth -= 1
+        if not self._depth:
+            self.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineError("a model with ladders attached cannot be copied or pickled; detach() first, then attach anew")
 
     def _replace(self, module: nn.Module, name: str, value: Any) -> None:
         own = vars(module)
@@ -175,6 +189,8 @@ class ChunkWiseModel:
         """Add a ladder under `name`, beside those already loaded."""
         if name == BASE or name in self.ladders:
             raise EngineError(f"adapter name {name!r} is {'reserved' if name == BASE else 'taken'}; choose another")
+        if not isinstance(ladder, (RankLadder, str, Path)):
+            raise EngineError(f"ladder {name!r} is a {type(ladder).__name__}; give a RankLadder, or a folder")
         ladder = ladder if isinstance(ladder, RankLadder) else RankLadder.load(ladder)
         for module_name, one in ladder.modules.items():
             if not (one.up.isfinite().all() and one.down.isfinite().all()):
@@ -210,6 +226,7 @@ class ChunkWiseModel:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         adapter_names: str | Sequence[str] | None = None,
         chunkwise_config: ChunkWiseConfig | None = None,
@@ -219,6 +236,7 @@ class ChunkWiseModel:
 
         Args:
             inputs: (batch, tokens) prompt ids; `input_ids=` does as well. Prompts of a batch are padded on the left.
+            generation_config: As for the model's own `generate`.
             adapter_names: The ladder of all prompts, or one name per prompt; `"__base__"` runs without.
                 By default the ladder loaded first.
             chunkwise_config: Knobs of this call instead of the model's.
@@ -231,18 +249,20 @@ class ChunkWiseModel:
         if not self.attached:
             raise EngineError("the ladders are detached; call attach() first")
         input_ids = options.pop("input_ids", inputs)
-        defaults = options.get("generation_config") or self.model.generation_config
-        use_cache = options.get("use_cache", defaults.use_cache) is not False
-        _refuse_options(options, defaults, use_cache)
+        if generation_config is not None:
+            options["generation_config"] = generation_config
+        asked = _Asked(options, generation_config, self.model.generation_config)
+        use_cache = asked.use_cache is not False and "past_key_values" in self._parameters
+        _refuse_options(asked, use_cache)
         self._check_prompt(input_ids, options)
         session = self._new_session(
             adapter_names,
             chunkwise_config,
             len(input_ids),
             input_ids.shape[1],
-            options.get("eos_token_id", defaults.eos_token_id),
+            asked.eos_token_id,
         )
-        if use_cache:
+        if use_cache and self._takes_cache:
             options["past_key_values"] = session.cache
             if input_ids.shape[1] > PREFILL_TOKENS and not _pads(options.get("attention_mask")):
                 options.setdefault("prefill_chunk_size", PREFILL_TOKENS)
@@ -306,7 +326,9 @@ class ChunkWiseModel:
         prompt_columns: int,
         eos_token_id: int | Sequence[int] | Tensor | None = None,
     ) -> Session:
+        _refuse_type("chunkwise_config", config, ChunkWiseConfig)
         names = adapter_names if adapter_names is not None else next(iter(self.ladders))
+        _refuse_type("adapter_names", names, str, Sequence)
         names = [names] * batch if isinstance(names, str) else list(names)
         if len(names) != batch:
             raise EngineError(f"adapter_names has {len(names)} names for {batch} prompts; give one per prompt")
@@ -332,7 +354,10 @@ class ChunkWiseModel:
         )
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if self._planned_by is not None:
+            return args, kwargs
+        names = self._parameters if module is self.model else _parameters(module)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngineError("plans are made from token ids; pass input_ids, not inputs_embeds")
@@ -344,11 +369,15 @@ class ChunkWiseModel:
             self._new_session(None, None, *input_ids.shape).before_pass({**inputs, "past_key_values": None})
         else:
             self._session.before_pass(inputs)
+        self._planned_by = module
         return (), inputs
 
     def _after_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module is not self._planned_by:
+            return
+        self._planned_by = None
         self._step.clear()
-        if self._session is not None:
+        if self._session is not None and output is not None:  # None where the pass has failed
             self._session.after_pass(output[0] if isinstance(output, tuple) else output.logits)
 
     def _check_prompt(self, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
@@ -356,6 +385,7 @@ class ChunkWiseModel:
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in kinds:
             raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")
         mask = options.get("attention_mask")
+        _refuse_type("attention_mask", mask, Tensor)
         if mask is not None and mask.shape != input_ids.shape:
             raise EngineError(
                 f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; make them alike"
@@ -381,11 +411,19 @@ class ChunkWiseModel:
 def load_base(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, from safetensors only; raises `EngineError` naming what is wrong."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged folder can raise anything
         raise EngineError(
             f"{name_or_path}: cannot be loaded as a causal language model ({first_line(error)})"
         ) from None
+    lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if lacking:
+        raise EngineError(
+            f"{name_or_path}: has no weights for {len(lacking)} parameters, such as {lacking[0]}; get the whole model"
+        )
+    return model
 
 
 def _refuse_model(model: object) -> None:
@@ -393,18 +431,47 @@ def _refuse_model(model: object) -> None:
         raise EngineError(
             f"expected a transformers model, got {type(model).__name__}; of a PeftModel, pass peft_model.unload()"
         )
+    if model._is_stateful and "past_key_values" not in _parameters(model):
+        raise EngineError(f"{type(model).__name__} keeps a state of its own kind, in an order that plans cannot follow")
     if model.config.is_encoder_decoder or not model.can_generate():
         raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
 
 
-def _refuse_options(options: Mapping[str, Any], defaults: GenerationConfig, use_cache: bool) -> None:
+class _Asked:
+    """What generate will do: its own options first, then those of a generation config, then the model's."""
+
+    def __init__(self, options: Mapping[str, Any], *configs: GenerationConfig | None) -> None:
+        self._options = options
+        self._configs = configs
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._options:
+            return self._options[name]
+        values = (getattr(config, name, None) for config in self._configs)
+        return next((value for value in values if value is not None), None)
+
+
+def _refuse_type(name: str, value: object, *kinds: type) -> None:
+    """Refuse a value of another kind; None stands for a default."""
+    if value is not None and not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise EngineError(f"{name} is a {type(value).__name__}; give a {wanted}")
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _refuse_options(asked: _Asked, use_cache: bool) -> None:
     for name, reason in REFUSED_OPTIONS.items():
-        value = options.get(name, getattr(defaults, name, None))
+        value = getattr(asked, name)
         if name == "cache_implementation" and value == "hybrid":
             continue  # stands in old checkpoints; transformers ignores it
+        if name == "guidance_scale" and value == 1:
+            continue
         if value is not None and value is not False:
             raise EngineError(f"generate: {name} is not supported: {reason}")
-    if options.get("num_beams", defaults.num_beams or 1) > 1 and not use_cache:
+    if (asked.num_beams or 1) > 1 and not use_cache:
         raise EngineError("generate: num_beams with use_cache=False is not supported: beams are followed in the cache")
 
 
@@ -424,7 +491,7 @@ def _learned_positions(model: PreTrainedModel) -> float:
 
 
 def _config_beside(ladder: RankLadder | str | Path) -> ChunkWiseConfig:
-    if not isinstance(ladder, RankLadder) and (Path(ladder) / CONFIG_NAME).is_file():
+    if isinstance(ladder, (str, Path)) and (Path(ladder) / CONFIG_NAME).is_file():
         return ChunkWiseConfig.from_pretrained(ladder)
     return ChunkWiseConfig.preset("balanced")
 

@@ -1,7 +1,7 @@
 """The C kernels of `kernels.c`, compiled on first use where a C compiler is at hand.
 
 On a CPU, PyTorch's products of one row with a skinny matrix cost more in calls than in arithmetic, and its attention of
-one token over a half-precision cache runs far from memory speed and reads no INT8. Without a compiler, PyTorch does it all.
+one token over a half-precision cache runs far from memory speed and reads no INT8. Without a compiler PyTorch does it.
 """
 
 from __future__ import annotations

@@ -46,12 +46,13 @@ class SessionCache(ChunkWiseCache):
 
     def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool, use_kernels: bool) -> None:
         super().__init__(config, session.config.kv_cache.int8_head_share, carries_out, use_kernels)
-        self._session = weakref.proxy(session)  # the session holds the cache
+        self._session = weakref.ref(session)  # the session holds the cache, which may outlive it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""
         super().reorder_cache(beam_idx)
-        self._session.reorder(beam_idx.tolist())
+        if (session := self._session()) is not None:
+            session.reorder(beam_idx.tolist())
 
 
 class Session:
@@ -109,6 +110,11 @@ class Session:
             self._open(batch)
         # Without a cache every pass brings all tokens again; their plan stands.
         known = self._columns if inputs.get("past_key_values") is None else 0
+        if known > width:
+            raise EngineError(
+                f"the model has dropped its cache after {known} tokens, as some do past their original length; call "
+                "generate with use_cache=False, or stay below that length"
+            )
         real = _real_columns(inputs.get("attention_mask"), batch, width)
         ids = input_ids[:, known:].tolist()
         tokens = np.full((batch, width - known), NO_TOKEN)
@@ -210,6 +216,7 @@ class Session:
     def _fill_step(self, batch: int, width: int) -> None:
         step, info = self._step, self._infos
         step.parts, step.sequences, step.batch, step.width = [], {}, batch, width
+        step.constant = self.config.levels == 1
         for name in dict.fromkeys(self._adapters):
             if name == BASE:
                 continue

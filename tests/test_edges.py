@@ -1,0 +1,217 @@
+"""What sits at the edges of the engine: models with caches of their own kind, odd calls, copies, parts of a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+
+import models
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
+from models import adapter, build, greedy, peft_model, prompts
+
+LOSSLESS, BALANCED = ChunkWiseConfig.preset("lossless"), ChunkWiseConfig.preset("balanced")
+LLAMA_LIKE = models._LLAMA_LIKE
+OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
+    "minimax": (
+        lambda: t.MiniMaxConfig(
+            **LLAMA_LIKE,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["linear_attention", "full_attention"],
+            head_dim=8,
+        ),
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
+    "openai-gpt": (
+        lambda: t.OpenAIGPTConfig(
+            vocab_size=97,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            initializer_range=0.18,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
+        ),
+        "all-linear",
+    ),
+    "deepseek_v3": (
+        lambda: t.DeepseekV3Config(
+            **{**LLAMA_LIKE, "num_key_value_heads": 4},
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+        ),
+        ["q_b_proj", "kv_b_proj", "o_proj"],
+    ),
+    "rwkv": (
+        lambda: t.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, context_length=256, eos_token_id=None),
+        "all-linear",
+    ),
+    "longrope": (
+        lambda: t.Phi3Config(
+            **{**LLAMA_LIKE, "max_position_embeddings": 256},
+            original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            },
+        ),
+        "all-linear",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (config, targets) in OTHERS.items():
+        monkeypatch.setitem(models.ARCHITECTURES, name, config)
+        monkeypatch.setitem(models.TARGETS, name, targets)
+
+
+def attached(name: str = "llama", config: ChunkWiseConfig = LOSSLESS) -> ChunkWiseModel:
+    return ChunkWiseModel(build(name), adapter(name), config)
+
+
+@pytest.mark.parametrize("name", ["minimax", "openai-gpt", "deepseek_v3"])
+def test_a_model_with_another_cache_or_none_is_lossless_too(name: str) -> None:
+    tokens, logits = greedy(attached(name), prompts(), 16)
+    expected_tokens, expected_logits = greedy(peft_model(name), prompts(), 16)
+    assert torch.equal(tokens, expected_tokens)
+    assert (logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("rwkv", LOSSLESS, "state of its own kind"),
+        ("longrope", LOSSLESS, "has dropped its cache after 32 tokens.*use_cache=False"),
+        ("deepseek_v3", BALANCED, "kv_b_proj: sees .* tokens of a pass of 3 x 1.*lossless preset"),
+    ],
+)
+def test_what_a_plan_cannot_follow_is_refused(name: str, config: ChunkWiseConfig, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        attached(name, config).generate(**prompts(), max_new_tokens=40, do_sample=False)
+
+
+def test_the_body_of_the_model_alone_runs_with_the_adapter() -> None:
+    ids = prompts((9, 9))["input_ids"]
+    expected = peft_model("llama").base_model.model.model(ids).last_hidden_state
+    assert torch.allclose(attached().model.model(ids).last_hidden_state, expected, atol=1e-4)
+
+
+def test_a_pass_that_fails_leaves_no_plan_behind() -> None:
+    model, ids = attached(), prompts((9, 9))["input_ids"]
+    expected = model.model.model(ids).last_hidden_state
+    broken = model.model.lm_head.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids)
+    broken.remove()
+    assert not model._step.parts
+    assert torch.allclose(model.model.model(ids).last_hidden_state, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [copy.deepcopy, pickle.dumps])
+def test_an_attached_model_refuses_to_be_copied_and_a_detached_one_does_not(act: Callable[[Any], Any]) -> None:
+    model = attached()
+    for thing in (model, model.model):
+        with pytest.raises(EngineError, match=r"detach\(\) first"):
+            act(thing)
+    act(model.detach())
+
+
+def test_a_returned_cache_outlives_its_generation() -> None:
+    cache = attached().generate(**prompts(), max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    cache.reorder_cache(torch.tensor([0, 1, 2]))
+    assert copy.deepcopy(cache).get_seq_length() == cache.get_seq_length() > 0
+
+
+def test_an_inner_context_leaves_the_outer_one_attached() -> None:
+    with attached() as model:
+        with model:
+            pass
+        assert model.attached
+    assert not model.attached
+
+
+def test_a_generation_config_silent_on_a_matter_leaves_it_to_the_model() -> None:
+    model, silent = attached(), t.GenerationConfig(max_new_tokens=16)
+    model.model.generation_config.eos_token_id = list(range(2, 60))
+    model.model.generation_config.pad_token_id = 0
+    runs = []
+    for options in ({"generation_config": silent}, {"max_new_tokens": 16}):
+        model.generate(**prompts(), **options)
+        assert model.trace is not None
+        runs.append([sequence.tokens for sequence in model.trace.sequences])
+    assert runs[0] == runs[1]
+    model.model.generation_config.use_cache = False
+    model.generate(prompts()["input_ids"], silent, attention_mask=prompts()["attention_mask"])
+    assert model.trace.kv_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate(**prompts(), guidance_scale=1.5), "guidance_scale is not supported"),
+        (lambda m: m.generate(prompts()["input_ids"], attention_mask=[[1]]), "attention_mask is a list"),
+        (lambda m: m.generate(**prompts(), chunkwise_config="balanced"), "chunkwise_config is a str"),
+        (lambda m: m.generate(**prompts(), adapter_names=5), "adapter_names is a int"),
+        (lambda m: ChunkWiseModel(build("llama"), adapter("llama"), "balanced"), "config is a str"),
+        (lambda m: ChunkWiseModel(build("llama"), None), "ladder 'default' is a NoneType"),
+        (lambda m: ChunkWiseModel(build("llama"), {"a": 5}), "ladder 'a' is a int"),
+    ],
+)
+def test_a_call_of_the_wrong_kind_is_refused_by_name(call: Callable[[ChunkWiseModel], Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        call(attached())
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+
+
+def _change(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "cannot be loaded"),
+        (_change(num_attention_heads=0), "cannot be loaded"),
+        (_change(hidden_act="nope"), "cannot be loaded"),
+        (_change(num_hidden_layers=3), "has no weights for 9 parameters, such as model.layers.2"),
+    ],
+    ids=["truncated", "zero heads", "unknown activation", "a layer too many"],
+)
+def test_a_damaged_base_is_refused_in_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(EngineError, match=message) as refusal:
+        ChunkWiseModel.from_pretrained(tmp_path, adapter("llama"))
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
