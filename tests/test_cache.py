@@ -19,7 +19,7 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeS
 from chunkwise_lora.config import ChunkingConfig, CompositionConfig, KVCacheConfig, LevelKVPolicy, SelectionConfig
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache, ChunkWiseLayer, Int8Pool, quantise
 from chunkwise_lora.kv_policy import KVDecision
-from models import FAST, PAD, adapter, build, greedy, peft_model, prompts
+from models import FAST, PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
 
 INT8 = LevelKVPolicy(precision="int8")
 POLICIES: dict[str, tuple[LevelKVPolicy, ...]] = {
@@ -516,3 +516,19 @@ def test_random_decisions_leave_exactly_what_they_should(data: st.DataObject) ->
             references = [copy.deepcopy(references[row]) for row in order]
             columns = [part[order] for part in columns]
     assert cache.get_seq_length() == cache.layers[0].seen
+
+
+def test_a_long_generation_holds_no_more_than_a_short_one() -> None:
+    window = LevelKVPolicy(precision="int8", max_age=200)
+    config = kv_only(window, window, window)
+    model = ChunkWiseModel(build("llama"), adapter("llama"), config)
+    held, token = [], torch.tensor([[5]])
+    with torch.no_grad(), model.stream() as session:
+        for step in range(4000):
+            logits = model.model(token, past_key_values=session.cache, use_cache=True).logits[0, -1]
+            token = (logits + torch.randn(VOCABULARY)).argmax()[None, None]
+            if step % 500 == 499:
+                held.append((session.cache.nbytes, session.cache.own[0].slots))
+    assert session.cache.get_seq_length() == 4000
+    assert max(slots for _, slots in held) < 200 * 9 / 8 + 40
+    assert max(nbytes for nbytes, _ in held[1:]) < 1.3 * held[0][0]

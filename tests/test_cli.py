@@ -114,8 +114,66 @@ def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("generate",), ("ladder",), ("ladder", "build"), ("ladder", "show")]
+    "command", [(), ("demo",), ("generate",), ("ladder",), ("ladder", "build"), ("ladder", "show"), ("bench",)]
 )
 def test_every_command_has_help(run: Any, command: tuple[str, ...]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0 and "Usage" in out
+
+
+def test_bench_takes_lists_and_writes_numbers_and_a_picture(run: Any, tmp_path: Path) -> None:
+    lists = ("--contexts", 16, 24, "--batch", 1, 2, "--presets", "lossless", "balanced")
+    quick = ("--rounds", 1, "--prefill-rounds", 1, "--new-tokens", 2, "--dtype", "float32")
+    code, out, err = run("bench", *lists, *quick, "--plot", tmp_path / "b.png", "--json", tmp_path / "b.json")
+    assert code == 0, err
+    result = json.loads((tmp_path / "b.json").read_text())
+    rows = [(row["context"], row["batch"], row["name"]) for row in result["results"]]
+    assert {row[:2] for row in rows} == {(16, 1), (24, 1), (16, 2), (24, 2)}
+    assert {"base, no adapter", "PEFT unmerged", "ChunkWise lossless", "ChunkWise balanced"} <= {row[2] for row in rows}
+    assert "threads" in result["machine"] and "context 24, batch 2" in out
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+
+
+def test_bench_times_random_weights_and_an_adapter_per_sequence(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from chunkwise_lora.evaluation import shapes
+    from models import build
+
+    monkeypatch.setitem(shapes.SHAPES, "135M", build("llama").config)
+    options = (
+        "--random-weights",
+        "135M",
+        "--adapters",
+        2,
+        "--batch",
+        2,
+        "--contexts",
+        16,
+        "--contestants",
+        "ChunkWise",
+    )
+    quick = ("--rounds", 1, "--prefill-rounds", 0, "--new-tokens", 2, "--slow", "kernels", "products")
+    code, _, err = run("bench", *options, *quick, "--json", tmp_path / "b.json")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [row["name"] for row in rows if not row["name"].startswith("ChunkWise")] == [
+        name for name in (row["name"] for row in rows) if name.startswith("PEFT unmerged")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--random-weights", "9B"), "choose one of 135M"),
+        (("--adapters", 3), "give --random-weights"),
+        (("--slow", "brakes"), "choose from kernels, attention, products"),
+        (("--presets", "fastest"), "preset 'fastest' is unknown"),
+        (("--dtype", "int4"), "choose one of float32"),
+        (("--device", "abacus"), "this machine has cpu"),
+        (("--contexts", 1000), "has 1024 positions"),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(run: Any, options: tuple[Any, ...], message: str) -> None:
+    code, _, err = run("bench", *options)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err

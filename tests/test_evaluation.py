@@ -1,24 +1,29 @@
-"""The comparison counts what it says, and the embedded adapters are worth comparing."""
+"""The bench counts what it says, and the embedded adapters are worth comparing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, embedded
-from chunkwise_lora.evaluation.compare import Contestant, compare, contestants, score
-from chunkwise_lora.rendering import coloured_tokens, comparison_table, sparkline
+from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
+from chunkwise_lora.evaluation.bench import BASE, STATIC, UNMERGED, Contestant, Run, contestants, measure, score
+from chunkwise_lora.evaluation.memory import PeakMemory
+from chunkwise_lora.evaluation.plots import plot_bench
+from chunkwise_lora.evaluation.shapes import SHAPES, random_adapter, random_model
+from chunkwise_lora.rendering import bench_table, coloured_tokens, sparkline
 from chunkwise_lora.trace import SequenceTrace
-from models import VOCABULARY, adapter, build
+from models import VOCABULARY, adapter, build, peft_model
 
 LOSSLESS = {"lossless": ChunkWiseConfig.preset("lossless")}
 
 
 @pytest.fixture(scope="module")
 def entrants() -> list[Contestant]:
-    return contestants(build("llama"), adapter("llama"), LOSSLESS)
+    return contestants(build("llama"), {"a": adapter("llama")}, LOSSLESS)
 
 
 @pytest.fixture
@@ -35,25 +40,99 @@ def test_merged_unmerged_and_lossless_score_alike_and_unlike_the_base(
     assert base != pytest.approx(unmerged, rel=1e-2)
 
 
-def test_a_comparison_counts_real_bytes(entrants: list[Contestant], text: torch.Tensor) -> None:
-    advances = []
-    results = compare(entrants, text, new_tokens=4, rounds=2, held=text, advance=lambda: advances.append(1))
-    assert len(advances) == len(entrants) * 4
+def test_contestants_share_the_weights_of_the_base_but_for_the_merged_one(entrants: list[Contestant]) -> None:
+    first = [next(entrant.model.parameters()) for entrant in entrants]
+    assert [weight.data_ptr() == first[0].data_ptr() for weight in first] == [True, False, True, True]
+
+
+def test_a_measurement_counts_real_bytes(entrants: list[Contestant], text: torch.Tensor) -> None:
+    advances: list[int] = []
+    results = measure(entrants, text, new_tokens=4, rounds=2, prefill_rounds=3, advance=lambda: advances.append(1))
+    assert len(advances) == len(entrants) * (2 + 3)
     base, merged, unmerged, lossless = results
     assert base.adapter_bytes_per_token == merged.adapter_bytes_per_token == 0
     assert unmerged.adapter_bytes_per_token == lossless.adapter_bytes_per_token > 0
-    # 2 layers, 2 sides, 2 key-value heads of 8 numbers in float32; the last new token is never fed back.
-    assert base.kv_bytes == unmerged.kv_bytes == 2 * 2 * 2 * 8 * 4 * (24 + 3)
-    assert unmerged.decode_ratio == unmerged.prefill_ratio == 1
+    # 2 layers, 2 sides, 2 key-value heads of 8 numbers in float32, after 3 tokens of warming up.
+    slot = 2 * 2 * 2 * 8 * 4
+    assert base.kv_bytes == unmerged.kv_bytes == slot * (24 + 3)
+    assert lossless.kv_bytes == slot * (24 + 1 + 16), "it keeps room for 16 tokens"
+    assert unmerged.decode_ratio == unmerged.prefill_ratio == base.decode_over_base == base.prefill_over_base == 1
+    assert base.scheduler_ms == 0 < lossless.scheduler_ms
 
 
-def test_the_comparison_fits_a_narrow_terminal(entrants: list[Contestant], text: torch.Tensor) -> None:
-    results = compare(entrants, text, new_tokens=2, rounds=1, held=text)
+def test_without_rounds_of_prefill_the_caches_of_others_are_filled(
+    entrants: list[Contestant], text: torch.Tensor
+) -> None:
+    base, *_, lossless = measure(entrants, text, new_tokens=2, rounds=1, prefill_rounds=0)
+    assert base.kv_bytes == 2 * 2 * 2 * 8 * 4 * (24 + 3)
+    assert base.prefill_ms is base.prefill_ratio is base.peak_bytes is None
+    assert lossless.prefill_ms is not None
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one adapter", "an adapter per sequence"])
+def test_every_contestant_generates_what_its_model_would(several: bool) -> None:
+    folders = {"a": adapter("llama"), **({"b": adapter("llama", seed=2)} if several else {})}
+    entrants = contestants(build("llama"), folders, LOSSLESS, caches=True)
+    prompt = torch.randint(3, VOCABULARY, (2, 24))
+    last = {}
+    with torch.inference_mode():
+        for entrant in entrants:
+            run = Run(entrant, prompt, 24 + 8)
+            run.prefill()
+            run.decode(8)
+            last[entrant.name] = run._next.flatten().tolist()
+            run.close()
+    base = build("llama").generate(prompt, max_new_tokens=9, do_sample=False)[:, -1].tolist()
+    tuned = peft_model("llama").generate(input_ids=prompt, max_new_tokens=9, do_sample=False)[:, -1].tolist()
+    assert last.pop(BASE) == base
+    assert STATIC in last
+    assert {tokens[0] for tokens in last.values()} == {tuned[0]}
+    assert len({tokens[1] for tokens in last.values()}) == 1
+    assert (last[UNMERGED][1] == tuned[1]) == (not several)
+
+
+def test_the_table_fits_a_narrow_terminal(entrants: list[Contestant], text: torch.Tensor) -> None:
+    results = measure(entrants, text, new_tokens=2, rounds=1)
     console = Console(width=80, record=True)
-    console.print(comparison_table(results))
+    console.print(bench_table(results))
+    console.print(bench_table(results, {entrant.name: 50.0 for entrant in entrants}))
     printed = console.export_text()
-    assert all(entrant.name in printed for entrant in entrants)
+    assert all(printed.count(f"{entrant.name}  ") >= 2 for entrant in entrants)
     assert "…" not in printed
+
+
+def test_a_plot_is_a_picture(entrants: list[Contestant], text: torch.Tensor, tmp_path: Path) -> None:
+    results = [
+        *measure(entrants, text, new_tokens=2, rounds=1),
+        *measure(entrants, text[:, :16], new_tokens=2, rounds=1),
+    ]
+    plot_bench(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peak_is_what_was_held_at_once() -> None:
+    with PeakMemory(torch.device("cpu")) as peak:
+        for _ in range(3):
+            torch.ones(10_000_000)
+    if peak.bytes is None:
+        pytest.skip("this system tells no peak")
+    assert 35e6 < peak.bytes < 80e6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_has_the_size_in_its_name(shape: str) -> None:
+    model = random_model(SHAPES[shape], torch.bfloat16, "meta")
+    millions = {"135M": 135, "360M": 362, "1B": 1236, "7B": 6738}[shape]
+    assert round(model.num_parameters() / 1e6) == millions
+
+
+def test_a_random_adapter_is_one_that_peft_and_ladders_read(tmp_path: Path) -> None:
+    config = build("llama").config
+    folder = random_adapter(config, 4, tmp_path)
+    ladder = RankLadder.from_peft(folder)
+    assert ladder.rung_ranks[-1] == 4
+    assert len(ladder.modules) == 2 * 7
+    assert len(contestants(build("llama"), {"a": folder}, LOSSLESS)) == 4
 
 
 def test_coloured_tokens_keep_the_text() -> None:
@@ -83,6 +162,6 @@ def test_an_embedded_adapter_beats_the_base_on_text_of_its_kind(name: str, given
     labels[:, : len(tokenizer(given).input_ids)] = -100
     without, _, tuned = (
         entrant.model(input_ids=tokens, labels=labels).loss
-        for entrant in contestants(base, embedded.ADAPTERS[name], {})
+        for entrant in contestants(base, {name: embedded.ADAPTERS[name]}, {})
     )
     assert tuned < without - 1

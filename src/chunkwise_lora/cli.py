@@ -193,11 +193,11 @@ def bench(
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
-            base = _load(model)[0].to(device, _dtype(dtype))
+            base = _load(model)[0].to(_device(device), _dtype(dtype))
             folders = {adapter: embedded.ADAPTERS.get(adapter, adapter)}
         else:
             shape = SHAPES[random_weights]
-            base = random_model(shape, _dtype(dtype), device)
+            base = random_model(shape, _dtype(dtype), _device(device))
             names = [f"random-{seed}" for seed in range(1, adapters + 1)]
             folders = {
                 name: random_adapter(shape, rank, Path(scratch) / name, seed) for seed, name in enumerate(names, 1)
@@ -289,6 +289,15 @@ def _dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ChunkWiseError(f"--dtype {name}: choose one of {', '.join(known)}")
     return known[name]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name not in known:
+        raise ChunkWiseError(f"--device {name}: this machine has {' and '.join(known)}")
+    return torch.device(name)
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.layers import FastPaths
 from chunkwise_lora.engines.transformers.model import PREFILL_TOKENS, ChunkWiseModel
+from chunkwise_lora.errors import EngineError
 from chunkwise_lora.evaluation.memory import PeakMemory
 from chunkwise_lora.ladder import RankLadder
 
@@ -239,6 +240,12 @@ def measure(
     """
     prefill_rounds = rounds if prefill_rounds is None else prefill_rounds
     length = prompt.shape[1] + WARM_UP + rounds * new_tokens
+    positions = getattr(entrants[0].model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise EngineError(
+            f"a context of {prompt.shape[1]} with {rounds} rounds of {new_tokens} tokens comes to {length} tokens, but "
+            f"the model has {positions} positions; lower one of them"
+        )
     prefills: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
     decodes: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
     peaks: dict[str, int | None] = {}

@@ -36,7 +36,7 @@ SHAPES = {
 """Those of SmolLM-135M and -360M, Llama-3.2-1B and Llama-2-7B."""
 
 
-def random_model(config: LlamaConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The same weights every time."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
