@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,11 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
         (("generate", "--prompt", "a", "--config", "no/such.json"), "no/such.json"),
         (("generate", "--prompt", "a", "--adapter", "no/such"), "no/such"),
         (("generate", "--prompt", "a", "--model", "no/such"), "no/such"),
+        (("generate", "--prompt", "a", "--adapter", "[/bold]"), "[/bold]"),
+        (("generate", "--prompt", "a", "--preset", "[red]"), "'[red]'"),
         (("ladder", "show", "no/such"), "no/such"),
+        (("ladder", "show", "x" * 300), "no such folder"),
+        (("ladder", "build", "x" * 300, "-o", "y"), "no such folder"),
         (("ladder", "build", "wiki", "-o", "x", "--base", "y"), "--calibration-text"),
         (("ladder", "build", "wiki", "-o", "x", "--dtype", "int4"), "bfloat16"),
     ],
@@ -100,6 +105,15 @@ def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told:
     code, _, err = run(*arguments)
     assert code == 1
     assert told in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"model": 1}'])
+def test_a_damaged_tokenizer_is_refused_by_name(run: Any, tmp_path: Path, damage: bytes) -> None:
+    base = shutil.copytree(embedded.BASE, tmp_path / "base")
+    (base / "tokenizer.json").write_bytes(damage)
+    code, _, err = run("generate", "--prompt", "a", "--model", base)
+    assert code == 1 and f"{base}: its tokenizer" in err
     assert len(err.strip().splitlines()) == 1
 
 

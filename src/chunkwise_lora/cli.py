@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from chunkwise_lora import embedded
 from chunkwise_lora.config import PRESETS, ChunkWiseConfig
@@ -138,7 +140,7 @@ def ladder_build(
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)
     console.print(ladder_table(ladder))
-    console.print(f"Written to {output}")
+    console.print(f"Written to {output}", markup=False)
     _write_json(json_file, describe(ladder))
 
 
@@ -150,7 +152,7 @@ def ladder_show(
     """Show a ladder: spectrum and energy kept per rung and module."""
     from chunkwise_lora.rendering import ladder_table
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LadderError(f"{folder}: no such folder")
     ladder = RankLadder.load(folder)
     console.print(ladder_table(ladder))
@@ -162,7 +164,8 @@ def main() -> None:
     try:
         app()
     except ChunkWiseError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        line = Text("error: ", "bold red").append(" ".join(str(error).split()), "default")
+        Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)
 
 
@@ -188,7 +191,7 @@ def _load(name: str) -> tuple[Any, Any]:
         base = base.float()  # CPUs compute float16 slowly
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer raises whatever its reader meets
         raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
@@ -212,7 +215,7 @@ def _show(
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
     output = model.generate(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,
