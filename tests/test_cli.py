@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_a_damaged_tokenizer_is_refused_by_name(run: Any, tmp_path: Path, damage
     code, _, err = run("generate", "--prompt", "a", "--model", base)
     assert code == 1 and f"{base}: its tokenizer" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_results_go_through_a_pipe_without_replacing_it(run: Any, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    code, *_ = run("generate", "--prompt", "a", "--max-new-tokens", 1, "--json", pipe)
+    os.close(reader)
+    assert code == 0 and pipe.is_fifo()
 
 
 def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Path) -> None:
