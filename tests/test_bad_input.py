@@ -296,6 +296,7 @@ TENSOR_EDITS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "complex numbers": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32, dtype=torch.cfloat)}),
     "a DoRA magnitude": lambda tensors: tensors.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}),
     "a bias of lora_B": lambda tensors: tensors.update({f"{Q}.lora_B.bias": torch.ones(32)}),
+    "one module twice": lambda tensors: tensors.update({f"{Q}.lora_A.default.weight": torch.ones(8, 32)}),
     "an embedding": lambda tensors: renamed(tensors, "q_proj.lora_A.weight", "q_proj.lora_embedding_A"),
     "another method": lambda tensors: renamed(tensors, "lora_", "hada_"),
     "a stray tensor": lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(2, 32)}),

@@ -176,21 +176,31 @@ def _split(
     """Sort the tensors of an adapter file into LoRA factors and replaced parameters."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
-    saved_names = tuple(config.get("modules_to_save") or ())
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
-            sides.setdefault(match[1], {})[match[2]] = tensor
+            if match[2] in sides.setdefault(match[1], {}):
+                raise LadderError(f"{path}: {match[1]}.lora_{match[2]} is there twice; export the adapter anew")
+            sides[match[1]][match[2]] = tensor
             continue
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT adds the base's own weight where it adapts an output head
+        if name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # PEFT adds the base's own parameters where it adapts an output head
         module, _, parameter = name.replace(".modules_to_save", "").rpartition(".")
-        if "lora_" in name or not module.endswith(saved_names) or not saved_names:
+        if "lora_" in name or not _is_saved(module, config):
             raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")
         saved[f"{module}.{parameter}"] = tensor
     if not sides:
         raise LadderError(f"{path}: holds no LoRA weights")
     return {name: _factors(name, pair, config, path) for name, pair in sides.items()}, saved
+
+
+def _is_saved(module: str, config: dict[str, Any]) -> bool:
+    """PEFT's rule for modules_to_save: a name, or the end of one, with all that the module holds."""
+    names = tuple(config.get("modules_to_save") or ())
+    parts = module.split(".")
+    inside = any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
+    # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
+    return bool(names) and (inside or bool(config.get("ensure_weight_tying")))
 
 
 def _factors(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> tuple[Tensor, Tensor, float]:
