@@ -95,6 +95,7 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
         (("generate", "--prompt", "a", "--model", "no/such"), "no/such"),
         (("generate", "--prompt", "a", "--adapter", "[/bold]"), "[/bold]"),
         (("generate", "--prompt", "a", "--preset", "[red]"), "'[red]'"),
+        (("generate", "--prompt", "a", "--preset", ""), "lossless, balanced, compact"),
         (("ladder", "show", "no/such"), "no/such"),
         (("ladder", "show", "x" * 300), "no such folder"),
         (("ladder", "build", "x" * 300, "-o", "y"), "no such folder"),

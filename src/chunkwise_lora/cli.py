@@ -102,10 +102,10 @@ def generate(
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.rendering import rank_legend
 
-    if preset and config:
+    if preset is not None and config is not None:
         raise ChunkWiseError("--preset and --config: give one of them")
-    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config else None
-    if preset:
+    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
+    if preset is not None:
         chosen = ChunkWiseConfig.preset(preset)
     source = embedded.ADAPTERS.get(adapter, adapter)
     base, tokenizer = _load(model)
