@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, Callable[[], t.PreTrainedConfig]] = {
     "gemma3": lambda: t.Gemma3TextConfig(
         **_LLAMA_LIKE, head_dim=16, sliding_window=SLIDING_WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=16
     ),
+    "phi": lambda: t.PhiConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
     "phi3": lambda: t.Phi3Config(**_LLAMA_LIKE),
     "gpt2": lambda: t.GPT2Config(**_COMMON, n_positions=256),
     "gpt_neox": lambda: t.GPTNeoXConfig(**_COMMON, intermediate_size=48, max_position_embeddings=1024),
@@ -81,7 +82,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"r": 40},
     "lm_head": {"target_modules": ["q_proj", "down_proj", "lm_head"]},
     "saved_head": {"modules_to_save": ["lm_head"]},
+    "saved_mlp": {"modules_to_save": ["mlp"], "target_modules": _ATTENTION},
     "saved_embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "tied_embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 """Overrides of a rank-8 LoRA on all linear layers. `wide` has more directions than its modules have inputs."""

@@ -177,6 +177,22 @@ def test_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
         RankLadder.load(tmp_path / "nowhere")
     with pytest.raises(LadderError, match="no/such-adapter"):
         RankLadder.load("no/such-adapter")
+    with pytest.raises(LadderError, match="xxx"):
+        RankLadder.load("x" * 300)
+
+
+def test_a_link_to_itself_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(LadderError, match="loop"):
+        RankLadder.load(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_folder_given_for_a_file_is_refused_by_name(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(LadderError, match=name):
+        RankLadder.from_peft(folder)
 
 
 def test_a_file_given_for_a_folder_is_refused(folder: Path) -> None:
@@ -191,7 +207,7 @@ def test_an_adapter_whose_weights_are_cut_off_is_refused(folder: Path, keep: flo
         RankLadder.from_peft(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
 def test_an_adapter_config_that_is_no_json_is_refused(folder: Path, text: bytes) -> None:
     (folder / CONFIG).write_bytes(text)
     with pytest.raises(LadderError, match=CONFIG):
@@ -221,10 +237,25 @@ def test_an_adapter_config_that_is_no_json_is_refused(folder: Path, text: bytes)
         ("r", -1),
         ("r", None),
         ("r", "8"),
+        ("r", True),
+        ("r", 8.0),
+        ("r", 10**400),
         ("lora_alpha", None),
         ("lora_alpha", "16"),
         ("lora_alpha", float("nan")),
+        ("lora_alpha", True),
+        ("lora_alpha", 1e300),
+        ("lora_alpha", 10**400),
+        ("use_rslora", "false"),
+        ("use_rslora", 1),
+        ("modules_to_save", True),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", [1]),
+        ("base_model_name_or_path", 5),
+        ("base_model_name_or_path", ["a", "b"]),
         ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": 8.0}),
+        ("rank_pattern", {"q_proj": 10**400}),
         ("alpha_pattern", "q_proj"),
         ("alpha_pattern", {"q_proj": "16"}),
         ("alpha_pattern", {"q_proj": float("nan")}),
@@ -260,8 +291,12 @@ TENSOR_EDITS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "another rank in lora_B": lambda tensors: tensors.update({f"{Q}.lora_B.weight": torch.ones(32, 4)}),
     "a convolution": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32, 1)}),
     "integers": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32, dtype=torch.int32)}),
+    "INT8": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32, dtype=torch.int8)}),
+    "FP8": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32).to(torch.float8_e4m3fn)}),
+    "complex numbers": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 32, dtype=torch.cfloat)}),
     "a DoRA magnitude": lambda tensors: tensors.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}),
     "a bias of lora_B": lambda tensors: tensors.update({f"{Q}.lora_B.bias": torch.ones(32)}),
+    "one module twice": lambda tensors: tensors.update({f"{Q}.lora_A.default.weight": torch.ones(8, 32)}),
     "an embedding": lambda tensors: renamed(tensors, "q_proj.lora_A.weight", "q_proj.lora_embedding_A"),
     "another method": lambda tensors: renamed(tensors, "lora_", "hada_"),
     "a stray tensor": lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(2, 32)}),

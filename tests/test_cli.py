@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,12 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
         (("generate", "--prompt", "a", "--config", "no/such.json"), "no/such.json"),
         (("generate", "--prompt", "a", "--adapter", "no/such"), "no/such"),
         (("generate", "--prompt", "a", "--model", "no/such"), "no/such"),
+        (("generate", "--prompt", "a", "--adapter", "[/bold]"), "[/bold]"),
+        (("generate", "--prompt", "a", "--preset", "[red]"), "'[red]'"),
+        (("generate", "--prompt", "a", "--preset", ""), "lossless, balanced, compact"),
         (("ladder", "show", "no/such"), "no/such"),
+        (("ladder", "show", "x" * 300), "no such folder"),
+        (("ladder", "build", "x" * 300, "-o", "y"), "no such folder"),
         (("ladder", "build", "wiki", "-o", "x", "--base", "y"), "--calibration-text"),
         (("ladder", "build", "wiki", "-o", "x", "--dtype", "int4"), "bfloat16"),
     ],
@@ -101,6 +108,24 @@ def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told:
     assert code == 1
     assert told in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"model": 1}'])
+def test_a_damaged_tokenizer_is_refused_by_name(run: Any, tmp_path: Path, damage: bytes) -> None:
+    base = shutil.copytree(embedded.BASE, tmp_path / "base")
+    (base / "tokenizer.json").write_bytes(damage)
+    code, _, err = run("generate", "--prompt", "a", "--model", base)
+    assert code == 1 and f"{base}: its tokenizer" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_results_go_through_a_pipe_without_replacing_it(run: Any, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    code, *_ = run("generate", "--prompt", "a", "--max-new-tokens", 1, "--json", pipe)
+    os.close(reader)
+    assert code == 0 and pipe.is_fifo()
 
 
 def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "attention": NOT_A_WEIGHT,
         "position": NOT_A_WEIGHT,
         "ngram": (*NOT_A_COUNT, 9),
-        "window": NOT_A_COUNT,
+        "window": (*NOT_A_COUNT, 10**400),
         "half_life": (0, -1, NAN, INFINITY, "long", None),
     },
     ChunkingConfig: {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chunkwise_lora import ChunkWiseModel, LadderError, RankLadder
 from chunkwise_lora.engines.transformers.moments import second_moments
-from chunkwise_lora.ladder import describe, even_ranks
+from chunkwise_lora.ladder import LadderModule, describe, even_ranks
 from models import ADAPTERS, adapter, build, linear_outputs_plus, peft_model, prompts
 
 
@@ -166,6 +166,37 @@ def test_impossible_ranks_are_refused(change: Callable[[dict[str, tuple[int, ...
 def test_an_empty_ladder_is_refused() -> None:
     with pytest.raises(LadderError, match="module"):
         RankLadder({})
+
+
+IMPOSSIBLE_FACTORS: dict[str, dict[str, Tensor]] = {
+    "another rank in up": {"up": torch.ones(5, 3)},
+    "another rank in down": {"down": torch.ones(3, 6)},
+    "another rank in sigma": {"sigma": torch.ones(3)},
+    "three dimensions": {"up": torch.ones(5, 4, 1)},
+    "sigma of no dimension": {"sigma": torch.tensor(1.0)},
+    "whole numbers": {"down": torch.ones(4, 6, dtype=torch.int8)},
+    "NaN": {"sigma": torch.full((4,), float("nan"))},
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE_FACTORS.values(), ids=IMPOSSIBLE_FACTORS)
+def test_impossible_factors_are_refused_by_module(change: dict[str, Tensor]) -> None:
+    factors = {"up": torch.ones(5, 4), "down": torch.ones(4, 6), "sigma": torch.ones(4)}
+    assert RankLadder({"proj": LadderModule(**factors, ranks=(0, 4))}).rung_ranks == (0, 4)
+    with pytest.raises(LadderError, match="proj"):
+        RankLadder({"proj": LadderModule(**(factors | change), ranks=(0, 4))})
+
+
+def test_a_scale_that_overflows_is_refused_by_module(tmp_path: Path) -> None:
+    a, b = torch.full((4, 6), 1e20), torch.full((5, 4), 1e20)
+    with pytest.raises(LadderError, match="proj"):
+        RankLadder.from_peft(write_adapter(tmp_path, a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64])
+def test_a_ladder_in_another_dtype_is_refused_by_name(dtype: torch.dtype) -> None:
+    with pytest.raises(LadderError, match=str(dtype)):
+        RankLadder.from_peft(adapter("llama")).to(dtype)
 
 
 def test_describe_is_plain_data_about_every_module() -> None:

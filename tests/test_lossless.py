@@ -47,6 +47,11 @@ def test_lossless_matches_peft_for_adapter(kind: str) -> None:
     assert_same_generation(attached("llama", kind), peft_model("llama", kind), build("llama"), prompts())
 
 
+@pytest.mark.parametrize("kind", ["lm_head", "tied_embedding"])
+def test_lossless_matches_peft_where_the_head_has_a_bias_and_the_weights_of_the_embedding(kind: str) -> None:
+    assert_same_generation(attached("phi", kind), peft_model("phi", kind), build("phi"), prompts())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_forward_pass_matches_peft(architecture: str) -> None:
     inputs = prompts()

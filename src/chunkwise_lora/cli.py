@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from typer.core import TyperCommand
 
 from chunkwise_lora import embedded
@@ -125,10 +127,10 @@ def generate(
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.rendering import rank_legend
 
-    if preset and config:
+    if preset is not None and config is not None:
         raise ChunkWiseError("--preset and --config: give one of them")
-    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config else None
-    if preset:
+    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
+    if preset is not None:
         chosen = ChunkWiseConfig.preset(preset)
     source = embedded.ADAPTERS.get(adapter, adapter)
     base, tokenizer = _load(model)
@@ -254,7 +256,7 @@ def ladder_build(
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)
     console.print(ladder_table(ladder))
-    console.print(f"Written to {output}")
+    console.print(f"Written to {output}", markup=False)
     _write_json(json_file, describe(ladder))
 
 
@@ -266,7 +268,7 @@ def ladder_show(
     """Show a ladder: spectrum and energy kept per rung and module."""
     from chunkwise_lora.rendering import ladder_table
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LadderError(f"{folder}: no such folder")
     ladder = RankLadder.load(folder)
     console.print(ladder_table(ladder))
@@ -278,7 +280,8 @@ def main() -> None:
     try:
         app()
     except ChunkWiseError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        line = Text("error: ", "bold red").append(" ".join(str(error).split()), "default")
+        Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)
 
 
@@ -313,7 +316,7 @@ def _load(name: str) -> tuple[Any, Any]:
         base = base.float()  # CPUs compute float16 slowly
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer raises whatever its reader meets
         raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
@@ -337,7 +340,7 @@ def _show(
 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
     output = model.generate(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,

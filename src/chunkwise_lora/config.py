@@ -47,7 +47,7 @@ class ComplexityConfig(Knobs):
     attention: Weight = Field(0.2, description="Weight of the attention proxy.")
     position: Weight = Field(0.1, description="Weight of the positional prior.")
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
-    window: int = Field(512, ge=1, description="How far back novelty and attention look, tokens.")
+    window: int = Field(512, ge=1, le=10**9, description="How far back novelty and attention look, tokens.")
     half_life: float = Field(64.0, gt=0, description="The positional prior halves every so many tokens.")
 
     @model_validator(mode="after")

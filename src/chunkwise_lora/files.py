@@ -20,9 +20,13 @@ def read_text(path: Path, error: type[ChunkWiseError]) -> str:
 def write_atomically(path: Path, content: bytes, error: type[ChunkWiseError] = ChunkWiseError) -> None:
     """Write beside `path`, then rename over it: an interrupted write leaves the old file whole.
 
+    A device or a pipe, such as `/dev/stdout`, is written to as it is.
     Raises `error` naming the path when it cannot be written.
     """
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

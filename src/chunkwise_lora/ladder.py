@@ -8,6 +8,7 @@ dW itself is never formed: thin QR of both factors, then an SVD of their r x r c
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,7 +85,13 @@ class RankLadder:
         if len({len(module.ranks) for module in self.modules.values()}) != 1:
             raise LadderError("all modules of a ladder need the same number of rungs")
         for name, module in self.modules.items():
-            ranks = module.ranks
+            ranks, shapes = module.ranks, [tuple(t.shape) for t in (module.up, module.down, module.sigma)]
+            if [len(shape) for shape in shapes] != [2, 2, 1] or not shapes[0][1] == shapes[1][0] == shapes[2][0]:
+                raise LadderError(f"{name}: up, down and sigma are {shapes}, not (out, r), (r, in) and (r,)")
+            if not (
+                module.up.is_floating_point() and module.down.is_floating_point() and module.sigma.isfinite().all()
+            ):
+                raise LadderError(f"{name}: up and down must be floating-point, sigma finite; build the ladder anew")
             if list(ranks) != sorted(ranks) or not ranks or ranks[0] < 0 or ranks[-1] != module.rank:
                 raise LadderError(f"{name}: ranks {ranks} must rise from at least 0 to the full rank {module.rank}")
 
@@ -111,7 +118,7 @@ class RankLadder:
     @classmethod
     def load(cls, path: str | Path) -> RankLadder:
         """A saved ladder if `path` is the folder of one, or else the ladder of the PEFT adapter there."""
-        return cls.from_pretrained(path) if (Path(path) / LADDER_NAME).is_file() else cls.from_peft(path)
+        return cls.from_pretrained(path) if os.path.isfile(Path(path) / LADDER_NAME) else cls.from_peft(path)
 
     @classmethod
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None) -> RankLadder:
@@ -155,6 +162,8 @@ class RankLadder:
 
     def to(self, dtype: torch.dtype) -> RankLadder:
         """The same ladder with factors in `dtype`: half the bytes in bfloat16 or float16, and no longer lossless."""
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise LadderError(f"a ladder is stored in float32, bfloat16 or float16, not in {dtype}")
         modules = {
             name: replace(module, up=module.up.to(dtype), down=module.down.to(dtype))
             for name, module in self.modules.items()

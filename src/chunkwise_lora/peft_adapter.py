@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from types import NoneType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +42,11 @@ UNSUPPORTED_FIELDS = {
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them."""
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+LARGEST = 1e30
+"""Ranks and alphas are below this, so that a scale never overflows."""
+
 
 @dataclass(frozen=True)
 class PeftAdapter:
@@ -62,14 +70,19 @@ class PeftAdapter:
             config = json.loads(read_text(config_path, LadderError))
             if not isinstance(config, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LadderError(f"{config_path}: not valid JSON ({error})") from None
         _refuse_unsupported(config, config_path)
+        _refuse_wrong_types(config, config_path)
         try:
             tensors = load_file(weights_path)
         except (OSError, SafetensorError) as error:
             raise LadderError(f"{weights_path}: cannot be read as safetensors ({error})") from None
         for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise LadderError(
+                    f"{weights_path}: {name} has dtype {tensor.dtype}; save the adapter in float32 or bfloat16"
+                )
             if not torch.isfinite(tensor).all():
                 raise LadderError(f"{weights_path}: {name} holds NaN or infinity; train or export the adapter anew")
         return cls(*_split(tensors, config, weights_path), config.get("base_model_name_or_path"))
@@ -77,7 +90,7 @@ class PeftAdapter:
 
 def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
     folder = Path(adapter)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's, never an error
         config, weights, pickled = (folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
         if not config.is_file():
             raise LadderError(f"{folder}: no {CONFIG_NAME} here; give the folder of a PEFT adapter")
@@ -90,7 +103,7 @@ def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
             )
             raise LadderError(f"{folder}: {why}")
         return config, weights
-    if folder.exists():
+    if os.path.exists(folder):
         raise LadderError(f"{folder}: give the folder of a PEFT adapter, not a file in it")
     from transformers.utils.hub import cached_file
 
@@ -115,23 +128,46 @@ def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base weights; export it as plain "
             "LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not _is_number(value) or (name == "r" and value < 1):
-            raise LadderError(f"{path}: {name} = {value!r} is not a positive number")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-            raise LadderError(f"{path}: {name} must map module names to numbers")
+
+
+def _refuse_wrong_types(config: dict[str, Any], path: Path) -> None:
+    for name, pattern_name, fits, what in (
+        ("r", "rank_pattern", _is_rank, "whole number from 1"),
+        ("lora_alpha", "alpha_pattern", _is_number, "number"),
+    ):
+        if not fits(config.get(name)):
+            raise LadderError(f"{path}: {name} = {_short(config.get(name))} is not a {what}")
+        pattern = config.get(pattern_name) or {}
+        if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
+            raise LadderError(f"{path}: {pattern_name} must map module names to a {what} each")
         for key in pattern:
             try:
                 re.compile(key)
             except re.error as error:
-                raise LadderError(f"{path}: {name} has {key!r}, which is no regular expression ({error})") from None
+                raise LadderError(
+                    f"{path}: {pattern_name} has {key!r}, which is no regular expression ({error})"
+                ) from None
+    if not isinstance(config.get("use_rslora"), (bool, NoneType)):
+        raise LadderError(f"{path}: use_rslora = {_short(config['use_rslora'])} is neither true nor false")
+    if not isinstance(config.get("base_model_name_or_path"), (str, NoneType)):
+        raise LadderError(
+            f"{path}: base_model_name_or_path = {_short(config['base_model_name_or_path'])} is not a name"
+        )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise LadderError(f"{path}: modules_to_save = {_short(saved)} is not a list of module names")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value < LARGEST
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
 
 
 def _split(
@@ -140,21 +176,31 @@ def _split(
     """Sort the tensors of an adapter file into LoRA factors and replaced parameters."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
-    saved_names = tuple(config.get("modules_to_save") or ())
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.model.")
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
-            sides.setdefault(match[1], {})[match[2]] = tensor
+            if match[2] in sides.setdefault(match[1], {}):
+                raise LadderError(f"{path}: {match[1]}.lora_{match[2]} is there twice; export the adapter anew")
+            sides[match[1]][match[2]] = tensor
             continue
-        if name.endswith(".base_layer.weight"):
-            continue  # PEFT adds the base's own weight where it adapts an output head
+        if name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # PEFT adds the base's own parameters where it adapts an output head
         module, _, parameter = name.replace(".modules_to_save", "").rpartition(".")
-        if "lora_" in name or not module.endswith(saved_names) or not saved_names:
+        if "lora_" in name or not _is_saved(module, config):
             raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")
         saved[f"{module}.{parameter}"] = tensor
     if not sides:
         raise LadderError(f"{path}: holds no LoRA weights")
     return {name: _factors(name, pair, config, path) for name, pair in sides.items()}, saved
+
+
+def _is_saved(module: str, config: dict[str, Any]) -> bool:
+    """PEFT's rule for modules_to_save: a name, or the end of one, with all that the module holds."""
+    names = tuple(config.get("modules_to_save") or ())
+    parts = module.split(".")
+    inside = any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
+    # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
+    return bool(names) and (inside or bool(config.get("ensure_weight_tying")))
 
 
 def _factors(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> tuple[Tensor, Tensor, float]:
@@ -169,8 +215,6 @@ def _factors(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: P
             f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, "
             f"but {CONFIG_NAME} says rank {rank}"
         )
-    if not (a.is_floating_point() and b.is_floating_point()):
-        raise LadderError(f"{path}: {name} has dtype {a.dtype}; expected a floating-point type")
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
