@@ -34,39 +34,25 @@ void add_adapter(element *y, const element *x, const element *down, const elemen
                  const int64_t *rows, int64_t tokens, int64_t in, int64_t out, int64_t rank, int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * rank * (in + out) > 200000)
   for (int64_t t = 0; t < tokens; t++) {
-    const int64_t row = rows ? rows[t] : t, last = rank - 1;
+    const int64_t row = rows ? rows[t] : t;
     const element *x_t = x + row * in;
     element *y_t = y + row * out;
-    float wide[in], z[rank + 3];
-#pragma omp simd
-    for (int64_t i = 0; i < in; i++) wide[i] = widen(x_t[i]);
-    // Four directions at a time; one past the last is the last once more, and then counts for nothing.
-    for (int64_t j = 0; j < rank; j += 4) {
-      const element *d0 = down + j * in, *d1 = down + (j + 1 < last ? j + 1 : last) * in,
-                    *d2 = down + (j + 2 < last ? j + 2 : last) * in, *d3 = down + (j + 3 < last ? j + 3 : last) * in;
-      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-      for (int64_t i = 0; i < in; i++) {
-        s0 += widen(d0[i]) * wide[i];
-        s1 += widen(d1[i]) * wide[i];
-        s2 += widen(d2[i]) * wide[i];
-        s3 += widen(d3[i]) * wide[i];
-      }
-      z[j] = s0, z[j + 1] = s1, z[j + 2] = s2, z[j + 3] = s3;
+    float z[rank];
+    for (int64_t j = 0; j < rank; j++) {
+      const element *down_j = down + j * in;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x_t[i]);
+      z[j] = gates ? gates[t * rank + j] * sum : sum;
     }
-    for (int64_t j = 0; gates && j < rank; j++) z[j] *= gates[t * rank + j];
-    for (int64_t j = rank; j < rank + 3; j++) z[j] = 0;
     for (int64_t from = 0; from < out; from += COLUMNS) {
       const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
       float sums[COLUMNS] = {0};
-      for (int64_t j = 0; j < rank; j += 4) {
-        const element *u0 = up + j * out + from, *u1 = up + (j + 1 < last ? j + 1 : last) * out + from,
-                      *u2 = up + (j + 2 < last ? j + 2 : last) * out + from,
-                      *u3 = up + (j + 3 < last ? j + 3 : last) * out + from;
-        const float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
+      for (int64_t j = 0; j < rank; j++) {
+        const element *up_j = up + j * out + from;
+        const float z_j = z[j];
 #pragma omp simd
-        for (int64_t i = 0; i < columns; i++)
-          sums[i] += z0 * widen(u0[i]) + z1 * widen(u1[i]) + z2 * widen(u2[i]) + z3 * widen(u3[i]);
+        for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
       }
 #pragma omp simd
       for (int64_t i = 0; i < columns; i++) y_t[from + i] = narrow(widen(y_t[from + i]) + sums[i]);
