@@ -14,9 +14,8 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready  ## The numbers of docs/benchmarks.md
-	$(BIN)/python benchmarks/decode.py --shape embedded
-	$(BIN)/python benchmarks/decode.py --shape 135m
+bench: .venv/ready  ## Latency and memory on the embedded model; docs/benchmarks.md lists longer runs
+	$(BIN)/chunkwise bench --contexts 128 512 --plot runs/bench.png --json runs/bench.json
 
 train: .venv/ready  ## Train the embedded weights anew: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base

@@ -73,6 +73,20 @@ def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -
     assert wide(x).requires_grad, "with gradients it is the layer itself"
 
 
+def test_a_widened_input_is_shared_until_it_changes_in_place() -> None:
+    step, x = Step(), torch.ones(2, 3).bfloat16()
+    first = step.widen(x)
+    assert step.widen(x) is first
+    x += 1
+    assert torch.equal(step.widen(x), x.float())
+    step.clear()
+    with torch.inference_mode():
+        x = torch.ones(2).bfloat16()
+        step.widen(x)
+        x += 1
+        assert torch.equal(step.widen(x), x.float())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     seed=st.integers(0, 2**31),

@@ -97,17 +97,19 @@ class Step:
     """Tokens of the pass per sequence, padding included."""
     constant: bool = False
     """Whether every token of the generation gets the same gates of its adapter."""
-    _widened: tuple[Tensor, Tensor] | None = None
+    _widened: tuple[Tensor, int, Tensor] | None = None
 
     def clear(self) -> None:
         """Between passes no adapter runs, and nothing of a pass is held."""
         self.parts, self.sequences, self._widened = [], {}, None
 
     def widen(self, x: Tensor) -> Tensor:
-        """x in float32; modules that share an input share it."""
-        if self._widened is None or self._widened[0] is not x:
-            self._widened = x, x.float()
-        return self._widened[1]
+        """x in float32; modules that share an input share it, unless it has changed in place, as versions tell."""
+        if x.is_inference():  # these have no version
+            return x.float()
+        if self._widened is None or self._widened[0] is not x or self._widened[1] != x._version:
+            self._widened = x, x._version, x.float()
+        return self._widened[2]
 
 
 def parts_of(adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None) -> list[Part]:
@@ -235,7 +237,7 @@ class WideProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         weight, bias = self._module.weight, self._module.bias
-        few = x.numel() <= FEW_TOKENS * x.shape[-1]
+        few = x.numel() <= FEW_TOKENS * x.shape[-1] and weight.is_contiguous()
         if torch.is_grad_enabled() or x.dtype != weight.dtype or (few and self._few is None):
             return nn.functional.linear(x, weight, bias)
         if few and self._few is not None:
