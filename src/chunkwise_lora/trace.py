@@ -36,7 +36,7 @@ class Trace:
     adapter_bytes_read: int
     """Bytes of adapter factors that the passes read, counted once per pass."""
     kv_bytes: int
-    """Bytes of storage that the cache held at the end, all sequences and layers."""
+    """Bytes of storage that the cache held at the end, all sequences and layers, with its room for tokens to come."""
     kv_bytes_full: int
     """Bytes that a full-precision cache would have held."""
     kv_notes: tuple[str, ...]

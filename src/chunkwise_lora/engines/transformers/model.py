@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +196,9 @@ class ChunkWiseModel:
         for module_name, one in ladder.modules.items():
             if not (one.up.isfinite().all() and one.down.isfinite().all()):
                 raise EngineError(f"ladder {name!r}: {module_name} holds NaN or infinity; build the ladder anew")
+        for parameter, value in ladder.saved_modules.items():
+            if not value.isfinite().all():
+                raise EngineError(f"ladder {name!r}: {parameter} holds NaN or infinity; build the ladder anew")
         modules = {module: _fitting_linear(self.model, module, ladder) for module in ladder.modules}
         copies = _replaced_copies(self.model, ladder)
         attached = self.attached
@@ -358,6 +362,8 @@ class ChunkWiseModel:
             return args, kwargs
         names = self._parameters if module is self.model else _parameters(module)
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if "past_key_values" in names:
+            inputs.setdefault("past_key_values", None)
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise EngineError("plans are made from token ids; pass input_ids, not inputs_embeds")
@@ -431,8 +437,6 @@ def _refuse_model(model: object) -> None:
         raise EngineError(
             f"expected a transformers model, got {type(model).__name__}; of a PeftModel, pass peft_model.unload()"
         )
-    if model._is_stateful and "past_key_values" not in _parameters(model):
-        raise EngineError(f"{type(model).__name__} keeps a state of its own kind, in an order that plans cannot follow")
     if model.config.is_encoder_decoder or not model.can_generate():
         raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
 
@@ -491,7 +495,7 @@ def _learned_positions(model: PreTrainedModel) -> float:
 
 
 def _config_beside(ladder: RankLadder | str | Path) -> ChunkWiseConfig:
-    if isinstance(ladder, (str, Path)) and (Path(ladder) / CONFIG_NAME).is_file():
+    if isinstance(ladder, (str, Path)) and os.path.isfile(Path(ladder) / CONFIG_NAME):  # unlike Path's, never an error
         return ChunkWiseConfig.from_pretrained(ladder)
     return ChunkWiseConfig.preset("balanced")
 

@@ -110,11 +110,13 @@ class Session:
             self._open(batch)
         # Without a cache every pass brings all tokens again; their plan stands.
         known = self._columns if inputs.get("past_key_values") is None else 0
-        if known > width:
-            raise EngineError(
-                f"the model has dropped its cache after {known} tokens, as some do past their original length; call "
-                "generate with use_cache=False, or stay below that length"
-            )
+        if known >= width:
+            if "past_key_values" in inputs:
+                raise EngineError(
+                    f"the model has dropped its cache after {known} tokens, as some do past their original length; "
+                    "call generate with use_cache=False, or stay below that length"
+                )
+            known = 0  # a recurrent model, which has its own name for its state
         real = _real_columns(inputs.get("attention_mask"), batch, width)
         ids = input_ids[:, known:].tolist()
         tokens = np.full((batch, width - known), NO_TOKEN)
