@@ -27,7 +27,7 @@ train: .venv/ready  ## Train the embedded weights anew: make train BOOKS="a.txt.
 # there is no GPU, PyTorch's CPU index (or a local one) can be given in PIP_EXTRA_INDEX_URL.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval]'
 	touch $@
 
 clean:
