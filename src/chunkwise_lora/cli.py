@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chunkwise_lora import embedded
-from chunkwise_lora.config import PRESETS, ChunkWiseConfig
+from chunkwise_lora.config import PRESETS, CalibrationConfig, ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, first_line
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.ladder import RankLadder, describe
@@ -281,3 +281,67 @@ def _progress() -> Progress:
 def _write_json(path: Path | None, content: Any) -> None:
     if path is not None:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@app.command()
+def calibrate(
+    text: Annotated[Path, typer.Option(help="Plain text like the adapter will see, and did not train on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[
+        str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")
+    ] = "wiki",
+    max_loss_increase: Annotated[
+        str | None, typer.Option(help="Budget: how much the loss per token may rise, such as 0.5%.")
+    ] = None,
+    mean_rank: Annotated[
+        str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
+    seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
+
+    Builds the data-aware ladder and its rungs, measures what every token costs at each rung, learns to predict that
+    in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
+    """
+    from chunkwise_lora.engines.transformers.calibrate import calibrate as run
+    from chunkwise_lora.rendering import calibration_table
+
+    if (max_loss_increase is None) == (mean_rank is None):
+        raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
+    knobs = CalibrationConfig(
+        max_loss_increase=_share(max_loss_increase), mean_rank=_share(mean_rank), seed=seed, **_given(tokens=tokens)
+    )
+    content = read_text(text, ChunkWiseError)
+    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
+    base, tokenizer = _load(model)
+    with _progress() as progress:
+        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, progress.track)
+    result.ladder.save_pretrained(output)
+    result.config.save_pretrained(output)
+    console.print(calibration_table(result))
+    check = result.check
+    console.print(
+        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a mean "
+        f"rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV bytes. "
+        f"Measured on {check.tokens:,} unseen tokens. Written to {output}"
+    )
+    config = result.config.model_dump(mode="json")
+    _write_json(json_file, {"check": asdict(check), "explained": result.explained, "config": config})
+
+
+def _share(text: str | None) -> float | None:
+    """0.5% or 0.005 as a number."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ChunkWiseError(f"{text}: write a share such as 0.5% or 0.005") from None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -67,9 +67,10 @@ def sensitivities(
             for name, (z, leaf) in leaves.items():
                 if leaf.grad is None:
                     continue
-                q, z = leaf.grad.reshape(len(batch), -1, z.shape[-1]).cpu(), z.reshape(len(batch), -1, z.shape[-1]).cpu()
-                outputs = torch.einsum("btr,bts->rs", q, q)
-                gates = (q * z).sum(1).square().sum(0)
+                q = leaf.grad.flatten(0, -2)
+                outputs = (q.T @ q).cpu()
+                of_sequence = (leaf.grad * z).reshape(len(batch), -1, z.shape[-1]).sum(1)
+                gates = of_sequence.square().sum(0).cpu()
                 if name in found:
                     outputs, gates = found[name].outputs + outputs, found[name].gates + gates
                 found[name] = Sensitivity(outputs, gates)
