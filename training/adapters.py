@@ -38,7 +38,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
-from chunkwise_lora.evaluation.data import squad_rows
+from chunkwise_lora.evaluation.data import e2e_prompt, squad_rows
 
 BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
@@ -272,7 +272,7 @@ def e2e(
     unseen = set(meanings[int(len(meanings) * (1 - HELD_OUT)) :])
 
     def examples(rows: list[dict[str, str]]) -> Answers:
-        return Answers(tokenizer, [(f"{row['mr']} ->", row["ref"]) for row in rows])
+        return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
 
     make(
         changed(E2E, rank, steps),

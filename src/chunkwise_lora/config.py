@@ -186,6 +186,16 @@ class ChunkWiseConfig(Knobs):
         return PRESETS[name]
 
     @classmethod
+    def uniform(cls, share: float) -> ChunkWiseConfig:
+        """Every token alike, at the rung nearest to `share` of the full rank, with a full cache."""
+        return cls(
+            chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
+            selection=SelectionConfig(rank_shares=(share,), scales=(1.0,)),
+            composition=CompositionConfig(window=0),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
+        )
+
+    @classmethod
     def from_json(cls, text: str, where: str = "config") -> ChunkWiseConfig:
         """Parse `text`; `where` names the source in errors."""
         try:
@@ -232,12 +242,7 @@ class CalibrationConfig(Knobs):
 
 
 PRESETS: dict[str, ChunkWiseConfig] = {
-    "lossless": ChunkWiseConfig(
-        chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
-        selection=SelectionConfig(rank_shares=(1.0,), scales=(1.0,)),
-        composition=CompositionConfig(window=0),
-        kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
-    ),
+    "lossless": ChunkWiseConfig.uniform(1.0),
     "balanced": ChunkWiseConfig(),
     "compact": ChunkWiseConfig(
         selection=SelectionConfig(rank_shares=(0.375, 0.5, 0.625)),

@@ -14,14 +14,19 @@ from chunkwise_lora.scheduler import FixedPlan
 
 
 @torch.no_grad()
-def log_probabilities(model: ChunkWiseModel, tokens: Tensor, rungs: np.ndarray | int | None = None) -> Tensor:
+def log_probabilities(
+    model: ChunkWiseModel, tokens: Tensor, rungs: np.ndarray | int | None = None, adapter: str | None = None
+) -> Tensor:
     """(batch, tokens, vocabulary) of what follows each of `tokens` (batch, tokens), in one pass.
 
-    `rungs` is every token's rung (batch, tokens), or one for all; None runs all at full rank.
+    `rungs` is every token's rung (batch, tokens), or one for all; None runs all at full rank. `adapter` is by default
+    the ladder loaded first.
     """
-    count = next(iter(model.ladders.values())).rungs
+    adapter = adapter or next(iter(model.ladders))
+    count = model.ladders[adapter].rungs
     plan = np.broadcast_to(count - 1 if rungs is None else rungs, tuple(tokens.shape))
-    with model.stream(batch=len(tokens), chunkwise_config=ChunkWiseConfig.preset("lossless")) as session:
+    lossless = ChunkWiseConfig.preset("lossless")
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
         session.follow([FixedPlan(row, count) for row in plan])
         logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
@@ -29,14 +34,14 @@ def log_probabilities(model: ChunkWiseModel, tokens: Tensor, rungs: np.ndarray |
 
 @torch.no_grad()
 def log_probabilities_stream(
-    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig
+    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
 ) -> tuple[Tensor, np.ndarray, float]:
     """The same token by token, as generation would run: with the plan, cross-fades and KV policy of `config`.
 
     Also gives every token's rank (batch, tokens), and the bytes of the KV cache as a share of full precision.
     """
     steps = []
-    with model.stream(batch=len(tokens), chunkwise_config=config) as session:
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as session:
         for column in tokens.split(1, dim=1):
             logits = model.model(input_ids=column, past_key_values=session.cache, use_cache=True).logits
             steps.append(logits[:, -1].float().log_softmax(-1))
