@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -318,15 +318,15 @@ def calibrate(
     ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
     base, tokenizer = _load(model)
     with _progress() as progress:
-        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, progress.track)
+        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, cast("Any", progress.track))
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)
     console.print(calibration_table(result))
     check = result.check
     console.print(
-        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a mean "
-        f"rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV bytes. "
-        f"Measured on {check.tokens:,} unseen tokens. Written to {output}"
+        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a "
+        f"mean rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV "
+        f"bytes. Measured on {check.tokens:,} unseen tokens. Written to {output}"
     )
     config = result.config.model_dump(mode="json")
     _write_json(json_file, {"check": asdict(check), "explained": result.explained, "config": config})
@@ -345,3 +345,79 @@ def _share(text: str | None) -> float | None:
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match, F1) or e2e (BLEU).")],
+    data: Annotated[
+        str, typer.Option(help="File: plain text, SQuAD v1.1 JSON, or E2E as CSV; or a data set's name on the hub.")
+    ],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
+    calibrated: Annotated[Path | None, typer.Option(help="Folder that `chunkwise calibrate` wrote.")] = None,
+    presets: Annotated[
+        str, typer.Option(help="Ours, by comma: presets, and `calibrated`. They run on the adapter's plain SVD.")
+    ] = "balanced,calibrated",
+    rivals: Annotated[
+        str,
+        typer.Option(
+            help="By comma: base; svd (plain SVD truncated uniformly at each tier); and of the calibrated ladder: "
+            "ladder (the same), random (its plan shuffled), oracle (a plan that knows every token's cost)."
+        ),
+    ] = "base,svd,ladder,random,oracle",
+    peft: Annotated[
+        list[str] | None, typer.Option(help="Another PEFT adapter as a rival, as name=folder; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many windows of text, or examples.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between the starts of two windows; by default they do not overlap.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure quality: the task's metric with its interval, mean rank, KL to full rank and KV bytes, beside rivals.
+
+    Text is cut into windows as long as the model's positions and run token by token as generation would, with plan,
+    cross-fades and KV policy in force. Answers are generated greedily.
+    """
+    from rich.markdown import Markdown
+
+    from chunkwise_lora.evaluation.report import markdown, page
+    from chunkwise_lora.evaluation.tasks import TASKS, run_task
+
+    if task not in TASKS:
+        raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    others = dict(one.partition("=")[::2] for one in peft or [])
+    if not all(others.values()):
+        raise ChunkWiseError("--peft: write name=folder")
+    name = adapter or {"wikitext": "wiki"}.get(task, task)
+    base, tokenizer = _load(model)
+    with _progress() as progress:
+        bar = progress.add_task(f"evaluating {task}", total=None)
+        evaluation = run_task(
+            task,
+            data,
+            base,
+            tokenizer,
+            str(embedded.ADAPTERS.get(name, name)),
+            calibrated=calibrated,
+            presets=[one for one in presets.split(",") if one and (calibrated or one != "calibrated")],
+            rivals=[one for one in rivals.split(",") if one],
+            peft=others,
+            limit=limit,
+            stride=stride,
+            new_tokens=new_tokens,
+            batch=batch,
+            advance=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    text = markdown(evaluation)
+    console.print(Markdown(text))
+    if report is not None:
+        write_atomically(report / "report.md", text.encode())
+        write_atomically(report / "report.html", page(evaluation).encode())
+    _write_json(
+        json_file, {"task": task, "how": evaluation.how, "results": [asdict(one) for one in evaluation.results]}
+    )

@@ -47,10 +47,12 @@ class Contender:
     name: str
     model: PreTrainedModel | ChunkWiseModel
     """As far as `generate` goes."""
-    options: dict[str, Any]
-    """For its `generate`."""
+    options: dict[str, Any] | None
+    """For its `generate`; None where it can only score text."""
     score: Callable[[Tensor], Scored]
     """Takes windows (windows, tokens)."""
+    mean_rank: float | None = None
+    """Where it is the same for all text."""
 
 
 class Field:
@@ -98,7 +100,7 @@ class Field:
         def score(tokens: Tensor) -> Scored:
             return Scored(model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1), rank)
 
-        return Contender(name, model, {}, score)
+        return Contender(name, model, {}, score, rank)
 
     def _peft(self, name: str, path: str | Path) -> Contender:
         from peft import PeftModel
@@ -150,7 +152,7 @@ class Field:
             log_p = log_probabilities(self.chunkwise, tokens, rungs, CALIBRATED)
             return Scored(log_p, float(ranks[rungs].mean()), ranks=ranks[rungs])
 
-        return Contender(name, self.chunkwise, {}, score)
+        return Contender(name, self.chunkwise, None, score)
 
     def _random(self) -> Contender:
         generator = np.random.default_rng(0)

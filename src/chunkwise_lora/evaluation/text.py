@@ -77,16 +77,16 @@ def evaluate_text(
     full_loss = np.concatenate([loss for loss, *_ in tallies[FULL]])
     results = []
     for name, tally in tallies.items():
-        loss, kl = (np.concatenate([one[i] for one in tally]) for i in (0, 1))
+        of_loss, of_kl = (np.concatenate([one[i] for one in tally]) for i in (0, 1))
         sizes = [len(one[0]) for one in tally]
         results.append(
             TextResult(
                 name,
                 float(np.average([one[2] for one in tally], weights=sizes)),
-                bootstrap(segments(loss)[:, None], lambda means: np.exp(means[..., 0])),
-                float(np.exp(loss.sum() / count)),
-                bootstrap(segments(loss - full_loss)[:, None], lambda means: np.expm1(means[..., 0])),
-                bootstrap(segments(kl)[:, None]),
+                bootstrap(segments(of_loss)[:, None], lambda means: np.exp(means[..., 0])),
+                float(np.exp(of_loss.sum() / count)),
+                bootstrap(segments(of_loss - full_loss)[:, None], lambda means: np.expm1(means[..., 0])),
+                bootstrap(segments(of_kl)[:, None]),
                 float(np.average([one[3] for one in tally], weights=sizes)),
             )
         )

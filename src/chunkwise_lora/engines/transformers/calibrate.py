@@ -33,6 +33,7 @@ from chunkwise_lora.engines.transformers.costs import (
 from chunkwise_lora.engines.transformers.fisher import sensitivities
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.engines.transformers.moments import second_moments
+from chunkwise_lora.engines.transformers.refine import refine
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 
@@ -40,6 +41,8 @@ LEAST_BLOCKS = 24
 """Sequences of text below which nothing can be learned and checked."""
 LADDER_BLOCKS = 48
 """Sequences that moments and sensitivities are gathered on: a few thousand numbers need no more."""
+REFINE_TOKENS = 1024
+"""Tokens per step of turning the directions."""
 INT8_ALLOWANCE = 1e-3
 """INT8 keys and values are kept if they raise the loss by no more than this share of it."""
 ENTROPY_GAIN = 1.02
@@ -50,9 +53,9 @@ SHARES = tuple(step / 16 for step in range(5, 16))
 
 
 class Track(Protocol):
-    """Wraps a sequence that is worked through, to show progress; such as rich's `Progress.track`."""
+    """Wraps a sequence that is worked through, to show progress."""
 
-    def __call__(self, work: Sequence[Any], *, description: str) -> Iterable[Any]: ...
+    def __call__(self, work: Any, *, description: str) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def calibrate(
 def _fisher_ladder(
     model: PreTrainedModel, ladder: RankLadder, fit: Tensor, knobs: CalibrationConfig, batch: int, track: Track
 ) -> RankLadder:
-    """Directions by K-FAC, then rungs by the Fisher information of their gates."""
+    """Directions by K-FAC, rungs by the Fisher information of their gates, then both by gradient descent."""
     chosen = fit[np.linspace(0, len(fit) - 1, min(len(fit), LADDER_BLOCKS)).astype(int)].split(batch)
     with ChunkWiseModel(model, ladder) as chunkwise:
         moments = second_moments(chunkwise, track(chosen, description="inputs of the adapter"))
@@ -155,8 +158,22 @@ def _fisher_ladder(
     ladder = ladder.data_aware(moments, {name: one.outputs for name, one in found.items()})
     with ChunkWiseModel(model, ladder) as chunkwise:
         found = sensitivities(chunkwise, track(chosen, description="Fisher information"), seed=knobs.seed + 1)
-    none = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
-    return ladder.sorted_by(none | {name: one.gates / 2 for name, one in found.items()}, knobs.rungs)
+        importance = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
+        importance |= {name: one.gates / 2 for name, one in found.items()}
+        if knobs.refinements:
+            generator = torch.Generator().manual_seed(knobs.seed)
+            size = (knobs.refinements, max(1, REFINE_TOKENS // fit.shape[1]))
+            batches = fit[torch.randint(len(fit), size, generator=generator)]
+            ladder, importance = refine(
+                chunkwise,
+                importance,
+                track(batches, description="turning the directions"),
+                knobs.rungs,
+                round(knobs.lowest_share * knobs.rungs),
+                steps=knobs.refinements,
+                seed=knobs.seed,
+            )
+    return ladder.sorted_by(importance, knobs.rungs)
 
 
 def _explore(
