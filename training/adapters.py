@@ -7,7 +7,7 @@
 `wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
 paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
 layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
-rank, ``--steps`` shortens a run.
+rank, ``--steps`` shortens a run, and ``--ladder`` goes on from a calibrated ladder with nested ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
+from chunkwise_lora import RankLadder
 from chunkwise_lora.evaluation.data import e2e_prompt, squad_rows
+from chunkwise_lora.training import NestedRank
 
 BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
@@ -62,10 +64,13 @@ class Recipe:
     rank: int = 16
     adalora: bool = False
     """AdaLoRA: starts at 1.5 times the rank and prunes down to it on average."""
+    ladder: Path | None = None
+    """Goes on from a calibrated ladder, for truncation."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
+NESTED_LEARNING_RATE = 3e-4
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
 
@@ -154,6 +159,7 @@ class Pruning(TrainerCallback):
 
 def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path) -> None:
     """Train in place, resuming from the last checkpoint; ends with the best adapter."""
+    nested = NestedRank(RankLadder.from_pretrained(recipe.ladder)) if recipe.ladder else None
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -161,7 +167,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch,
             per_device_eval_batch_size=recipe.batch,
-            learning_rate=recipe.learning_rate,
+            learning_rate=NESTED_LEARNING_RATE if nested else recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
             weight_decay=0.1,
@@ -183,7 +189,12 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
         data_collator=collate,
         train_dataset=examples,
         eval_dataset=held_out,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=5), *([Pruning()] if recipe.adalora else [])],
+        compute_loss_func=nested.loss if nested else None,
+        callbacks=[
+            EarlyStoppingCallback(early_stopping_patience=5),
+            *([Pruning()] if recipe.adalora else []),
+            *([nested] if nested else []),
+        ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
 
@@ -216,10 +227,12 @@ AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that end
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
-def changed(recipe: Recipe, rank: int, steps: int | None, adalora: bool = False) -> Recipe:
+def changed(recipe: Recipe, rank: int, steps: int | None, adalora: bool = False, ladder: Path | None = None) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
     steps = steps or recipe.steps
-    return replace(recipe, rank=rank, steps=steps, interval=min(recipe.interval, steps // 4), adalora=adalora)
+    return replace(
+        recipe, rank=rank, steps=steps, interval=min(recipe.interval, steps // 4), adalora=adalora, ladder=ladder
+    )
 
 
 @app.command()
@@ -231,6 +244,7 @@ def wiki(
     rank: Rank = 16,
     steps: Steps = None,
     adalora: AdaLora = False,
+    ladder: Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")] = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -242,7 +256,7 @@ def wiki(
     tokens = encode(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     make(
-        changed(WIKI, rank, steps, adalora),
+        changed(WIKI, rank, steps, adalora, ladder),
         base,
         out,
         examples=Windows(tokens[:cut], length),
