@@ -72,7 +72,7 @@ def fit_costs(
     *,
     ids: int = 2,
     ridge: float = 1.0,
-    epochs: int = 6,
+    least_steps: int = 400,
     seed: int = 0,
 ) -> CostModel:
     """Fit a `CostModel` by Poisson regression, which finds means and bears the long tail of costs.
@@ -84,7 +84,7 @@ def fit_costs(
         signals: Which of `SIGNALS` to use.
         ids: 0 uses no token ids, 1 the token's own, 2 also the one before.
         ridge: How many mean tokens' worth of evidence stand against an id being unlike the others.
-        epochs: Times over the observations.
+        least_steps: Steps of gradient descent; more where six times over the observations takes more.
         seed: Of their order.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -98,8 +98,9 @@ def fit_costs(
     means_of_rungs = torch.from_numpy(_means(seen, rungs)) / scale
     offsets = means_of_rungs.clamp_min(1e-9).log().float().requires_grad_()
     slopes = torch.ones(rungs, requires_grad=True)
-    optimizer = torch.optim.Adam([*tables[:ids], weights, offsets, slopes], lr=1e-2)
+    optimizer = torch.optim.Adam([*tables[:ids], weights, offsets, slopes], lr=2e-2)
     batches = max(1, len(seen) // 2048)
+    epochs = max(6, -(-least_steps // batches))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * batches)
     for _ in range(epochs):
         for chosen in torch.randperm(len(seen), generator=generator).chunk(batches):

@@ -4,8 +4,8 @@
     Trainer(model=peft_model, callbacks=[nested], compute_loss_func=nested.loss, ...).train()
 
 Ordinary training leaves every direction as it came to be; nested training lets low rungs do well on their own (nested
-dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here half of the sequences run at full rank, the
-others chunk by chunk at random rungs, as plans will run them, and learn from full rank itself instead of from the labels.
+dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here half of the sequences run at full rank. The
+others run chunk by chunk at random rungs, as plans will, and learn from full rank itself instead of from the labels.
 """
 
 from __future__ import annotations

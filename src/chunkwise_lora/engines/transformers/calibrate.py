@@ -45,9 +45,9 @@ REFINE_TOKENS = 1024
 """Tokens per step of turning the directions."""
 INT8_ALLOWANCE = 1e-3
 """INT8 keys and values are kept if they raise the loss by no more than this share of it."""
-ENTROPY_GAIN = 1.02
-"""The entropy must multiply what the estimator explains by this to be let in: it is not known for prompts, and costs a
-softmax per step."""
+ENTROPY_GAIN = 0.01
+"""The entropy must explain so much more of the deviance to be let in: it is not known for prompts, and costs a softmax
+per step."""
 SHARES = tuple(step / 16 for step in range(5, 16))
 """Mean ranks that are tried for a loss budget, as shares of the full rank."""
 
@@ -228,7 +228,7 @@ def _contributions(
         name: fit_costs(seen, vocab_size, rungs, signals, ids=ids, seed=seed).explains(unseen)
         for name, (ids, signals) in track(list(variants.items()), description="fitting the estimator")
     }
-    helps = explained["ids, all"] > ENTROPY_GAIN * explained["ids, all but entropy"]
+    helps = explained["ids, all"] - explained["ids, all but entropy"] > ENTROPY_GAIN
     return explained, SIGNALS if helps else causal
 
 
