@@ -50,7 +50,7 @@ class NestedRank(TrainerCallback):
         self._rungs = self._nested = torch.empty(0)
         self._hooks: list[Any] = []
         self._model: Any = None
-        self._inputs: dict[str, Any] = {}
+        self._inputs: dict[str, Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,7 +90,7 @@ class NestedRank(TrainerCallback):
             nested = self._nested.to(log_p.device)
             self._gated = False
             with torch.no_grad():
-                inputs = {name: value[nested] for name, value in self._inputs.items() if isinstance(value, Tensor)}
+                inputs = {name: value[nested] for name, value in self._inputs.items()}
                 full = self._model.base_model(**inputs).logits[:, :-1].float().log_softmax(-1)
             self._gated = True  # for layers that are run again on the way back
             entropy = entropy.masked_scatter(nested[:, None], (full.exp() * (full - log_p[nested])).sum(-1))
@@ -100,8 +100,8 @@ class NestedRank(TrainerCallback):
         self._gated = model.training
         if not self._gated:
             return
-        self._inputs = {name: value for name, value in kwargs.items() if name != "labels"}
         batch, tokens = kwargs["input_ids"].shape
+        self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
         top = len(next(iter(self._tables.values()))) - 1
         chunks = -(-tokens // self.chunk)
         drawn = torch.randint(round(self.lowest * top), top, (batch, chunks), generator=self._generator)
