@@ -238,7 +238,7 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
     [
         (("eval", "--task", "chess", "--data", "x"), "wikitext, squad, e2e"),
         (("eval", "--task", "e2e", "--data", "no/such"), "no/such"),
-        (("eval", "--task", "e2e", "--data", "x", "--peft", "r8"), "name=folder"),
+        (("eval", "--task", "e2e", "--data", "x", "--peft", "r8"), "name=path"),
         (("eval", "--task", "e2e", "--data", "x", "--calibrated", "no/such"), "no/such"),
         (("calibrate", "--text", "no/such", "-o", "x"), "one budget"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),

@@ -342,6 +342,14 @@ def _share(text: str | None) -> float | None:
         raise ChunkWiseError(f"{text}: write a share such as 0.5% or 0.005") from None
 
 
+def _named(option: str, values: Sequence[str] | None) -> dict[str, str]:
+    """What name=path options say."""
+    pairs = dict(value.partition("=")[::2] for value in values or [])
+    if not all(pairs) or not all(pairs.values()):
+        raise ChunkWiseError(f"{option}: write name=path")
+    return pairs
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
@@ -369,6 +377,9 @@ def evaluate(
     peft: Annotated[
         list[str] | None, typer.Option(help="Another PEFT adapter as a rival, as name=folder; may be repeated.")
     ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Knobs of your own beside the presets, as name=file.json; may be repeated.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many windows of text, or examples.")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between the starts of two windows; by default they do not overlap.")
@@ -390,9 +401,10 @@ def evaluate(
 
     if task not in TASKS:
         raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
-    others = dict(one.partition("=")[::2] for one in peft or [])
-    if not all(others.values()):
-        raise ChunkWiseError("--peft: write name=folder")
+    configs = {
+        name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
+        for name, file in _named("--config", config).items()
+    }
     name = adapter or {"wikitext": "wiki"}.get(task, task)
     base, tokenizer = _load(model)
     with _progress() as progress:
@@ -406,7 +418,8 @@ def evaluate(
             calibrated=calibrated,
             presets=[one for one in presets.split(",") if one and (calibrated or one != "calibrated")],
             rivals=[one for one in rivals.split(",") if one],
-            peft=others,
+            peft=_named("--peft", peft),
+            configs=configs,
             limit=limit,
             stride=stride,
             new_tokens=new_tokens,

@@ -77,14 +77,23 @@ class Field:
         self.chunkwise = ChunkWiseModel(copy.deepcopy(base), ladders)
 
     def contenders(
-        self, presets: Sequence[str], rivals: Sequence[str], peft: Mapping[str, str | Path]
+        self,
+        presets: Sequence[str],
+        rivals: Sequence[str],
+        peft: Mapping[str, str | Path],
+        configs: Mapping[str, ChunkWiseConfig] | None = None,
     ) -> list[Contender]:
-        """Base and full rank first, then rivals, other PEFT adapters by name, and ours."""
+        """Base and full rank first, then other PEFT adapters by name, rivals, and ours, `configs` by name among them.
+
+        A config that needs what calibration learned runs on the calibrated ladder, others on the adapter's plain SVD.
+        """
         if unknown := set(rivals) - set(RIVALS):
             raise ChunkWiseError(f"rival {min(unknown)!r} is unknown; choose from {', '.join(RIVALS)}")
         if CALIBRATED in presets and CALIBRATED not in self.presets:
             raise ChunkWiseError("the calibrated preset needs a calibrated ladder; run `chunkwise calibrate` first")
         chosen = {name: self.presets.get(name) or (PLAIN, ChunkWiseConfig.preset(name)) for name in presets}
+        for name, config in (configs or {}).items():
+            chosen[name] = (CALIBRATED if config.complexity.learned else PLAIN, config)
         found = [self._plain("base, no adapter", self.base, 0.0)] if "base" in rivals else []
         found += [self._peft(name, path) for name, path in {FULL: self.adapter, **peft}.items()]
         for rival, ladder in (("svd", PLAIN), ("ladder", CALIBRATED)):

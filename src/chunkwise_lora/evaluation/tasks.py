@@ -37,6 +37,7 @@ def run_task(
     presets: Sequence[str],
     rivals: Sequence[str],
     peft: Mapping[str, str],
+    configs: Mapping[str, ChunkWiseConfig] | None = None,
     limit: int | None = None,
     stride: int | None = None,
     new_tokens: int = 64,
@@ -45,7 +46,7 @@ def run_task(
 ) -> Evaluation:
     """Evaluate an adapter on one of `TASKS`; `advance` is told the pieces of work done and all of them."""
     both = (RankLadder.from_pretrained(calibrated), ChunkWiseConfig.from_pretrained(calibrated)) if calibrated else None
-    contenders = Field(base, adapter, both).contenders(presets, rivals, peft)
+    contenders = Field(base, adapter, both).contenders(presets, rivals, peft, configs)
     if task == "wikitext":
         return _text(data, base, tokenizer, contenders, limit, stride, batch, advance)
     read, metric, name = ANSWERS[task]
