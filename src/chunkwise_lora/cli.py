@@ -298,6 +298,9 @@ def calibrate(
         str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
+    refinements: Annotated[
+        int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
@@ -312,7 +315,10 @@ def calibrate(
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
     knobs = CalibrationConfig(
-        max_loss_increase=_share(max_loss_increase), mean_rank=_share(mean_rank), seed=seed, **_given(tokens=tokens)
+        max_loss_increase=_share(max_loss_increase),
+        mean_rank=_share(mean_rank),
+        seed=seed,
+        **_given(tokens=tokens, refinements=refinements),
     )
     content = read_text(text, ChunkWiseError)
     ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
