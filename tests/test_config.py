@@ -14,6 +14,7 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ConfigError
 from chunkwise_lora.config import (
     CONFIG_NAME,
     PRESETS,
+    CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
@@ -37,6 +38,7 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "ngram": (*NOT_A_COUNT, 9),
         "window": (*NOT_A_COUNT, 10**400),
         "half_life": (0, -1, NAN, INFINITY, "long", None),
+        "learned": (2, "perhaps", None),
     },
     ChunkingConfig: {
         "min_length": NOT_A_COUNT,
@@ -60,6 +62,19 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "levels": ("int8", 3, None),
         "int8_head_share": NOT_A_SHARE,
         "sinks": (-1, 2.5, "some", None),
+    },
+    CalibrationConfig: {
+        "mean_rank": (0, -0.1, 1.1, NAN, "half"),
+        "max_loss_increase": (0, -0.1, 1.1, NAN, "little"),
+        "tokens": NOT_A_COUNT,
+        "block": (*NOT_A_COUNT, 8),
+        "rungs": (*NOT_A_COUNT, 65),
+        "lowest_share": NOT_A_SHARE,
+        "refinements": (-1, 2.5, "few", None),
+        "explorations": NOT_A_COUNT,
+        "held_share": (0, 0.5, -0.1, NAN, "half", None),
+        "int8": (2, "perhaps", None),
+        "seed": (-1, 2.5, "lucky", None),
     },
 }
 CASES = [

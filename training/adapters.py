@@ -2,24 +2,27 @@
 
     python training/adapters.py wiki valid.txt --base runs/base --out runs/wiki [--test test.txt]
     python training/adapters.py e2e devset.csv --base runs/base --out runs/e2e [--test test.csv]
+    python training/adapters.py squad train-v1.1.json --base runs/base --out runs/squad [--test dev-v1.1.json]
 
-`wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words. The
-end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
-layout. Interrupted runs resume from the last checkpoint there.
+`wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
+paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
+layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
+rank, ``--steps`` shortens a run, and ``--ladder`` goes on from a calibrated ladder with nested ranks.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -27,17 +30,25 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
+from chunkwise_lora import RankLadder
+from chunkwise_lora.evaluation.data import e2e_prompt, squad_rows
+from chunkwise_lora.training import NestedRank
 
 BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
 TEST_TOKENS = 60_000
 TEST_ROWS = 500
 IGNORED = -100
+BFLOAT16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+"""Elsewhere float32 is many times faster."""
 
 Example = dict[str, torch.Tensor]
 
@@ -50,10 +61,17 @@ class Recipe:
     steps: int
     interval: int
     learning_rate: float
+    rank: int = 16
+    adalora: bool = False
+    """AdaLoRA: starts at 1.5 times the rank and prunes down to it on average."""
+    ladder: Path | None = None
+    """Goes on from a calibrated ladder, for truncation."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
+NESTED_LEARNING_RATE = 3e-4
+SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
 
 class Windows(Dataset):
@@ -71,14 +89,14 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-class Rows(Dataset):
-    """``mr -> ref`` and the end of the sequence; only what follows the arrow is learned."""
+class Answers(Dataset):
+    """(prompt, answer) and the end of the sequence; only the answer and the end are learned."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> None:
         self.examples = []
-        for row in rows:
-            prompt = tokenizer(f"{row['mr']} ->").input_ids
-            answer = [*tokenizer(f" {row['ref']}").input_ids, tokenizer.eos_token_id]
+        for question, text in rows:
+            prompt = tokenizer(question).input_ids
+            answer = [*tokenizer(f" {text}").input_ids, tokenizer.eos_token_id]
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
             self.examples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
 
@@ -118,15 +136,30 @@ def report(model: PeftModel, texts: dict[str, Dataset]) -> None:
             print(f"{name:9} {who:8} {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}")
 
 
-def new_adapter(base: Path) -> PeftModel:
-    """Rank 16 on every linear layer; no dropout, which would nearly double the time of a CPU step."""
+def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
+    """On every linear layer; no dropout, which would nearly double the time of a CPU step."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    shared = {"task_type": "CAUSAL_LM", "lora_alpha": 2 * recipe.rank, "target_modules": "all-linear"}
+    if recipe.adalora:
+        schedule = {"tinit": recipe.steps // 5, "tfinal": recipe.steps // 2, "deltaT": 5, "total_step": recipe.steps}
+        config = AdaLoraConfig(init_r=recipe.rank * 3 // 2, target_r=recipe.rank, **schedule, **shared)
+    else:
+        config = LoraConfig(r=recipe.rank, **shared)
     return get_peft_model(model, config)
+
+
+class Pruning(TrainerCallback):
+    """Lets AdaLoRA move its budget of ranks after every update."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: PeftModel
+    ) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
 
 
 def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path) -> None:
     """Train in place, resuming from the last checkpoint; ends with the best adapter."""
+    nested = NestedRank(RankLadder.from_pretrained(recipe.ladder)) if recipe.ladder else None
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -134,14 +167,14 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch,
             per_device_eval_batch_size=recipe.batch,
-            learning_rate=recipe.learning_rate,
+            learning_rate=NESTED_LEARNING_RATE if nested else recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
             weight_decay=0.1,
             max_grad_norm=1.0,
-            bf16=True,
+            bf16=BFLOAT16,
             use_cpu=not torch.cuda.is_available(),
-            torch_compile=True,
+            torch_compile=torch.cuda.is_available(),
             logging_steps=recipe.interval,
             eval_strategy="steps",
             eval_steps=recipe.interval,
@@ -156,7 +189,12 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
         data_collator=collate,
         train_dataset=examples,
         eval_dataset=held_out,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=5)],
+        compute_loss_func=nested.loss if nested else None,
+        callbacks=[
+            EarlyStoppingCallback(early_stopping_patience=5),
+            *([Pruning()] if recipe.adalora else []),
+            *([nested] if nested else []),
+        ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
 
@@ -175,7 +213,7 @@ def save(model: PeftModel, out: Path) -> None:
 def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: Dataset, test: Dataset | None) -> None:
     """Train, save and measure one adapter."""
     torch.manual_seed(0)
-    model = new_adapter(base)
+    model = new_adapter(base, recipe)
     train(model, recipe, examples, held_out, out)
     save(model, out)
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
@@ -183,7 +221,18 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
 
 Base = Annotated[Path, typer.Option(help="Folder of the base model.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints and the final adapter.")]
+Rank = Annotated[int, typer.Option(min=2, help="Rank of the adapter.")]
+Steps = Annotated[int | None, typer.Option(min=10, help="Updates, instead of the recipe's.")]
+AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that ends at the rank on average.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
+
+
+def changed(recipe: Recipe, rank: int, steps: int | None, adalora: bool = False, ladder: Path | None = None) -> Recipe:
+    """The recipe with what the command line says; fewer steps are measured as often."""
+    steps = steps or recipe.steps
+    return replace(
+        recipe, rank=rank, steps=steps, interval=min(recipe.interval, steps // 4), adalora=adalora, ladder=ladder
+    )
 
 
 @app.command()
@@ -192,6 +241,10 @@ def wiki(
     base: Base,
     out: Out,
     test: Annotated[Path | None, typer.Option(help="Text to measure at the end.")] = None,
+    rank: Rank = 16,
+    steps: Steps = None,
+    adalora: AdaLora = False,
+    ladder: Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")] = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -203,7 +256,7 @@ def wiki(
     tokens = encode(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     make(
-        WIKI,
+        changed(WIKI, rank, steps, adalora, ladder),
         base,
         out,
         examples=Windows(tokens[:cut], length),
@@ -218,6 +271,8 @@ def e2e(
     base: Base,
     out: Out,
     test: Annotated[Path | None, typer.Option(help="Rows to measure at the end.")] = None,
+    rank: Rank = 16,
+    steps: Steps = None,
 ) -> None:
     """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -229,13 +284,45 @@ def e2e(
     rows = read(data)
     meanings = list(dict.fromkeys(row["mr"] for row in rows))
     unseen = set(meanings[int(len(meanings) * (1 - HELD_OUT)) :])
+
+    def examples(rows: list[dict[str, str]]) -> Answers:
+        return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
+
     make(
-        E2E,
+        changed(E2E, rank, steps),
         base,
         out,
-        examples=Rows(tokenizer, [row for row in rows if row["mr"] not in unseen]),
-        held_out=Rows(tokenizer, [row for row in rows if row["mr"] in unseen]),
-        test=Rows(tokenizer, read(test, TEST_ROWS)) if test else None,
+        examples=examples([row for row in rows if row["mr"] not in unseen]),
+        held_out=examples([row for row in rows if row["mr"] in unseen]),
+        test=examples(read(test, TEST_ROWS)) if test else None,
+    )
+
+
+@app.command()
+def squad(
+    data: Annotated[Path, typer.Argument(help="SQuAD v1.1 JSON.")],
+    base: Base,
+    out: Out,
+    test: Annotated[Path | None, typer.Option(help="SQuAD v1.1 JSON to measure at the end.")] = None,
+    rank: Rank = 16,
+    steps: Steps = None,
+) -> None:
+    """Adapt to SQuAD: a paragraph and a question in, the answer out, the last tenth of the articles held out."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+
+    def examples(articles: list[dict]) -> Answers:
+        rows = squad_rows({"data": articles})
+        return Answers(tokenizer, [(row.prompt, row.references[0]) for row in rows])
+
+    articles = json.loads(data.read_text())["data"]
+    unseen = max(1, len(articles) // 10)
+    make(
+        changed(SQUAD, rank, steps),
+        base,
+        out,
+        examples=examples(articles[:-unseen]),
+        held_out=examples(articles[-unseen:]),
+        test=examples(json.loads(test.read_text())["data"]) if test else None,
     )
 
 

@@ -49,10 +49,15 @@ class ComplexityConfig(Knobs):
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
     window: int = Field(512, ge=1, le=10**9, description="How far back novelty and attention look, tokens.")
     half_life: float = Field(64.0, gt=0, description="The positional prior halves every so many tokens.")
+    learned: bool = Field(
+        False,
+        description="Score by what calibration learned, which a calibrated ladder holds; a weight above 0 then only "
+        "lets its signal in.",
+    )
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
-        if self.entropy + self.novelty + self.attention + self.position == 0:
+        if not self.learned and self.entropy + self.novelty + self.attention + self.position == 0:
             raise ConfigError("ComplexityConfig: all four weights are 0; give at least one signal weight")
         return self
 
@@ -181,6 +186,16 @@ class ChunkWiseConfig(Knobs):
         return PRESETS[name]
 
     @classmethod
+    def uniform(cls, share: float) -> ChunkWiseConfig:
+        """Every token alike, at the rung nearest to `share` of the full rank, with a full cache."""
+        return cls(
+            chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
+            selection=SelectionConfig(rank_shares=(share,), scales=(1.0,)),
+            composition=CompositionConfig(window=0),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
+        )
+
+    @classmethod
     def from_json(cls, text: str, where: str = "config") -> ChunkWiseConfig:
         """Parse `text`; `where` names the source in errors."""
         try:
@@ -203,13 +218,32 @@ class ChunkWiseConfig(Knobs):
         write_atomically(Path(folder) / CONFIG_NAME, self.to_json().encode(), ConfigError)
 
 
+class CalibrationConfig(Knobs):
+    """How `chunkwise calibrate` works and what it may spend. Either budget, not both."""
+
+    mean_rank: float | None = Field(None, gt=0, le=1, description="Budget: mean rank as a share of the full rank.")
+    max_loss_increase: float | None = Field(
+        None, gt=0, le=1, description="Budget: how much the loss (nats per token) may rise, as a share of it."
+    )
+    tokens: int = Field(160_000, ge=1, description="Most tokens of the text to use; more teach more about rare ids.")
+    block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
+    rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
+    lowest_share: Share = Field(0.25, description="Lowest rung to try, as a share of the full rank.")
+    refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
+    explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
+    held_share: float = Field(0.1, gt=0, lt=0.5, description="Share of the text, its end, kept for choice and check.")
+    int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")
+    seed: int = Field(0, ge=0, description="Of every draw.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.mean_rank is None) == (self.max_loss_increase is None):
+            raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
+        return self
+
+
 PRESETS: dict[str, ChunkWiseConfig] = {
-    "lossless": ChunkWiseConfig(
-        chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
-        selection=SelectionConfig(rank_shares=(1.0,), scales=(1.0,)),
-        composition=CompositionConfig(window=0),
-        kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
-    ),
+    "lossless": ChunkWiseConfig.uniform(1.0),
     "balanced": ChunkWiseConfig(),
     "compact": ChunkWiseConfig(
         selection=SelectionConfig(rank_shares=(0.375, 0.5, 0.625)),

@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from chunkwise_lora.complexity import SIGNALS, LearnedComplexity
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.peft_adapter import PeftAdapter
@@ -29,7 +31,7 @@ FORMAT_VERSION = 1
 RUNGS = 8
 """Steps of a ladder above rank 0, unless an adapter's rank is lower."""
 
-Build = Literal["svd", "data-aware"]
+Build = Literal["svd", "data-aware", "calibrated"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class RankLadder:
     build: Build = "svd"
     saved_modules: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters that the adapter replaces whole (PEFT's `modules_to_save`), by parameter name."""
+    learned: LearnedComplexity | None = None
+    """What calibration learned about which tokens need rank."""
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -134,24 +138,58 @@ class RankLadder:
         modules = {name: _decompose(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
         return cls(modules, source.base_model, saved_modules=source.saved_modules)
 
-    def data_aware(self, moments: Mapping[str, Tensor]) -> RankLadder:
+    def data_aware(self, moments: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> RankLadder:
         """The ladder that truncates best on real inputs: minimal E||dW x - dW_k x||^2 for every k at once.
 
         `moments` maps modules to the (r, r) second moment E[z z^T] of z = down @ x over a calibration text. Modules
         without moments, or whose moments are all zero, keep their plain SVD. At full rank nothing changes.
+
+        `outputs` holds the (r, r) second moments E[q q^T] of q = up^T d log p / dy for the same modules. With them, an
+        error counts as much as it moves the next-token distribution: E[(q^T e)^2] for independent z and q, as in
+        K-FAC (Martens and Grosse, arXiv 1503.05671).
         """
-        unknown = sorted(set(moments) - set(self.modules))
-        if unknown:
-            raise LadderError(f"moments given for {unknown[0]}, which this ladder does not hold")
-        for name, moment in moments.items():
+        for name, moment in (*moments.items(), *(outputs or {}).items()):
+            if name not in self.modules:
+                raise LadderError(f"moments given for {name}, which this ladder does not hold")
             rank = self.modules[name].rank
             if moment.shape != (rank, rank) or not moment.isfinite().all():
                 raise LadderError(f"{name}: its moment must be ({rank}, {rank}) finite numbers; gather it anew")
         modules = {
-            name: _reweight(module, moments[name]) if name in moments and moments[name].any() else module
+            name: _reweight(module, moments[name], (outputs or {}).get(name))
+            if name in moments and moments[name].any()
+            else module
             for name, module in self.modules.items()
         }
         return replace(self, modules=modules, build="data-aware")
+
+    def sorted_by(self, importance: Mapping[str, Tensor], steps: int) -> RankLadder:
+        """The same directions, the most important first, on rungs that spend their budget where it matters most.
+
+        `importance` gives every module what each of its directions (r,) contributes, such as the KL divergence of
+        switching it off. Rung i of `steps` holds the directions of all modules that contribute most for their cost,
+        as many as i / `steps` of the whole cost pays for. Full rank is the same as before.
+        """
+        if importance.keys() != self.modules.keys():
+            raise LadderError("sorted_by needs the importance of exactly the ladder's modules")
+        modules, worth, costs = {}, [], []
+        for name, module in self.modules.items():
+            if importance[name].shape != (module.rank,) or not importance[name].isfinite().all():
+                raise LadderError(f"{name}: its importance must be {module.rank} finite numbers; gather it anew")
+            order = importance[name].argsort(descending=True, stable=True)
+            sigma = importance[name][order].clamp_min(0).sqrt().float()
+            up, down = module.up[:, order].contiguous(), module.down[order].contiguous()
+            modules[name] = replace(module, up=up, down=down, sigma=sigma)
+            worth.append(sigma.square() / module.cost)
+            costs.append(torch.full((module.rank,), float(module.cost), dtype=torch.float64))
+        order, cost = torch.cat(worth).argsort(descending=True, stable=True), torch.cat(costs)
+        spent = torch.empty_like(cost)
+        spent[order] = cost[order].cumsum(0) / cost.sum() * steps
+        rungs = spent.sub(1e-6).ceil().split([module.rank for module in modules.values()])
+        ranks = {
+            name: tuple(int((rung <= step).sum()) for step in range(steps + 1))
+            for name, rung in zip(modules, rungs, strict=True)
+        }
+        return replace(self, modules=modules, build="calibrated").with_ranks(ranks)
 
     def with_ranks(self, ranks: Mapping[str, Sequence[int]]) -> RankLadder:
         """The same directions on other rungs: `ranks` gives every module its rank on each rung."""
@@ -182,6 +220,10 @@ class RankLadder:
             tensors[f"{name}/up"] = module.up.contiguous()
             tensors[f"{name}/down"] = module.down.contiguous()
             tensors[f"{name}/sigma"] = module.sigma.contiguous()
+        if self.learned is not None:
+            for one in fields(self.learned):
+                values = np.asarray(getattr(self.learned, one.name), np.float32)
+                tensors[f"learned/{one.name}"] = torch.from_numpy(values)
         content = serialise(tensors)
         digest = hashlib.sha256(content).hexdigest()
         manifest = _Manifest(
@@ -218,7 +260,8 @@ class RankLadder:
             }
             prefix = "saved_modules/"
             saved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            ladder = cls(modules, manifest.base_model.name_or_path, manifest.build, saved)
+            learned = _learned(tensors)
+            ladder = cls(modules, manifest.base_model.name_or_path, manifest.build, saved, learned)
         except (KeyError, LadderError) as error:
             raise LadderError(f"{folder}: {LADDER_NAME} and {path.name} do not fit together ({error})") from None
         if ladder.fingerprint != manifest.base_model.fingerprint:
@@ -275,6 +318,20 @@ def _open_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise LadderError(f"{path}: cannot be read ({error})") from None
 
 
+def _learned(tensors: Mapping[str, Tensor]) -> LearnedComplexity | None:
+    prefix = "learned/"
+    values = {name.removeprefix(prefix): t.float().numpy() for name, t in tensors.items() if name.startswith(prefix)}
+    if not values:
+        return None
+    if values.keys() != {one.name for one in fields(LearnedComplexity)}:
+        raise LadderError(f"what was learned holds {', '.join(sorted(values))}")
+    for name, value in values.items():
+        wanted = (len(SIGNALS),) if name in ("weights", "means") else (value.size,)
+        if value.shape != wanted or not np.isfinite(value).all():
+            raise LadderError(f"{prefix}{name} must be {wanted} finite numbers")
+    return LearnedComplexity(**values)
+
+
 def even_ranks(rank: int, steps: int) -> tuple[int, ...]:
     """Ranks of one module on `steps` + 1 rungs, evenly from 0 to `rank`."""
     return tuple(round(step * rank / steps) for step in range(steps + 1))
@@ -289,8 +346,22 @@ def _decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
     return LadderModule(up.float(), down.float(), sigma.float(), even_ranks(len(sigma), steps))
 
 
-def _reweight(module: LadderModule, moment: Tensor, ridge: float = 1e-4) -> LadderModule:
-    """The directions of `up @ down` in the norm of inputs whose z = down @ x has second moment `moment`.
+def _reweight(module: LadderModule, moment: Tensor, output: Tensor | None = None) -> LadderModule:
+    """The directions of `up @ down` in the norm of inputs whose z = down @ x has second moment `moment`, and of
+    outputs that matter as `output` says; by default all alike."""
+    g_half, g_inverse_half = _roots(moment)
+    if output is not None and output.any():
+        s_half, s_inverse_half = _roots(output)
+        back = module.up.double() @ s_inverse_half
+    else:  # errors count by their length, and up = q r with an orthonormal q
+        back, s_half = torch.linalg.qr(module.up.double())
+    u, sigma, v = torch.linalg.svd(s_half @ g_half, full_matrices=False)
+    up, down = back @ u, sigma[:, None] * (v @ g_inverse_half @ module.down.double())
+    return LadderModule(up.to(module.up.dtype), down.to(module.down.dtype), sigma.float(), module.ranks)
+
+
+def _roots(moment: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """The square root of a second moment and its inverse, in float64.
 
     The ridge, relative to the mean of the diagonal, keeps unseen directions finite.
     """
@@ -298,11 +369,7 @@ def _reweight(module: LadderModule, moment: Tensor, ridge: float = 1e-4) -> Ladd
     g = g + ridge * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
     values, vectors = torch.linalg.eigh(g)
     root = values.clamp_min(1e-300).sqrt()
-    g_half, g_inverse_half = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-    q, r = torch.linalg.qr(module.up.double())
-    u, sigma, v = torch.linalg.svd(r @ g_half, full_matrices=False)
-    up, down = q @ u, sigma[:, None] * (v @ g_inverse_half @ module.down.double())
-    return LadderModule(up.to(module.up.dtype), down.to(module.down.dtype), sigma.float(), module.ranks)
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def describe(ladder: RankLadder) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os.path import commonprefix
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.color import Color
@@ -14,6 +15,9 @@ from rich.text import Text
 from chunkwise_lora.evaluation.bench import Measurement
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.trace import SequenceTrace
+
+if TYPE_CHECKING:
+    from chunkwise_lora.engines.transformers.calibrate import Calibration
 
 COLD, WARM = (198, 219, 239), (253, 141, 60)
 """Background of rank 0 and of the full rank."""
@@ -69,6 +73,19 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
     step = max(1, -(-len(values) // width))
     highest = max(values, default=0.0)
     return "".join(bars[round(8 * value / highest)] if highest else bars[0] for value in values[::step])
+
+
+def calibration_table(result: Calibration) -> Table:
+    """What each signal explains of the tokens' costs, and the rung of each level."""
+    table = Table(title="What predicts which tokens need rank, on unseen text", box=SIMPLE_HEAD, padding=0)
+    table.add_column("signals")
+    table.add_column("deviance explained", justify="right")
+    for name, share in result.explained.items():
+        table.add_row(name, f"{share:.1%}")
+    full = result.ladder.rung_ranks[-1]
+    ranks = ", ".join(f"{share * full:.1f}" for share in result.config.selection.rank_shares)
+    table.caption = f"ranks from easy to hard: {ranks}"
+    return table
 
 
 def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float] | None = None) -> Table:

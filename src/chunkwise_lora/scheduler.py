@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from chunkwise_lora.chunking import AdaptiveChunker, Chunk
-from chunkwise_lora.complexity import TokenComplexityEstimator
+from chunkwise_lora.complexity import LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.composition import BoundarySafeComposer
 from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.kv_policy import KVCachePolicyController, KVDecision
 from chunkwise_lora.selection import RankScaleSelector, Selection
 
@@ -36,16 +37,38 @@ class ScheduledChunk:
 
 
 @dataclass
+class FixedPlan:
+    """Stands in for a scheduler where every token's rung is decided beforehand: for measurements and rivals."""
+
+    token_rungs: np.ndarray
+    """(tokens,) the rung of every token."""
+    rungs: int
+    """Rungs of the ladder."""
+    chunks: list[ScheduledChunk] = field(default_factory=list, init=False)
+    position: int = field(default=0, init=False)
+
+    def step(self, tokens: Sequence[int], entropies: Sequence[float | None] | None = None) -> Plan:
+        """The plan of the next `tokens`."""
+        start, self.position = self.position, self.position + len(tokens)
+        weights = np.eye(self.rungs, dtype=np.float32)[self.token_rungs[start : self.position]]
+        return Plan(weights, [])
+
+
+@dataclass
 class RuntimeScheduler:
     """Turns token ids and entropies of one sequence into plans.
 
     Streaming and causal: the same tokens in any split give the same plan. `rung_ranks` are the mean ranks of
-    the ladder's rungs, lowest first.
+    the ladder's rungs, lowest first; `learned` is what calibration put into the ladder, if the config asks for it.
+
+    Raises:
+        ConfigError: The config asks for it and it is not there.
     """
 
     config: ChunkWiseConfig
     rung_ranks: Sequence[float]
     vocab_size: int
+    learned: LearnedComplexity | None = None
     chunks: list[ScheduledChunk] = field(default_factory=list, init=False)
     """All chunks so far; the last one is open."""
     position: int = field(default=0, init=False)
@@ -53,7 +76,13 @@ class RuntimeScheduler:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._estimator = TokenComplexityEstimator(config.complexity, self.vocab_size)
+        if config.complexity.learned and self.learned is None:
+            raise ConfigError(
+                "complexity.learned is set, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
+                "adapter, or choose a preset"
+            )
+        learned = self.learned if config.complexity.learned else None
+        self._estimator = TokenComplexityEstimator(config.complexity, self.vocab_size, learned)
         self._chunker = AdaptiveChunker(config.chunking)
         self._selector = RankScaleSelector(config.selection, self.rung_ranks)
         self._composer = BoundarySafeComposer(config.composition, len(self.rung_ranks))

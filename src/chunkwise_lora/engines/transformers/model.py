@@ -217,7 +217,7 @@ class ChunkWiseModel:
             sum(module.cost * module.ranks[rung] for module in ladder.modules.values()) * dtype.itemsize
             for rung in range(ladder.rungs)
         ]
-        self._infos[name] = AdapterInfo(np.array(ladder.rung_ranks), np.array(rung_bytes))
+        self._infos[name] = AdapterInfo(np.array(ladder.rung_ranks), np.array(rung_bytes), ladder.learned)
         if attached:
             self.attach()
 

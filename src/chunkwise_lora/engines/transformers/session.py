@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
 from chunkwise_lora.engines.transformers.layers import Step, parts_of
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.kv_policy import KVDecision
-from chunkwise_lora.scheduler import RuntimeScheduler
+from chunkwise_lora.scheduler import FixedPlan, RuntimeScheduler
 from chunkwise_lora.trace import SequenceTrace, Trace
 
 BASE = "__base__"
@@ -36,9 +37,11 @@ class AdapterInfo:
     """(rungs,) each rung's mean rank."""
     rung_bytes: np.ndarray
     """(rungs,) bytes of factors that a pass reads at each rung."""
+    learned: LearnedComplexity | None = None
+    """What calibration put into the ladder."""
 
 
-NO_ADAPTER = AdapterInfo(np.zeros(1), np.zeros(1, np.int64))
+NO_ADAPTER = AdapterInfo(np.zeros(1), np.zeros(1, np.int64), LearnedComplexity.neutral())
 
 
 class SessionCache(ChunkWiseCache):
@@ -91,7 +94,7 @@ class Session:
         self._prompt_columns = prompt_columns
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ended: list[bool] = []
-        self._schedulers: list[RuntimeScheduler] = []
+        self._schedulers: list[RuntimeScheduler | FixedPlan] = []
         self._tokens: list[list[int]] = []
         self._weights: list[list[np.ndarray]] = []
         self._entropies: list[float | None] = []
@@ -100,6 +103,11 @@ class Session:
         self._bytes_read = 0
         self._passes = 0
         self._scheduler_seconds = 0.0
+
+    def follow(self, plans: Sequence[FixedPlan]) -> None:
+        """Before the first pass: take `plans`, one per sequence, instead of planning."""
+        self._open(len(plans))
+        self._schedulers = list(plans)
 
     def before_pass(self, inputs: dict[str, Any]) -> None:
         """Plan the tokens of a forward pass and fill the step; `inputs` are the model's keyword arguments."""
@@ -186,14 +194,19 @@ class Session:
         self._adapters = [name for name in self._adapters for _ in range(copies)]
         vocab_size = self._model_config.get_text_config().vocab_size
         for name in self._adapters:
-            ranks = self._info(name).rung_ranks
-            self._schedulers.append(RuntimeScheduler(self.config, ranks.tolist(), vocab_size))
+            info = self._info(name)
+            self._schedulers.append(RuntimeScheduler(self.config, info.rung_ranks.tolist(), vocab_size, info.learned))
             self._weights.append([])
             self._tokens.append([])
             self._ended.append(False)
 
     def _plan(
-        self, row: int, scheduler: RuntimeScheduler, columns: np.ndarray, ids: Sequence[int], tokens: np.ndarray
+        self,
+        row: int,
+        scheduler: RuntimeScheduler | FixedPlan,
+        columns: np.ndarray,
+        ids: Sequence[int],
+        tokens: np.ndarray,
     ) -> list[KVDecision]:
         """Plan one sequence's new tokens, which stand in `columns` of the pass."""
         new = [ids[column] for column in columns]

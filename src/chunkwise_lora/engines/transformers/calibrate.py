@@ -1,0 +1,301 @@
+"""Calibration of one adapter on one base model: from a plain ladder and a text to a ladder that chooses well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chunkwise_lora.calibration import Observations, choose_rungs, fit_costs
+from chunkwise_lora.complexity import SIGNALS, TokenComplexityEstimator
+from chunkwise_lora.config import (
+    CalibrationConfig,
+    ChunkWiseConfig,
+    ComplexityConfig,
+    CompositionConfig,
+    KVCacheConfig,
+    LevelKVPolicy,
+)
+from chunkwise_lora.engines.transformers.costs import (
+    blocks,
+    divergence,
+    entropy,
+    log_probabilities,
+    log_probabilities_stream,
+    losses,
+)
+from chunkwise_lora.engines.transformers.fisher import sensitivities
+from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.engines.transformers.moments import second_moments
+from chunkwise_lora.engines.transformers.refine import refine
+from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.ladder import RankLadder
+
+LEAST_BLOCKS = 24
+"""Sequences of text below which nothing can be learned and checked."""
+LADDER_BLOCKS = 48
+"""Sequences that moments and sensitivities are gathered on: a few thousand numbers need no more."""
+REFINE_TOKENS = 1024
+"""Tokens per step of turning the directions."""
+INT8_ALLOWANCE = 1e-3
+"""INT8 keys and values are kept if they raise the loss by no more than this share of it."""
+ENTROPY_GAIN = 0.01
+"""The entropy must explain so much more of the deviance to be let in: it is not known for prompts, and costs a softmax
+per step."""
+SHARES = tuple(step / 16 for step in range(5, 16))
+"""Mean ranks that are tried for a loss budget, as shares of the full rank."""
+
+
+class Track(Protocol):
+    """Wraps a sequence that is worked through, to show progress."""
+
+    def __call__(self, work: Any, *, description: str) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the calibrated policy does on text that had no part in it, token by token as generation would."""
+
+    tokens: int
+    mean_rank: float
+    kl: float
+    """Nats per token from full rank."""
+    loss_full: float
+    """Nats per token at full rank."""
+    loss_increase: float
+    """Share of `loss_full`."""
+    loss_increase_error: float
+    """95% of such texts lie within so much of it."""
+    perplexity_increase: float
+    """Share of the perplexity at full rank."""
+    kv_share: float
+    """Bytes of the KV cache over those of full precision."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibrated ladder, its config, and what to expect of them."""
+
+    ladder: RankLadder
+    config: ChunkWiseConfig
+    check: Check
+    explained: dict[str, float]
+    """Share of the deviance of tokens' costs that signals explain on text they were not fitted on."""
+
+
+def calibrate(
+    model: PreTrainedModel,
+    ladder: RankLadder,
+    tokens: Sequence[int],
+    knobs: CalibrationConfig,
+    track: Track = lambda work, *, description: work,
+) -> Calibration:
+    """Calibrate `ladder` on a text's token ids for a budget.
+
+    The end of the text, `held_share`, takes no part in the ladder or the fit: its first half sets what the budget
+    leaves open, its second half is for the check alone.
+
+    Raises:
+        ChunkWiseError: The text is too short.
+    """
+    length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
+    text = blocks(tokens, length)
+    held = max(4, round(len(text) * knobs.held_share))
+    if len(text) < LEAST_BLOCKS:
+        raise ChunkWiseError(
+            f"{len(tokens)} tokens are too few to calibrate on; give at least {LEAST_BLOCKS * length}, better several "
+            "times as many"
+        )
+    fit, choice, check = text[:-held], text[-held : -(held // 2)], text[-(held // 2) :]
+    fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
+    vocab_size = model.config.get_text_config().vocab_size
+    batch = max(1, 2**24 // (length * vocab_size))
+
+    ladder = _fisher_ladder(model, ladder, fit, knobs, batch, track)
+    allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        generator = np.random.default_rng(knobs.seed)
+        seen = _explore(chunkwise, fit, allowed, knobs.explorations, generator, batch, track)
+        unseen = _explore(chunkwise, choice, allowed, knobs.explorations, generator, batch, track)
+    explained, signals = _contributions(seen, unseen, vocab_size, ladder.rungs, knobs.seed, track)
+    costs = fit_costs(seen, vocab_size, ladder.rungs, signals, seed=knobs.seed)
+    ladder = replace(ladder, learned=costs.learned)
+    complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
+
+    def config_for(share: float) -> ChunkWiseConfig:
+        mean_rank = share * ladder.rung_ranks[-1]
+        chunking, selection = choose_rungs(costs, costs.scores(seen), ladder.rung_ranks, mean_rank, allowed)
+        return ChunkWiseConfig(
+            complexity=complexity,
+            chunking=chunking,
+            selection=selection,
+            composition=CompositionConfig(window=0),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(selection.scales)),
+        )
+
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        share = knobs.mean_rank or _share_for(chunkwise, choice, config_for, knobs, batch, track)
+        config = config_for(share)
+        if knobs.int8 and _int8_is_harmless(chunkwise, choice, _with_int8(config), batch, track):
+            config = _with_int8(config)
+        return Calibration(ladder, config, _check(chunkwise, check, config, batch, track), explained)
+
+
+def _fisher_ladder(
+    model: PreTrainedModel, ladder: RankLadder, fit: Tensor, knobs: CalibrationConfig, batch: int, track: Track
+) -> RankLadder:
+    """Directions by K-FAC, rungs by the Fisher information of their gates, then both by gradient descent."""
+    chosen = fit[np.linspace(0, len(fit) - 1, min(len(fit), LADDER_BLOCKS)).astype(int)].split(batch)
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        moments = second_moments(chunkwise, track(chosen, description="inputs of the adapter"))
+        found = sensitivities(chunkwise, track(chosen, description="sensitivity of the output"), seed=knobs.seed)
+    ladder = ladder.data_aware(moments, {name: one.outputs for name, one in found.items()})
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        found = sensitivities(chunkwise, track(chosen, description="Fisher information"), seed=knobs.seed + 1)
+        importance = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
+        importance |= {name: one.gates / 2 for name, one in found.items()}
+        if knobs.refinements:
+            generator = torch.Generator().manual_seed(knobs.seed)
+            size = (knobs.refinements, max(1, REFINE_TOKENS // fit.shape[1]))
+            batches = fit[torch.randint(len(fit), size, generator=generator)]
+            ladder, importance = refine(
+                chunkwise,
+                importance,
+                track(batches, description="turning the directions"),
+                knobs.rungs,
+                round(knobs.lowest_share * knobs.rungs),
+                steps=knobs.refinements,
+                seed=knobs.seed,
+            )
+    return ladder.sorted_by(importance, knobs.rungs)
+
+
+def _explore(
+    model: ChunkWiseModel,
+    text: Tensor,
+    allowed: Sequence[int],
+    passes: int,
+    generator: np.random.Generator,
+    batch: int,
+    track: Track,
+) -> Observations:
+    """What every token costs at a random rung, among tokens at random rungs, as in a plan."""
+    config = ComplexityConfig()
+    vocab_size = model.config.get_text_config().vocab_size
+    parts = []
+    for tokens in track(text.split(batch), description="cost per token and rung"):
+        full = log_probabilities(model, tokens)
+        entropies = entropy(full)
+        signals = torch.tensor(
+            [
+                [
+                    [math.nan if value is None else value for value in estimator.signals(token, known)]
+                    for token, known in zip(row, [None, *uncertain[:-1]], strict=True)
+                ]
+                for row, uncertain in zip(tokens.tolist(), entropies.tolist(), strict=True)
+                for estimator in [TokenComplexityEstimator(config, vocab_size)]
+            ]
+        )
+        previous = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+        for _ in range(passes):
+            rungs = generator.choice(np.array(allowed), tuple(tokens.shape))
+            costs = divergence(full, log_probabilities(model, tokens, rungs)).clamp_min(0)
+            of_token = (tokens, previous, signals, torch.from_numpy(rungs), costs)
+            parts.append([tensor.flatten(0, 1) for tensor in of_token])
+    return Observations(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _contributions(
+    seen: Observations, unseen: Observations, vocab_size: int, rungs: int, seed: int, track: Track
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """What the estimator explains with some of its signals, and those it should use."""
+    causal = tuple(name for name in SIGNALS if name != "entropy")
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {
+        **{name: (0, (name,)) for name in SIGNALS},
+        "the paper's four": (0, SIGNALS),
+        "token id": (1, ()),
+        "token id, previous id": (2, ()),
+        "ids, all but entropy": (2, causal),
+        "ids, all": (2, SIGNALS),
+    }
+    explained = {
+        name: fit_costs(seen, vocab_size, rungs, signals, ids=ids, seed=seed).explains(unseen)
+        for name, (ids, signals) in track(list(variants.items()), description="fitting the estimator")
+    }
+    helps = explained["ids, all"] - explained["ids, all but entropy"] > ENTROPY_GAIN
+    return explained, SIGNALS if helps else causal
+
+
+def _share_for(
+    model: ChunkWiseModel,
+    text: Tensor,
+    config_for: Callable[[float], ChunkWiseConfig],
+    knobs: CalibrationConfig,
+    batch: int,
+    track: Track,
+) -> float:
+    """The lowest mean rank that keeps the loss budget on `text`, as a share of the full rank.
+
+    Losses differ much from token to token and divergences little, so how much loss a nat of divergence costs is
+    taken from all mean ranks tried together.
+    """
+    assert knobs.max_loss_increase is not None
+    full_loss, kl, rise = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
+    parts = text.split(batch)
+    for tokens in track(parts, description="finding the mean rank"):
+        full = log_probabilities(model, tokens)
+        full_loss += float(losses(full, tokens).sum())
+        for i, share in enumerate(SHARES):
+            output = model(tokens, chunkwise_config=config_for(share), use_cache=False)
+            log_p = output.logits.float().log_softmax(-1)
+            kl[i] += float(divergence(full, log_p)[:, :-1].sum())
+            rise[i] += float((losses(log_p, tokens) - losses(full, tokens)).sum())
+    loss_per_kl = float(rise @ kl / (kl @ kl))
+    expected = loss_per_kl * kl / full_loss
+    affordable = [share for share, one in zip(SHARES, expected, strict=True) if one <= knobs.max_loss_increase]
+    return min(affordable, default=1.0)
+
+
+def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
+    levels = (LevelKVPolicy(precision="int8"),) * config.levels
+    return config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
+
+
+def _int8_is_harmless(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> bool:
+    rise = total = 0.0
+    for tokens in track(text.split(batch), description="trying INT8 keys and values"):
+        full = model(tokens, chunkwise_config=config, use_cache=False).logits.float().log_softmax(-1)
+        log_p, *_ = log_probabilities_stream(model, tokens, config)
+        total += float(losses(full, tokens).sum())
+        rise += float((losses(log_p, tokens) - losses(full, tokens)).sum())
+    return rise <= INT8_ALLOWANCE * total
+
+
+def _check(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> Check:
+    full_losses, rises, kl, ranks, kv = [], [], [], [], []
+    for tokens in track(text.split(batch), description="checking on unseen text"):
+        full = log_probabilities(model, tokens)
+        log_p, rank, share = log_probabilities_stream(model, tokens, config)
+        full_losses.append(losses(full, tokens))
+        rises.append(losses(log_p, tokens) - full_losses[-1])
+        kl.append(divergence(full, log_p))
+        ranks.append(rank)
+        kv.append(share)
+    loss, rise = float(torch.cat(full_losses).mean()), torch.cat(rises)
+    segments = rise.flatten().unfold(0, min(64, rise.numel()), min(64, rise.numel())).mean(1)
+    return Check(
+        tokens=rise.numel(),
+        mean_rank=float(np.concatenate(ranks).mean()),
+        kl=float(torch.cat(kl).mean()),
+        loss_full=loss,
+        loss_increase=float(rise.mean()) / loss,
+        loss_increase_error=1.96 * float(segments.std(correction=0)) / math.sqrt(len(segments)) / loss,
+        perplexity_increase=math.expm1(float(rise.mean())),
+        kv_share=float(np.mean(kv)),
+    )

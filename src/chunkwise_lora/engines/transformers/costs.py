@@ -1,0 +1,71 @@
+"""What the rungs of a ladder cost in real text: log-probabilities under a plan, and their distance to full rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.scheduler import FixedPlan
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: ChunkWiseModel, tokens: Tensor, rungs: np.ndarray | int | None = None, adapter: str | None = None
+) -> Tensor:
+    """(batch, tokens, vocabulary) of what follows each of `tokens` (batch, tokens), in one pass.
+
+    `rungs` is every token's rung (batch, tokens), or one for all; None runs all at full rank. `adapter` is by default
+    the ladder loaded first.
+    """
+    adapter = adapter or next(iter(model.ladders))
+    count = model.ladders[adapter].rungs
+    plan = np.broadcast_to(count - 1 if rungs is None else rungs, tuple(tokens.shape))
+    lossless = ChunkWiseConfig.preset("lossless")
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
+        session.follow([FixedPlan(row, count) for row in plan])
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def log_probabilities_stream(
+    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+) -> tuple[Tensor, np.ndarray, float]:
+    """The same token by token, as generation would run: with the plan, cross-fades and KV policy of `config`.
+
+    Also gives every token's rank (batch, tokens), and the bytes of the KV cache as a share of full precision.
+    """
+    steps = []
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as session:
+        for column in tokens.split(1, dim=1):
+            logits = model.model(input_ids=column, past_key_values=session.cache, use_cache=True).logits
+            steps.append(logits[:, -1].float().log_softmax(-1))
+    trace = session.trace()
+    ranks = np.array([sequence.ranks for sequence in trace.sequences])
+    return torch.stack(steps, dim=1), ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1)
+
+
+def divergence(reference: Tensor, log_p: Tensor) -> Tensor:
+    """(...,) the KL divergence, in nats, of log-probabilities (..., vocabulary) from those of `reference`."""
+    return (reference.exp() * (reference - log_p)).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """(...,) nats."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def losses(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """(batch, tokens - 1) nats lost on each next token."""
+    return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+
+
+def blocks(tokens: Sequence[int], length: int) -> Tensor:
+    """(blocks, length) of a text's token ids; what does not fill a block at the end is left out."""
+    ids = torch.as_tensor(tokens)
+    return ids[: len(ids) // length * length].view(-1, length)

@@ -1,0 +1,214 @@
+"""The ways to run one adapter that an evaluation sets side by side."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.transformers.costs import divergence, log_probabilities, log_probabilities_stream
+from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.errors import ChunkWiseError, first_line
+from chunkwise_lora.ladder import RankLadder
+
+PLAIN, CALIBRATED = "plain", "calibrated"
+"""Names of the two ladders: the adapter's own SVD, and the calibrated one."""
+FULL = "PEFT, full rank"
+TIERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Shares of the full rank at which uniform truncation is measured."""
+RIVALS = ("base", "svd", "ladder", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a contender did with windows of text."""
+
+    log_p: Tensor
+    """(windows, tokens, vocabulary)"""
+    mean_rank: float
+    kv_share: float = 1.0
+    """Bytes of its KV cache over those of full precision."""
+    ranks: np.ndarray | None = None
+    """(windows, tokens) where it chose token by token."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the adapter."""
+
+    name: str
+    model: PreTrainedModel | ChunkWiseModel
+    """As far as `generate` goes."""
+    options: dict[str, Any] | None
+    """For its `generate`; None where it can only score text."""
+    score: Callable[[Tensor], Scored]
+    """Takes windows (windows, tokens)."""
+    mean_rank: float | None = None
+    """Where it is the same for all text."""
+
+
+class Field:
+    """All contenders over one base model and one adapter.
+
+    Args:
+        base: The base model.
+        adapter: The PEFT adapter, a folder or a name on the hub.
+        calibrated: The calibrated ladder and its config, if there is one.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, adapter: str | Path, calibrated: tuple[RankLadder, ChunkWiseConfig] | None = None
+    ) -> None:
+        self.base = base
+        self.adapter = adapter
+        ladders = {PLAIN: RankLadder.from_peft(adapter)}
+        self.presets: dict[str, tuple[str, ChunkWiseConfig]] = {}
+        if calibrated:
+            ladders[CALIBRATED], config = calibrated
+            self.presets[CALIBRATED] = (CALIBRATED, config)
+        self.chunkwise = ChunkWiseModel(copy.deepcopy(base), ladders)
+
+    def contenders(
+        self,
+        presets: Sequence[str],
+        rivals: Sequence[str],
+        peft: Mapping[str, str | Path],
+        configs: Mapping[str, ChunkWiseConfig] | None = None,
+    ) -> list[Contender]:
+        """Base and full rank first, then other PEFT adapters by name, rivals, and ours, `configs` by name among them.
+
+        A config that needs what calibration learned runs on the calibrated ladder, others on the adapter's plain SVD.
+        """
+        if unknown := set(rivals) - set(RIVALS):
+            raise ChunkWiseError(f"rival {min(unknown)!r} is unknown; choose from {', '.join(RIVALS)}")
+        if CALIBRATED in presets and CALIBRATED not in self.presets:
+            raise ChunkWiseError("the calibrated preset needs a calibrated ladder; run `chunkwise calibrate` first")
+        chosen = {name: self.presets.get(name) or (PLAIN, ChunkWiseConfig.preset(name)) for name in presets}
+        for name, config in (configs or {}).items():
+            chosen[name] = (CALIBRATED if config.complexity.learned else PLAIN, config)
+        found = [self._plain("base, no adapter", self.base, 0.0)] if "base" in rivals else []
+        found += [self._peft(name, path) for name, path in {FULL: self.adapter, **peft}.items()]
+        for rival, ladder in (("svd", PLAIN), ("ladder", CALIBRATED)):
+            if rival in rivals and ladder in self.chunkwise.ladders:
+                found += [self._uniform(ladder, share) for share in TIERS]
+        if CALIBRATED in self.presets:
+            found += [self._random()] if "random" in rivals else []
+            found += [self._oracle()] if "oracle" in rivals else []
+        return found + [self._planned(f"ChunkWise {name}", *one) for name, one in chosen.items()]
+
+    def _plain(self, name: str, model: PreTrainedModel, rank: float) -> Contender:
+        @torch.no_grad()
+        def score(tokens: Tensor) -> Scored:
+            return Scored(model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1), rank)
+
+        return Contender(name, model, {}, score, rank)
+
+    def _peft(self, name: str, path: str | Path) -> Contender:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(copy.deepcopy(self.base), path, autocast_adapter_dtype=False).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ChunkWiseError(f"{path}: cannot be loaded as a PEFT adapter ({first_line(error)})") from None
+        return self._plain(name, model.to(self.base.dtype), _mean_rank(model))
+
+    def _uniform(self, ladder: str, share: float) -> Contender:
+        ranks = self.chunkwise.ladders[ladder].rung_ranks
+        rung = min(range(len(ranks)), key=lambda rung: abs(ranks[rung] - share * ranks[-1]))
+        what = "plain SVD" if ladder == PLAIN else "calibrated rungs"
+        return Contender(
+            f"{what}, every token at {share:.3g}",
+            self.chunkwise,
+            {"adapter_names": ladder, "chunkwise_config": ChunkWiseConfig.uniform(share)},
+            lambda tokens: Scored(log_probabilities(self.chunkwise, tokens, rung, ladder), ranks[rung]),
+        )
+
+    def _planned(self, name: str, ladder: str, config: ChunkWiseConfig) -> Contender:
+        def score(tokens: Tensor) -> Scored:
+            log_p, ranks, kv_share = log_probabilities_stream(self.chunkwise, tokens, config, ladder)
+            return Scored(log_p, float(ranks.mean()), kv_share, ranks)
+
+        return Contender(name, self.chunkwise, {"adapter_names": ladder, "chunkwise_config": config}, score)
+
+    def _rungs_of_plan(self, tokens: Tensor) -> np.ndarray:
+        """(windows, tokens) the rung that the calibrated policy gives each token, entropies unknown."""
+        _, config = self.presets[CALIBRATED]
+        with (
+            self.chunkwise.stream(
+                batch=len(tokens), prompt_columns=tokens.shape[1], adapter_names=CALIBRATED, chunkwise_config=config
+            ) as session,
+            torch.no_grad(),
+        ):
+            self.chunkwise.model(input_ids=tokens, use_cache=False)
+        ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
+        of_rungs = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
+        return np.abs(ranks[..., None] - of_rungs).argmin(-1)
+
+    def _imposed(self, name: str, rungs_for: Callable[[Tensor, np.ndarray], np.ndarray]) -> Contender:
+        """Rungs of the calibrated ladder that `rungs_for` chooses, knowing the calibrated plan."""
+        ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
+
+        def score(tokens: Tensor) -> Scored:
+            rungs = rungs_for(tokens, self._rungs_of_plan(tokens))
+            log_p = log_probabilities(self.chunkwise, tokens, rungs, CALIBRATED)
+            return Scored(log_p, float(ranks[rungs].mean()), ranks=ranks[rungs])
+
+        return Contender(name, self.chunkwise, None, score)
+
+    def _random(self) -> Contender:
+        generator = np.random.default_rng(0)
+        return self._imposed(
+            "random plan, same rungs", lambda tokens, plan: generator.permuted(plan.ravel()).reshape(plan.shape)
+        )
+
+    def _oracle(self) -> Contender:
+        ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
+
+        def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
+            full = log_probabilities(self.chunkwise, tokens, None, CALIBRATED)
+            tried = np.unique(np.append(plan, len(ranks) - 1))
+            costs = np.stack(
+                [
+                    divergence(full, log_probabilities(self.chunkwise, tokens, int(r), CALIBRATED)).numpy()
+                    for r in tried
+                ],
+                axis=-1,
+            )
+            return tried[cheapest(costs, ranks[tried], float(ranks[plan].mean()))]
+
+        return self._imposed("oracle plan, same rungs", rungs_for)
+
+
+def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarray:
+    """(...,) the choice among (..., choices) of least total cost whose ranks are at most `mean_rank` on average."""
+    low, high = 1e-9, 1e3
+    for _ in range(80):
+        price = (low * high) ** 0.5
+        spent = ranks[(costs + price * ranks).argmin(-1)].mean()
+        low, high = (price, high) if spent > mean_rank else (low, price)
+    return (costs + high * ranks).argmin(-1)
+
+
+def _mean_rank(model: Any) -> float:
+    """Directions per module that an adapter really has, weighted by what one costs to read."""
+    spent = cost = 0.0
+    for module in model.modules():
+        factors = getattr(module, "lora_A", None)
+        if not factors or "default" not in factors:
+            continue
+        a, b = factors["default"], module.lora_B["default"]
+        a, b = getattr(a, "weight", a), getattr(b, "weight", b)
+        alive = a.shape[0]
+        if hasattr(module, "lora_E"):  # AdaLoRA prunes a direction by setting its singular value to 0
+            alive = int((module.lora_E["default"] != 0).sum())
+        spent += alive * (a.shape[1] + b.shape[0])
+        cost += a.shape[1] + b.shape[0]
+    return spent / cost if cost else 0.0

@@ -1,0 +1,96 @@
+"""The data sets of the evaluations: what a model is given, and what it should say."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkwise_lora.errors import ChunkWiseError, first_line
+from chunkwise_lora.files import read_text
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and the answers that count as right."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def wikitext(source: str) -> str:
+    """The text of a file, or the test split of a data set on the hub, `name` or `name:configuration`."""
+    if Path(source).is_file():
+        return read_text(Path(source), ChunkWiseError)
+    return "".join(row["text"] for row in _from_hub(source, "test"))
+
+
+def squad(source: str) -> list[Example]:
+    """The questions of SQuAD v1.1 JSON, or of a data set on the hub laid out like `rajpurkar/squad`."""
+    if not Path(source).is_file():
+        return [
+            Example(squad_prompt(row["context"], row["question"]), tuple(dict.fromkeys(row["answers"]["text"])))
+            for row in _from_hub(source, "validation")
+        ]
+    try:
+        return squad_rows(json.loads(read_text(Path(source), ChunkWiseError)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChunkWiseError(f"{source}: is not SQuAD v1.1 JSON ({type(error).__name__}: {error})") from None
+
+
+def squad_rows(content: Mapping[str, Any]) -> list[Example]:
+    """Every question of parsed SQuAD v1.1 JSON."""
+    return [
+        Example(
+            squad_prompt(paragraph["context"], question["question"]),
+            tuple(dict.fromkeys(answer["text"] for answer in question["answers"])),
+        )
+        for article in content["data"]
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+
+
+def squad_prompt(context: str, question: str) -> str:
+    """What the `squad` adapter is trained on."""
+    return f"{context}\nQuestion: {question}\nAnswer:"
+
+
+def e2e(source: str) -> list[Example]:
+    """The meanings of E2E NLG, as comma-separated values with columns mr and ref, each with all its references."""
+    if Path(source).is_file():
+        rows = list(csv.DictReader(read_text(Path(source), ChunkWiseError).splitlines(keepends=True)))
+        if not rows or not {"mr", "ref"} <= rows[0].keys():
+            raise ChunkWiseError(f"{source}: needs the columns mr and ref")
+        pairs = [(row["mr"], row["ref"]) for row in rows]
+    else:
+        pairs = [(row["meaning_representation"], row["human_reference"]) for row in _from_hub(source, "test")]
+    references: dict[str, list[str]] = {}
+    for meaning, reference in pairs:
+        references.setdefault(meaning, []).append(reference)
+    return [Example(e2e_prompt(meaning), tuple(found)) for meaning, found in references.items()]
+
+
+def e2e_prompt(meaning: str) -> str:
+    """What the `e2e` adapter is trained on."""
+    return f"{meaning} ->"
+
+
+def _from_hub(source: str, split: str) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ChunkWiseError(
+            f"{source}: is no file; to look for it on the hub, pip install 'chunkwise-lora[hub]'"
+        ) from None
+
+    name, _, configuration = source.partition(":")
+    try:
+        return load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise ChunkWiseError(
+            f"{source}: is no file, and no data set that can be loaded ({first_line(error)})"
+        ) from None

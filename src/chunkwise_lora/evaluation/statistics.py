@@ -1,0 +1,41 @@
+"""How sure a number is: bootstrap over the independent pieces it was measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 1000
+SEGMENT = 64
+"""Neighbouring tokens are alike; segments of so many are taken as independent."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    pieces: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] = lambda means: means[..., 0], seed: int = 0
+) -> Estimate:
+    """The statistic of the mean of `pieces` (n, fields) and its interval over resampled pieces.
+
+    `statistic` takes means (..., fields) and gives (...,).
+    """
+    generator = np.random.default_rng(seed)
+    counts = generator.multinomial(len(pieces), np.full(len(pieces), 1 / len(pieces)), RESAMPLES)
+    low, high = np.quantile(statistic(counts @ pieces / len(pieces)), [0.025, 0.975])
+    return Estimate(float(statistic(pieces.mean(0))), float(low), float(high))
+
+
+def segments(values: np.ndarray) -> np.ndarray:
+    """(n,) means over segments of the tokens of every row of (rows, tokens)."""
+    width = min(SEGMENT, values.shape[1])
+    kept = values[:, : values.shape[1] // width * width]
+    return kept.reshape(-1, width).mean(1)

@@ -1,0 +1,115 @@
+"""The tasks of `chunkwise eval`, from a data set to results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.evaluation import data as data_sets
+from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
+from chunkwise_lora.evaluation.contenders import Contender, Field
+from chunkwise_lora.evaluation.report import Evaluation
+from chunkwise_lora.evaluation.text import evaluate_text, windows_of
+from chunkwise_lora.ladder import RankLadder
+
+TASKS = ("wikitext", "squad", "e2e")
+ANSWERS = {
+    "squad": (data_sets.squad, exact_match_and_f1, "exact match"),
+    "e2e": (data_sets.e2e, bleu, "BLEU"),
+}
+WINDOW = 2048
+"""Longest window of text, where the model's positions are more."""
+
+
+def run_task(
+    task: str,
+    data: str,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    adapter: str,
+    *,
+    calibrated: Path | None = None,
+    presets: Sequence[str],
+    rivals: Sequence[str],
+    peft: Mapping[str, str],
+    configs: Mapping[str, ChunkWiseConfig] | None = None,
+    limit: int | None = None,
+    stride: int | None = None,
+    new_tokens: int = 64,
+    batch: int = 16,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Evaluate an adapter on one of `TASKS`; `advance` is told the pieces of work done and all of them."""
+    both = (RankLadder.from_pretrained(calibrated), ChunkWiseConfig.from_pretrained(calibrated)) if calibrated else None
+    contenders = Field(base, adapter, both).contenders(presets, rivals, peft, configs)
+    if task == "wikitext":
+        return _text(data, base, tokenizer, contenders, limit, stride, batch, advance)
+    read, metric, name = ANSWERS[task]
+    examples = read(data)[:limit]
+    if not examples:
+        raise ChunkWiseError(f"{data}: holds no examples")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    able = [one for one in contenders if one.options is not None]
+    counter = _Counter(len(able) * -(-len(examples) // batch), advance)
+    results = evaluate_answers(
+        able, examples, tokenizer, metric, new_tokens=new_tokens, batch=batch, advance=counter.advance
+    )
+    how = (
+        f"{len(examples)} examples, answered greedily with at most {new_tokens} tokens, {batch} in a batch, "
+        f"{str(base.dtype).removeprefix('torch.')}; 95% bootstrap intervals over examples."
+    )
+    return Evaluation(f"{task}: {name}", how, name, results)
+
+
+def _text(
+    data: str,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    contenders: Sequence[Contender],
+    limit: int | None,
+    stride: int | None,
+    batch: int,
+    advance: Callable[[int, int], None],
+) -> Evaluation:
+    length = min(WINDOW, getattr(base.config.get_text_config(), "max_position_embeddings", WINDOW))
+    stride = stride or length
+    if stride > length:
+        raise ChunkWiseError(f"--stride {stride} would skip text: windows have {length} tokens")
+    tokens = tokenizer(data_sets.wikitext(data)).input_ids
+    windows = windows_of(tokens, length, stride)[:limit]
+    if windows.shape[1] < 2:
+        raise ChunkWiseError(f"{data}: has too little text to score")
+    counter = _Counter(len(contenders) * -(-len(windows) // batch), advance)
+    results, sample = evaluate_text(
+        contenders,
+        windows,
+        stride,
+        lambda ids: len(tokenizer.decode(ids).split()),
+        batch=batch,
+        advance=counter.advance,
+    )
+    how = (
+        f"{len(windows)} windows of {windows.shape[1]} tokens, one every {stride}, each from an empty context, "
+        f"{str(base.dtype).removeprefix('torch.')}; ChunkWise runs token by token with its KV policy in force; 95% "
+        "bootstrap intervals over segments of 64 tokens, the increase over full rank paired."
+    )
+    shown = None
+    if sample is not None:
+        pieces = [tokenizer.decode([token]) for token in sample.tokens]
+        shown = (pieces, sample.ranks, max(one.mean_rank for one in results))
+    return Evaluation("wikitext: perplexity", how, "perplexity per token", results, shown)
+
+
+class _Counter:
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.tell = 0, total, tell
+
+    def advance(self) -> None:
+        self.done += 1
+        self.tell(self.done, self.total)

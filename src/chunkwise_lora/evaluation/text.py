@@ -1,0 +1,93 @@
+"""Perplexity on text and divergence from full rank, as generation would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkwise_lora.engines.transformers.costs import divergence, losses
+from chunkwise_lora.evaluation.contenders import FULL, Contender
+from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, segments
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """One contender on one text."""
+
+    name: str
+    mean_rank: float
+    perplexity: Estimate
+    """Per token."""
+    perplexity_per_word: float
+    increase: Estimate
+    """Of the perplexity over full rank, as a share, paired."""
+    kl: Estimate
+    """Nats per token from full rank."""
+    kv_share: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a plan's rank went in one window."""
+
+    tokens: list[int]
+    ranks: list[float]
+
+
+def windows_of(tokens: Sequence[int], length: int, stride: int) -> Tensor:
+    """(windows, length) windows that begin every `stride` tokens; what does not fill one at the end is left out."""
+    ids = torch.as_tensor(tokens)
+    return ids.unfold(0, length, stride) if len(ids) >= length else ids[None]
+
+
+def evaluate_text(
+    contenders: Sequence[Contender],
+    windows: Tensor,
+    stride: int,
+    words: Callable[[list[int]], int],
+    *,
+    batch: int = 16,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[list[TextResult], Sample | None]:
+    """Score every contender on `windows` (windows, tokens); one of them must be the full rank.
+
+    Every window begins with an empty context; its first tokens are scored only in the first window, the last
+    `stride` of it in all. Ours runs token by token with plan, cross-fades and KV policy in force; for those without
+    any of these, one pass gives the same. `advance` is called once per contender and batch of windows.
+    """
+    scored_from = max(0, windows.shape[1] - 1 - stride)
+    tallies: dict[str, list[tuple[np.ndarray, np.ndarray, float, float]]] = {one.name: [] for one in contenders}
+    sample, count = None, 0
+    full_rank = next(one for one in contenders if one.name == FULL)
+    for group in windows.split(batch):
+        full = full_rank.score(group).log_p
+        for contender in contenders:
+            scored = contender.score(group)
+            kl = divergence(full, scored.log_p)[:, scored_from:]
+            loss = losses(scored.log_p, group)[:, scored_from:]
+            tallies[contender.name].append((loss.numpy(), kl.numpy(), scored.mean_rank, scored.kv_share))
+            if scored.ranks is not None:
+                sample = Sample(group[0].tolist(), scored.ranks[0].tolist())
+            advance()
+        count += sum(words(window[scored_from + 1 :].tolist()) for window in group)
+    full_loss = np.concatenate([loss for loss, *_ in tallies[FULL]])
+    results = []
+    for name, tally in tallies.items():
+        of_loss, of_kl = (np.concatenate([one[i] for one in tally]) for i in (0, 1))
+        sizes = [len(one[0]) for one in tally]
+        results.append(
+            TextResult(
+                name,
+                float(np.average([one[2] for one in tally], weights=sizes)),
+                bootstrap(segments(of_loss)[:, None], lambda means: np.exp(means[..., 0])),
+                float(np.exp(of_loss.sum() / count)),
+                bootstrap(segments(of_loss - full_loss)[:, None], lambda means: np.expm1(means[..., 0])),
+                bootstrap(segments(of_kl)[:, None]),
+                float(np.average([one[3] for one in tally], weights=sizes)),
+            )
+        )
+    return results, sample

@@ -1,0 +1,130 @@
+"""Training a LoRA adapter for truncation, with PEFT and transformers' Trainer.
+
+    nested = NestedRank(ladder)
+    Trainer(model=peft_model, callbacks=[nested], compute_loss_func=nested.loss, ...).train()
+
+Ordinary training leaves every direction as it came to be; nested training lets low rungs do well on their own (nested
+dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here half of the sequences run at full rank. The
+others run chunk by chunk at random rungs, as plans will, and learn from full rank itself instead of from the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from chunkwise_lora.errors import LadderError
+from chunkwise_lora.ladder import RankLadder, even_ranks
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+
+class NestedRank(TrainerCallback):
+    """Runs a PEFT model's LoRA layers at random rungs while it trains.
+
+    Args:
+        ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions and
+            draws its rungs. Without one, training begins with the adapter as it is, and rungs are equal ranks.
+        lowest: The lowest rung, as a share of the full rank.
+        chunk: Tokens that share a rung.
+        seed: Of the rungs.
+
+    Raises:
+        LadderError: The ladder and the model's LoRA layers do not fit together.
+    """
+
+    def __init__(
+        self, ladder: RankLadder | None = None, *, lowest: float = 0.25, chunk: int = 16, seed: int = 0
+    ) -> None:
+        self.ladder = ladder
+        self.lowest = lowest
+        self.chunk = chunk
+        self._generator = torch.Generator().manual_seed(seed)
+        self._tables: dict[str, Tensor] = {}
+        self._gated = False
+        self._rungs = self._nested = torch.empty(0)
+        self._hooks: list[Any] = []
+        self._model: Any = None
+        self._inputs: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the ladder's directions, unless a checkpoint goes on, and gate the layers."""
+        self._model = model = kwargs["model"]
+        layers = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        if self.ladder is not None and self.ladder.modules.keys() != layers.keys():
+            raise LadderError("the ladder's modules are not the model's LoRA layers; build it from this adapter")
+        for name, layer in layers.items():
+            factor = layer.lora_A[layer.active_adapters[0]]
+            if self.ladder is None:
+                ranks: tuple[int, ...] = even_ranks(factor.out_features, factor.out_features)
+                self._tables[name] = (torch.arange(ranks[-1]) < torch.tensor(ranks)[:, None]).float()
+            else:
+                self._tables[name] = self.ladder.modules[name].gate_table()
+                if state.global_step == 0:
+                    _write(self.ladder, name, layer)
+            self._hooks.append(factor.register_forward_hook(self._gate(name)))
+        self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave nothing behind in the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """For the Trainer's `compute_loss_func`: the labels' loss at full rank, the divergence from it elsewhere."""
+        log_p = outputs["logits"][:, :-1].float().log_softmax(-1)
+        targets = labels[:, 1:]
+        learned = (targets != -100).float()
+        entropy = -log_p.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
+        if self._gated and self._nested.any():
+            nested = self._nested.to(log_p.device)
+            self._gated = False
+            with torch.no_grad():
+                inputs = {name: value[nested] for name, value in self._inputs.items()}
+                full = self._model.base_model(**inputs).logits[:, :-1].float().log_softmax(-1)
+            self._gated = True  # for layers that are run again on the way back
+            entropy = entropy.masked_scatter(nested[:, None], (full.exp() * (full - log_p[nested])).sum(-1))
+        return (entropy * learned).sum() / learned.sum().clamp_min(1)
+
+    def _draw(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._gated = model.training
+        if not self._gated:
+            return
+        batch, tokens = kwargs["input_ids"].shape
+        self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
+        top = len(next(iter(self._tables.values()))) - 1
+        chunks = -(-tokens // self.chunk)
+        drawn = torch.randint(round(self.lowest * top), top, (batch, chunks), generator=self._generator)
+        self._nested = torch.rand(batch, generator=self._generator) < 0.5
+        drawn[~self._nested] = top
+        self._rungs = drawn.repeat_interleave(self.chunk, dim=1)[:, :tokens]
+
+    def _gate(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not self._gated:
+                return output
+            return output * self._tables[name].to(output)[self._rungs.to(output.device)]
+
+        return hook
+
+
+@torch.no_grad()
+def _write(ladder: RankLadder, name: str, layer: Any) -> None:
+    """Put a ladder's directions into a LoRA layer, their lengths shared evenly between the factors."""
+    adapter = layer.active_adapters[0]
+    module, a, b = ladder.modules[name], layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if a.shape != module.down.shape or b.shape != module.up.shape:
+        raise LadderError(f"{name}: the ladder holds {tuple(module.down.shape)}, the layer {tuple(a.shape)}")
+    balance = (module.up.norm(dim=0) / module.down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+    a.copy_(module.down * balance[:, None])
+    b.copy_(module.up / balance / layer.scaling[adapter])

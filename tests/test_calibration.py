@@ -1,0 +1,233 @@
+"""Calibration keeps its budget, predicts what it was shown, and gives the same ladder twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
+from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
+from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
+from chunkwise_lora.config import CalibrationConfig, ComplexityConfig
+from chunkwise_lora.engines.transformers.calibrate import LEAST_BLOCKS, Calibration, calibrate
+from chunkwise_lora.engines.transformers.costs import divergence, log_probabilities
+from chunkwise_lora.engines.transformers.fisher import sensitivities
+from chunkwise_lora.ladder import _learned
+from chunkwise_lora.scheduler import RuntimeScheduler
+from models import VOCABULARY, adapter, build
+
+BLOCK = 24
+KNOBS = CalibrationConfig(mean_rank=0.5, block=BLOCK, refinements=6, explorations=1)
+
+
+@cache
+def text(blocks: int = 40) -> list[int]:
+    """What the adapted model itself would write, so that leaving full rank costs something."""
+    torch.manual_seed(0)
+    with ChunkWiseModel(build("llama"), adapter("llama"), ChunkWiseConfig.preset("lossless")) as model:
+        start = torch.full((blocks, 1), 5)
+        return model.generate(start, max_new_tokens=BLOCK - 1, do_sample=True, top_k=0).flatten().tolist()
+
+
+def planted(rungs: int = 5, n: int = 20_000) -> Observations:
+    """Costs that halve with every rung, and are eight times as high after token 1 and at token 2."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 10, (n,), generator=generator)
+    previous = torch.cat([torch.tensor([-1]), tokens[:-1]])
+    at = torch.randint(0, rungs, (n,), generator=generator)
+    noise = torch.empty(n).exponential_(generator=generator)
+    costs = noise * 0.5**at * (1 + 7 * (tokens == 2)) * (1 + 7 * (previous == 1))
+    return Observations(tokens, previous, torch.full((n, len(SIGNALS)), float("nan")), at, costs)
+
+
+def test_a_fit_finds_what_makes_tokens_costly() -> None:
+    seen = planted()
+    model = fit_costs(seen, 10, 5)
+    token, previous = model.learned.token, model.learned.previous
+    assert token.argmax() == 2 and previous.argmax() == 1
+    assert np.exp(model.slopes.mean() * (token[2] - np.delete(token, 2).mean())) == pytest.approx(8, rel=0.3)
+    assert np.exp(-np.diff(model.offsets)) == pytest.approx(2, rel=0.3)
+    assert model.explains(seen) > 0.3 > fit_costs(seen, 10, 5, ids=0).explains(seen) + 0.2
+
+
+def test_rungs_that_were_not_observed_are_interpolated() -> None:
+    seen = planted()
+    odd = seen.rungs % 2 == 0
+    kept = Observations(*(getattr(seen, name)[odd] for name in ("tokens", "previous", "signals", "rungs", "costs")))
+    assert (np.diff(fit_costs(kept, 10, 5).offsets) < 0).all()
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.2, 0.95), slope=st.floats(0.3, 2))
+def test_a_choice_of_rungs_keeps_the_budget_and_gives_harder_tokens_no_less(
+    seed: int, share: float, slope: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    ranks = np.arange(17.0)
+    model = CostModel(LearnedComplexity.neutral(), -0.3 * ranks, slope * np.ones(17))
+    scores = generator.normal(size=500)
+    chunking, selection = choose_rungs(model, scores, ranks, share * 16, range(1, 17))
+    shares = np.array(selection.rank_shares)
+    assert (np.diff(shares) > 0).all() and len(shares) == len(chunking.thresholds) + 1
+    levels = np.searchsorted(chunking.thresholds, 1 / (1 + np.exp(-scores)), side="right")
+    assert shares[levels].mean() <= share + 0.02
+    assert shares[levels].mean() >= share - 0.1
+
+
+@pytest.mark.parametrize("budget", [{}, {"mean_rank": 0.5, "max_loss_increase": 0.1}])
+def test_one_budget_is_needed(budget: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="one budget"):
+        CalibrationConfig(**budget)
+
+
+# The estimator
+
+
+def test_one_by_one_the_estimator_scores_as_the_fit_did() -> None:
+    generator = np.random.default_rng(0)
+    tables = generator.normal(size=(2, VOCABULARY)).astype(np.float32)
+    weights, means = generator.normal(size=(2, 4)).astype(np.float32)
+    learned = LearnedComplexity(*tables, weights, means)
+    tokens = generator.integers(0, VOCABULARY, 50).tolist()
+    entropies = [None, *generator.uniform(0, 4, 49).tolist()]
+    config = ComplexityConfig(learned=True)
+    scores = TokenComplexityEstimator(config, VOCABULARY, learned).update(tokens, entropies)
+    probe = TokenComplexityEstimator(config, VOCABULARY)
+    signals = [probe.signals(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
+    seen = Observations(
+        torch.tensor(tokens),
+        torch.tensor([-1, *tokens[:-1]]),
+        torch.tensor([[float("nan") if value is None else value for value in row] for row in signals]),
+        torch.zeros(50, dtype=torch.int64),
+        torch.ones(50),
+    )
+    fitted = CostModel(learned, np.zeros(1), np.ones(1)).scores(seen)
+    assert np.allclose(scores, 1 / (1 + np.exp(-fitted)), atol=1e-5)
+
+
+def test_a_config_that_needs_a_calibrated_ladder_refuses_another() -> None:
+    config = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
+    with pytest.raises(ConfigError, match="chunkwise calibrate"):
+        RuntimeScheduler(config, [0.0, 8.0], VOCABULARY)
+    with pytest.raises(ConfigError, match="chunkwise calibrate"), ChunkWiseModel(build("llama"), adapter("llama")) as m:
+        m.generate(torch.tensor([[5, 6]]), chunkwise_config=config, max_new_tokens=1)
+
+
+# The ladder
+
+
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 12))
+def test_sorted_rungs_spend_their_share_and_full_rank_stays(seed: int, steps: int) -> None:
+    ladder = RankLadder.from_peft(adapter("llama", "patterns"))
+    generator = torch.Generator().manual_seed(seed)
+    worth = {name: torch.rand(module.rank, generator=generator) for name, module in ladder.modules.items()}
+    found = ladder.sorted_by(worth, steps)
+    assert found.rungs == steps + 1
+    full = found.rung_ranks[-1]
+    dearest = max(module.cost for module in ladder.modules.values())
+    slack = dearest / sum(module.cost for module in ladder.modules.values())
+    for step, rank in enumerate(found.rung_ranks):
+        assert step / steps * full - slack <= rank <= step / steps * full + 1e-6
+    for name, module in found.modules.items():
+        assert torch.allclose(module.up @ module.down, ladder.modules[name].up @ ladder.modules[name].down, atol=1e-5)
+        assert (module.sigma.diff() <= 0).all()
+
+
+def test_directions_that_matter_by_fisher_matter_when_switched_off() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    tokens = torch.tensor(text()).view(-1, BLOCK)
+    with ChunkWiseModel(build("llama"), ladder) as model:
+        found = sensitivities(model, tokens.split(8))
+        full = log_probabilities(model, tokens)
+    names = list(ladder.modules)
+    predicted, measured = [], []
+    for name in names:
+        module = ladder.modules[name]
+        closed = replace(module, up=0.7 * module.up)
+        with ChunkWiseModel(build("llama"), replace(ladder, modules={**ladder.modules, name: closed})) as model:
+            measured.append(float(divergence(full, log_probabilities(model, tokens)).mean()))
+        predicted.append(float(found[name].gates.sum()))
+    assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.7
+
+
+# The whole
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> Calibration:
+    return calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), KNOBS)
+
+
+def test_calibration_is_deterministic(calibrated: Calibration) -> None:
+    again = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), KNOBS)
+    assert again.config == calibrated.config and again.check == calibrated.check
+    for name, module in calibrated.ladder.modules.items():
+        assert torch.equal(again.ladder.modules[name].down, module.down)
+
+
+def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration) -> None:
+    assert calibrated.check.mean_rank == pytest.approx(4, abs=0.8)
+    plain = RankLadder.from_peft(adapter("llama"))
+    for name, module in calibrated.ladder.modules.items():
+        assert torch.allclose(module.up @ module.down, plain.modules[name].up @ plain.modules[name].down, atol=1e-4)
+
+
+def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_path: Path) -> None:
+    calibrated.ladder.save_pretrained(tmp_path)
+    calibrated.config.save_pretrained(tmp_path)
+    tokens = torch.tensor(text())[None, :BLOCK]
+    with ChunkWiseModel(build("llama"), tmp_path) as model:
+        assert model.chunkwise_config == calibrated.config
+        model.generate(tokens, max_new_tokens=8)
+        trace = model.trace
+    ranks = calibrated.ladder.rung_ranks
+    scheduler = RuntimeScheduler(calibrated.config, ranks, VOCABULARY, calibrated.ladder.learned)
+    planned = scheduler.step(tokens[0].tolist()).weights @ np.array(ranks)
+    assert trace is not None and trace.sequences[0].ranks[:BLOCK] == pytest.approx(planned.tolist())
+    assert len(set(planned)) > 1
+
+
+def test_a_loss_budget_is_spent_and_kept() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    tight, loose = (
+        calibrate(
+            build("llama"),
+            ladder,
+            text(),
+            CalibrationConfig(max_loss_increase=budget, block=BLOCK, refinements=0, explorations=1),
+        )
+        for budget in (0.0001, 0.9)
+    )
+    assert tight.check.mean_rank > loose.check.mean_rank
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(ChunkWiseError, match="too few"):
+        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(LEAST_BLOCKS - 1), KNOBS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weights", [1.0]), ("token", [float("nan")]), ("means", [[0.0] * 4]), ("other", [0.0])]
+)
+def test_what_was_learned_is_checked_on_load(name: str, value: list[float]) -> None:
+    good = {"token": [0.0], "previous": [0.0], "weights": [0.0] * 4, "means": [0.0] * 4}
+    tensors = {f"learned/{key}": torch.tensor(one) for key, one in {**good, name: value}.items()}
+    with pytest.raises(LadderError, match=name):
+        _learned(tensors)
+
+
+def test_a_calibrated_folder_holds_safetensors_and_json_only(calibrated: Calibration, tmp_path: Path) -> None:
+    calibrated.ladder.save_pretrained(tmp_path)
+    calibrated.config.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    (tensors,) = tmp_path.glob("*.safetensors")
+    assert load_file(tensors)["learned/token"].shape == (VOCABULARY,)
+    assert json.loads((tmp_path / "chunkwise_config.json").read_text())["complexity"]["learned"] is True

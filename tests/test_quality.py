@@ -1,0 +1,253 @@
+"""The evaluations count what they say, against cases worked by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkwise_lora import ChunkWiseError, RankLadder, cli
+from chunkwise_lora.config import CalibrationConfig
+from chunkwise_lora.engines.transformers.calibrate import calibrate
+from chunkwise_lora.evaluation import data
+from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1
+from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest
+from chunkwise_lora.evaluation.data import Example
+from chunkwise_lora.evaluation.report import Evaluation, markdown, page
+from chunkwise_lora.evaluation.statistics import bootstrap
+from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
+from models import VOCABULARY, adapter, build
+
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "The tower was built in 1889 by the company of Gustave Eiffel.",
+                    "qas": [
+                        {"question": "When?", "answers": [{"text": "1889"}, {"text": "in 1889"}, {"text": "1889"}]},
+                        {"question": "By whom?", "answers": [{"text": "the company of Gustave Eiffel"}]},
+                    ],
+                }
+            ]
+        }
+    ]
+}
+
+
+# Data
+
+
+def test_squad_keeps_every_question_and_its_distinct_answers() -> None:
+    first, second = data.squad_rows(SQUAD)
+    assert first.references == ("1889", "in 1889")
+    assert second.prompt.startswith("The tower was built") and second.prompt.endswith("Question: By whom?\nAnswer:")
+
+
+def test_e2e_gathers_the_references_of_a_meaning(tmp_path: Path) -> None:
+    file = tmp_path / "e2e.csv"
+    file.write_text('mr,ref\n"name[A], food[B]",One.\n"name[C]",Two.\n"name[A], food[B]","Three, four."\n')
+    assert data.e2e(str(file)) == [
+        Example("name[A], food[B] ->", ("One.", "Three, four.")),
+        Example("name[C] ->", ("Two.",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read", "content"), [(data.squad, "{}"), (data.squad, "no json"), (data.squad, "[]"), (data.e2e, "a,b\n1,2\n")]
+)
+def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, read: Any, content: str) -> None:
+    file = tmp_path / "other"
+    file.write_text(content)
+    with pytest.raises(ChunkWiseError, match="other"):
+        read(str(file))
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "f1"),
+    [
+        ("1889", 100, 100),
+        ("In  1889!", 100, 100),  # case, punctuation and space do not count
+        ("the 1889", 100, 100),  # nor do articles
+        ("built in 1889", 0, 80),  # 2 of 3 words right, 2 of 2 found
+        ("1890", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_exact_match_and_f1_are_squads_own(answer: str, exact: float, f1: float) -> None:
+    scores = exact_match_and_f1([answer], [Example("", ("1889", "in 1889"))])
+    assert scores["exact match"].value == pytest.approx(exact)
+    assert scores["F1"].value == pytest.approx(f1)
+
+
+def test_bleu_takes_the_best_of_unequally_many_references() -> None:
+    examples = [Example("", ("one two three four five", "six seven eight nine ten")), Example("", ("a b c d e f",))]
+    perfect = bleu(["six seven eight nine ten", "a b c d e f"], examples)["BLEU"]
+    assert perfect.value == pytest.approx(100)
+    # 4-gram precisions 10/11, 8/9, 6/7, 4/5, no brevity penalty: hypotheses are as long as the closest references.
+    worse = bleu(["six seven eight nine ten", "a b c d e x"], examples)["BLEU"]
+    assert worse.value == pytest.approx(100 * (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
+    assert worse.low <= worse.value <= worse.high
+
+
+@given(seed=st.integers(0, 1000))
+def test_a_bootstrap_interval_is_about_as_wide_as_theory_says(seed: int) -> None:
+    pieces = np.random.default_rng(seed).normal(3, 2, (400, 1))
+    found = bootstrap(pieces)
+    assert found.value == pytest.approx(pieces.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * pieces.std() / 20, rel=0.2)
+
+
+# Text
+
+
+@given(tokens=st.integers(8, 60), length=st.integers(2, 8), stride=st.integers(1, 8))
+def test_every_token_is_scored_at_most_once(tokens: int, length: int, stride: int) -> None:
+    stride = min(stride, length)
+    windows = windows_of(list(range(tokens)), length, stride)
+    seen: list[int] = []
+
+    def score(group: torch.Tensor) -> Scored:
+        return Scored(torch.zeros(*group.shape, tokens).log_softmax(-1), 1.0)
+
+    evaluate_text([Contender(FULL, build("llama"), {}, score)], windows, stride, lambda ids: seen.extend(ids) or 1)
+    assert len(seen) == len(set(seen))
+
+
+def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary() -> None:
+    windows = torch.randint(0, 50, (3, 20))
+    uniform = Contender(FULL, build("llama"), {}, lambda w: Scored(torch.zeros(*w.shape, 50).log_softmax(-1), 1.0))
+    (result,), _ = evaluate_text([uniform], windows, 20, len)
+    assert result.perplexity.value == pytest.approx(50, rel=1e-5)
+    assert result.perplexity_per_word == pytest.approx(50, rel=1e-5)  # as many words as tokens
+    assert (result.kl.value, result.increase.value) == (0, 0)
+
+
+@given(seed=st.integers(0, 1000), budget=st.floats(1, 8))
+def test_the_cheapest_choice_keeps_its_budget_and_beats_one_for_all(seed: int, budget: float) -> None:
+    ranks = np.arange(9.0)
+    hardness = np.random.default_rng(seed).exponential(size=300)
+    costs = hardness[:, None] * np.exp(-0.5 * ranks)
+    chosen = cheapest(costs, ranks, budget)
+    assert ranks[chosen].mean() <= budget
+    assert costs[np.arange(300), chosen].sum() <= costs[:, int(budget)].sum() + costs[:, 0].max()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, TextResult]:
+    model, path = build("llama"), adapter("llama")
+    tokens = torch.randint(2, VOCABULARY, (30 * 24,), generator=torch.Generator().manual_seed(0))
+    knobs = CalibrationConfig(mean_rank=0.5, block=24, refinements=0, explorations=1)
+    found = calibrate(model, RankLadder.from_peft(path), tokens.tolist(), knobs)
+    field = Field(model, path, (found.ladder, found.config))
+    contenders = field.contenders(
+        ["lossless", "balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"], {"again": path}
+    )
+    return {one.name: one for one in evaluate_text(contenders, tokens[:96].view(4, 24), 24, len)[0]}
+
+
+def test_lossless_and_peft_again_are_full_rank(results: dict[str, TextResult]) -> None:
+    for name in ("ChunkWise lossless", "again"):
+        assert results[name].kl.value == pytest.approx(0, abs=1e-6)
+        assert results[name].mean_rank == 8
+
+
+def test_uniform_truncation_gets_better_with_rank(results: dict[str, TextResult]) -> None:
+    for ladder in ("plain SVD", "calibrated rungs"):
+        kl = [results[f"{ladder}, every token at {share:.3g}"].kl.value for share in TIERS]
+        assert kl == sorted(kl, reverse=True)
+
+
+def test_the_oracle_spends_no_more_and_beats_a_shuffled_plan(results: dict[str, TextResult]) -> None:
+    oracle, random = results["oracle plan, same rungs"], results["random plan, same rungs"]
+    ours = results["ChunkWise calibrated"]
+    assert oracle.mean_rank <= ours.mean_rank + 1e-6
+    assert random.mean_rank == pytest.approx(ours.mean_rank)
+    assert oracle.kl.value < random.kl.value
+
+
+def test_unknown_rivals_and_a_missing_calibration_are_refused() -> None:
+    field = Field(build("llama"), adapter("llama"))
+    with pytest.raises(ChunkWiseError, match="svd"):
+        field.contenders([], ["none"], {})
+    with pytest.raises(ChunkWiseError, match="chunkwise calibrate"):
+        field.contenders(["calibrated"], [], {})
+    with pytest.raises(ChunkWiseError, match="no/such"):
+        field.contenders([], [], {"other": "no/such"})
+
+
+def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, TextResult]) -> None:
+    evaluation = Evaluation("a <title>", "how", "perplexity", list(results.values()), (["<b>", "x"], [1.0, 8.0], 8.0))
+    html = page(evaluation)
+    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+    assert "&lt;b&gt;" in html and "<b>" not in html
+    lines = markdown(evaluation).splitlines()
+    assert sum(line.startswith("| ") for line in lines) == len(results) + 1
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
+
+    def chunkwise(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["chunkwise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return chunkwise
+
+
+def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" = Karsund = \n \n Karsund is a small town on the north side of the island . \n")
+    arguments = ("--data", text, "--rivals", "base", "--report", tmp_path / "r", "--json", tmp_path / "r.json")
+    code, out, err = run("eval", "--task", "wikitext", *arguments)
+    assert (code, err) == (0, "") and "perplexity" in out
+    names = [row["name"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
+    assert names == ["base, no adapter", FULL, "ChunkWise balanced"]
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.md", "report.html"}
+
+
+def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps(SQUAD))
+    code, out, _ = run(
+        *("eval", "--task", "squad", "--adapter", "wiki", "--data", file, "--rivals", "", "--new-tokens", 4)
+    )
+    assert code == 0 and "exact match" in out and "2 examples" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("eval", "--task", "chess", "--data", "x"), "wikitext, squad, e2e"),
+        (("eval", "--task", "e2e", "--data", "no/such"), "no/such"),
+        (("eval", "--task", "e2e", "--data", "x", "--peft", "r8"), "name=path"),
+        (("eval", "--task", "e2e", "--data", "x", "--calibrated", "no/such"), "no/such"),
+        (("calibrate", "--text", "no/such", "-o", "x"), "one budget"),
+        (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),
+        (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "mean_rank"),
+        (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
+        (("calibrate", "--text", __file__, "-o", "x", "--mean-rank", "50%"), "too few"),
+    ],
+)
+def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 1 and told in err
+    assert len(err.strip().splitlines()) == 1

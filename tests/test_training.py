@@ -1,0 +1,100 @@
+"""Nested training begins where the ladder is, gates as told, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from chunkwise_lora import LadderError, RankLadder
+from chunkwise_lora.training import NestedRank
+from models import VOCABULARY, adapter, build, peft_model
+
+
+class Texts(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(2, VOCABULARY, (40,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def new_model() -> PeftModel:
+    model: PeftModel = get_peft_model(build("llama"), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return model
+
+
+def train(model: PeftModel, nested: NestedRank | None, folder: Path, steps: int, rate: float = 1e-2) -> None:
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=rate,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        seed=0,
+        disable_tqdm=True,
+    )
+    options = {"callbacks": [nested], "compute_loss_func": nested.loss} if nested else {}
+    Trainer(model, arguments, train_dataset=Texts(), **options).train()
+
+
+def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> None:
+    model, ids = new_model(), torch.arange(2, 30)[None]
+    train(model, NestedRank(RankLadder.from_peft(adapter("llama"))), tmp_path, 1, rate=0.0)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(ids).logits, peft_model("llama")(ids).logits, atol=1e-4)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:
+    model, nested, seen = peft_model("llama"), NestedRank(chunk=8), []
+    model.train()
+    nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.lora_A["default"].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    ids = torch.randint(2, VOCABULARY, (16, 24))
+    model(input_ids=ids)
+    open_gates = (seen[0] != 0).sum(-1)
+    assert open_gates[~nested._nested].eq(8).all() and 0 < nested._nested.sum() < 16
+    assert (open_gates[nested._nested] < 8).all() and (open_gates[nested._nested] >= 2).all()
+    assert (open_gates.view(16, 3, 8) == open_gates.view(16, 3, 8)[..., :1]).all()
+    model.eval()(input_ids=ids)
+    assert (seen[1] != 0).all()
+
+
+def test_nested_training_keeps_low_rungs_closer_to_full_rank_than_ordinary_training_does(tmp_path: Path) -> None:
+    ladder, ids = RankLadder.from_peft(adapter("llama")), torch.stack([Texts()[i]["input_ids"] for i in range(8)])
+
+    def distance(model: PeftModel) -> float:
+        """KL of rank 4 from rank 8 in the layers' own directions."""
+        logs = []
+        for rank in (8, 4):
+            hooks = [
+                module.register_forward_hook(lambda m, a, out, rank=rank: out * (torch.arange(8) < rank))
+                for name, module in model.named_modules()
+                if name.endswith("lora_A.default")
+            ]
+            with torch.no_grad():
+                logs.append(model.eval()(ids).logits.log_softmax(-1))
+            for hook in hooks:
+                hook.remove()
+        return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+    ordinary, nested = new_model(), new_model()
+    train(ordinary, NestedRank(ladder), tmp_path, 1, rate=0.0)  # begins at the same directions
+    train(ordinary, None, tmp_path, 40)
+    train(nested, NestedRank(ladder), tmp_path, 40)
+    assert distance(nested) < 0.8 * distance(ordinary)
+
+
+def test_a_ladder_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    for kind in ("one_layer", "patterns"):
+        with pytest.raises(LadderError):
+            train(new_model(), NestedRank(RankLadder.from_peft(adapter("llama", kind))), tmp_path, 1)
