@@ -151,7 +151,7 @@ def test_what_no_kernel_takes_goes_to_sdpa_over_the_widened_cache(tokens: int) -
     assert torch.equal(output, nn.functional.scaled_dot_product_attention(query, *layer.read(), mask).transpose(1, 2))
 
 
-@pytest.mark.parametrize("how", ["switched off", "no compiler", "a compiler that fails"])
+@pytest.mark.parametrize("how", ["switched off", "no compiler", "a compiler that fails", "not there"])
 def test_without_kernels_the_same_tokens_come_from_pytorch(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"))
     expected = greedy(model, prompts(), 24)[0]
@@ -161,7 +161,7 @@ def test_without_kernels_the_same_tokens_come_from_pytorch(how: str, monkeypatch
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.setattr(native.shutil, "which", lambda name: None)
     else:
-        monkeypatch.setenv("CC", "false")
+        monkeypatch.setenv("CC", "false" if how == "a compiler that fails" else "/no/such/compiler -m64")
     monkeypatch.setattr(native, "kernels", native.kernels.__wrapped__)
     for module in ("cache", "layers"):
         monkeypatch.setattr(f"chunkwise_lora.engines.transformers.{module}.kernels", native.kernels)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
 CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
+EVALUATED, RIVALS = ["balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"]
 
 
 class ListCommand(TyperCommand):
@@ -232,6 +233,142 @@ def bench(
     _write_json(json_file, {"machine": machine, "results": [asdict(result) for result in results]})
 
 
+@app.command()
+def calibrate(
+    text: Annotated[Path, typer.Option(help="Plain text like the adapter will see, and did not train on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[
+        str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")
+    ] = "wiki",
+    max_loss_increase: Annotated[
+        str | None, typer.Option(help="Budget: how much the loss per token may rise, such as 0.5%.")
+    ] = None,
+    mean_rank: Annotated[
+        str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
+    refinements: Annotated[
+        int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
+
+    Builds the data-aware ladder and its rungs, measures what every token costs at each rung, learns to predict that
+    in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
+    """
+    from chunkwise_lora.engines.transformers.calibrate import calibrate as run
+    from chunkwise_lora.rendering import calibration_table
+
+    if (max_loss_increase is None) == (mean_rank is None):
+        raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
+    knobs = CalibrationConfig(
+        max_loss_increase=_share(max_loss_increase),
+        mean_rank=_share(mean_rank),
+        seed=seed,
+        **_given(tokens=tokens, refinements=refinements),
+    )
+    content = read_text(text, ChunkWiseError)
+    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
+    base, tokenizer = _load(model)
+    with _progress() as progress:
+        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, cast("Any", progress.track))
+    result.ladder.save_pretrained(output)
+    result.config.save_pretrained(output)
+    console.print(calibration_table(result))
+    check = result.check
+    console.print(
+        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a "
+        f"mean rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV "
+        f"bytes. Measured on {check.tokens:,} unseen tokens. Written to {output}"
+    )
+    config = result.config.model_dump(mode="json")
+    _write_json(json_file, {"check": asdict(check), "explained": result.explained, "config": config})
+
+
+@app.command("eval", cls=ListCommand)
+def evaluate(
+    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match, F1) or e2e (BLEU).")],
+    data: Annotated[
+        str, typer.Option(help="File: plain text, SQuAD v1.1 JSON, or E2E as CSV; or a data set's name on the hub.")
+    ],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
+    calibrated: Annotated[Path | None, typer.Option(help="Folder that `chunkwise calibrate` wrote.")] = None,
+    presets: Annotated[
+        list[str], typer.Option(help="Ours: presets, on the adapter's plain SVD, and `calibrated`.")
+    ] = EVALUATED,
+    rivals: Annotated[
+        list[str],
+        typer.Option(
+            help="Any of base; svd (plain SVD truncated uniformly at each tier); and of the calibrated ladder: "
+            "ladder (the same), random (its plan shuffled), oracle (a plan that knows every token's cost)."
+        ),
+    ] = RIVALS,
+    peft: Annotated[
+        list[str] | None, typer.Option(help="Another PEFT adapter as a rival, as name=folder; may be repeated.")
+    ] = None,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Knobs of your own beside the presets, as name=file.json; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many windows of text, or examples.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between the starts of two windows; by default they do not overlap.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure quality: the task's metric with its interval, mean rank, KL to full rank and KV bytes, beside rivals.
+
+    Text is cut into windows as long as the model's positions and run token by token as generation would, with plan,
+    cross-fades and KV policy in force. Answers are generated greedily.
+    """
+    from rich.markdown import Markdown
+
+    from chunkwise_lora.evaluation.report import markdown, page
+    from chunkwise_lora.evaluation.tasks import TASKS, run_task
+
+    if task not in TASKS:
+        raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    configs = {
+        name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
+        for name, file in _named("--config", config).items()
+    }
+    name = adapter or {"wikitext": "wiki"}.get(task, task)
+    base, tokenizer = _load(model)
+    with _progress() as progress:
+        bar = progress.add_task(f"evaluating {task}", total=None)
+        evaluation = run_task(
+            task,
+            data,
+            base,
+            tokenizer,
+            str(embedded.ADAPTERS.get(name, name)),
+            calibrated=calibrated,
+            presets=[one for one in presets if one and (calibrated or one != "calibrated")],
+            rivals=[one for one in rivals if one],
+            peft=_named("--peft", peft),
+            configs=configs,
+            limit=limit,
+            stride=stride,
+            new_tokens=new_tokens,
+            batch=batch,
+            advance=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    text = markdown(evaluation)
+    console.print(Markdown(text))
+    if report is not None:
+        write_atomically(report / "report.md", text.encode())
+        write_atomically(report / "report.html", page(evaluation).encode())
+    _write_json(
+        json_file, {"task": task, "how": evaluation.how, "results": [asdict(one) for one in evaluation.results]}
+    )
+
+
 @ladder_app.command("build")
 def ladder_build(
     adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a name on the hub.")],
@@ -283,6 +420,29 @@ def main() -> None:
         line = Text("error: ", "bold red").append(" ".join(str(error).split()), "default")
         Console(stderr=True).print(line, soft_wrap=True)
         sys.exit(1)
+
+
+def _share(text: str | None) -> float | None:
+    """0.5% or 0.005 as a number."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ChunkWiseError(f"{text}: write a share such as 0.5% or 0.005") from None
+
+
+def _named(option: str, values: Sequence[str] | None) -> dict[str, str]:
+    """What name=path options say."""
+    pairs = dict(value.partition("=")[::2] for value in values or [])
+    if not all(pairs) or not all(pairs.values()):
+        raise ChunkWiseError(f"{option}: write name=path")
+    return pairs
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -409,162 +569,3 @@ def _progress() -> Progress:
 def _write_json(path: Path | None, content: Any) -> None:
     if path is not None:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-@app.command()
-def calibrate(
-    text: Annotated[Path, typer.Option(help="Plain text like the adapter will see, and did not train on.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
-    adapter: Annotated[
-        str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")
-    ] = "wiki",
-    max_loss_increase: Annotated[
-        str | None, typer.Option(help="Budget: how much the loss per token may rise, such as 0.5%.")
-    ] = None,
-    mean_rank: Annotated[
-        str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
-    refinements: Annotated[
-        int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
-    json_file: JsonOption = None,
-) -> None:
-    """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
-
-    Builds the data-aware ladder and its rungs, measures what every token costs at each rung, learns to predict that
-    in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
-    """
-    from chunkwise_lora.engines.transformers.calibrate import calibrate as run
-    from chunkwise_lora.rendering import calibration_table
-
-    if (max_loss_increase is None) == (mean_rank is None):
-        raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
-    knobs = CalibrationConfig(
-        max_loss_increase=_share(max_loss_increase),
-        mean_rank=_share(mean_rank),
-        seed=seed,
-        **_given(tokens=tokens, refinements=refinements),
-    )
-    content = read_text(text, ChunkWiseError)
-    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
-    base, tokenizer = _load(model)
-    with _progress() as progress:
-        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, cast("Any", progress.track))
-    result.ladder.save_pretrained(output)
-    result.config.save_pretrained(output)
-    console.print(calibration_table(result))
-    check = result.check
-    console.print(
-        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a "
-        f"mean rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV "
-        f"bytes. Measured on {check.tokens:,} unseen tokens. Written to {output}"
-    )
-    config = result.config.model_dump(mode="json")
-    _write_json(json_file, {"check": asdict(check), "explained": result.explained, "config": config})
-
-
-def _share(text: str | None) -> float | None:
-    """0.5% or 0.005 as a number."""
-    if text is None:
-        return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ChunkWiseError(f"{text}: write a share such as 0.5% or 0.005") from None
-
-
-def _named(option: str, values: Sequence[str] | None) -> dict[str, str]:
-    """What name=path options say."""
-    pairs = dict(value.partition("=")[::2] for value in values or [])
-    if not all(pairs) or not all(pairs.values()):
-        raise ChunkWiseError(f"{option}: write name=path")
-    return pairs
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-@app.command("eval")
-def evaluate(
-    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match, F1) or e2e (BLEU).")],
-    data: Annotated[
-        str, typer.Option(help="File: plain text, SQuAD v1.1 JSON, or E2E as CSV; or a data set's name on the hub.")
-    ],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
-    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
-    calibrated: Annotated[Path | None, typer.Option(help="Folder that `chunkwise calibrate` wrote.")] = None,
-    presets: Annotated[
-        str, typer.Option(help="Ours, by comma: presets, and `calibrated`. They run on the adapter's plain SVD.")
-    ] = "balanced,calibrated",
-    rivals: Annotated[
-        str,
-        typer.Option(
-            help="By comma: base; svd (plain SVD truncated uniformly at each tier); and of the calibrated ladder: "
-            "ladder (the same), random (its plan shuffled), oracle (a plan that knows every token's cost)."
-        ),
-    ] = "base,svd,ladder,random,oracle",
-    peft: Annotated[
-        list[str] | None, typer.Option(help="Another PEFT adapter as a rival, as name=folder; may be repeated.")
-    ] = None,
-    config: Annotated[
-        list[str] | None, typer.Option(help="Knobs of your own beside the presets, as name=file.json; may be repeated.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many windows of text, or examples.")] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between the starts of two windows; by default they do not overlap.")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Measure quality: the task's metric with its interval, mean rank, KL to full rank and KV bytes, beside rivals.
-
-    Text is cut into windows as long as the model's positions and run token by token as generation would, with plan,
-    cross-fades and KV policy in force. Answers are generated greedily.
-    """
-    from rich.markdown import Markdown
-
-    from chunkwise_lora.evaluation.report import markdown, page
-    from chunkwise_lora.evaluation.tasks import TASKS, run_task
-
-    if task not in TASKS:
-        raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
-    configs = {
-        name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
-        for name, file in _named("--config", config).items()
-    }
-    name = adapter or {"wikitext": "wiki"}.get(task, task)
-    base, tokenizer = _load(model)
-    with _progress() as progress:
-        bar = progress.add_task(f"evaluating {task}", total=None)
-        evaluation = run_task(
-            task,
-            data,
-            base,
-            tokenizer,
-            str(embedded.ADAPTERS.get(name, name)),
-            calibrated=calibrated,
-            presets=[one for one in presets.split(",") if one and (calibrated or one != "calibrated")],
-            rivals=[one for one in rivals.split(",") if one],
-            peft=_named("--peft", peft),
-            configs=configs,
-            limit=limit,
-            stride=stride,
-            new_tokens=new_tokens,
-            batch=batch,
-            advance=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
-    text = markdown(evaluation)
-    console.print(Markdown(text))
-    if report is not None:
-        write_atomically(report / "report.md", text.encode())
-        write_atomically(report / "report.html", page(evaluation).encode())
-    _write_json(
-        json_file, {"task": task, "how": evaluation.how, "results": [asdict(one) for one in evaluation.results]}
-    )

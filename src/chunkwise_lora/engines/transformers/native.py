@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -140,17 +141,24 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
     if compiler is None:
         logger.info("no C compiler: decode steps run on PyTorch alone, more slowly")
         return None
+    try:
+        return Kernels(_compiled(shlex.split(compiler), DEFINES[dtype]))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = error.stderr.strip()[-500:] if isinstance(error, subprocess.CalledProcessError) else error
+        logger.warning("the C kernels cannot be had, so decode steps run more slowly: %s", why)
+        return None
+
+
+def _compiled(compiler: list[str], defines: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder:
-        library = Path(folder) / "kernels.so"
-        for flags in FLAGS:
-            command = [compiler, "-O3", "-fno-math-errno", "-shared", "-fPIC", *flags, *DEFINES[dtype]]
-            done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(library), "-lm"], capture_output=True, text=True, check=False
-            )
+        library = str(Path(folder) / "kernels.so")
+        for last, flags in zip((False, False, True), FLAGS, strict=True):
+            options = ["-O3", "-fno-math-errno", "-shared", "-fPIC", *flags, *defines]
+            command = [*compiler, *options, str(SOURCE), "-o", library, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=last)
             if not done.returncode:
-                return Kernels(ctypes.CDLL(str(library)))
-    logger.warning("the C kernels do not compile, so decode steps run more slowly: %s", done.stderr.strip()[-500:])
-    return None
+                break
+        return ctypes.CDLL(library)  # stays mapped when the file is gone
 
 
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
