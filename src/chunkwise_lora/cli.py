@@ -225,7 +225,11 @@ def bench(
             )
     machine = benchmark.machine(base.device)
     console.print(bench_table(results))
-    console.print(f"{random_weights or model}, {dtype}, {new_tokens} tokens a round; {machine}")
+    share = max(result.scheduler_ms / result.decode_ms for result in results)
+    console.print(
+        f"{random_weights or model}, {dtype}, {rounds} rounds of {new_tokens} tokens, {prefill_rounds} of prefill; "
+        f"planning is at most {share:.1%} of a step; {machine}"
+    )
     if plot is not None:
         from chunkwise_lora.evaluation.plots import plot_bench
 

@@ -42,10 +42,10 @@ class Int8Pool:
         every = torch.arange(heads, device=template.device)
         self.int8_heads = int8_heads
         self.other_heads = every[~torch.isin(every, int8_heads)]
-        self.places = torch.empty(heads, dtype=torch.int32)
+        self.places = torch.empty_like(every, dtype=torch.int32)
         """(heads,) where a head stands: p >= 0 among the INT8 ones, or else at -1 - p among the others."""
-        self.places[self.int8_heads] = torch.arange(len(self.int8_heads), dtype=torch.int32)
-        self.places[self.other_heads] = -1 - torch.arange(len(self.other_heads), dtype=torch.int32)
+        self.places[self.int8_heads] = torch.arange(len(self.int8_heads)).to(self.places)
+        self.places[self.other_heads] = -1 - torch.arange(len(self.other_heads)).to(self.places)
         self.used = 0
         self.codes = template.new_empty((batch, len(int8_heads), 0, width), dtype=torch.int8)
         self.scales = template.new_empty((batch, len(int8_heads), 0, 1), dtype=torch.bfloat16)
