@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chunkwise_lora.errors import ChunkWiseError
@@ -18,15 +18,17 @@ def plot_bench(results: Sequence[Measurement], path: Path) -> None:
         from matplotlib.ticker import ScalarFormatter
     except ImportError:
         raise ChunkWiseError("plots need matplotlib: pip install 'chunkwise-lora[eval]'") from None
-    panels = {
+    panels: dict[str, Callable[[Measurement], float | None]] = {
         "decode, ms per step": lambda result: result.decode_ms,
         "KV cache, MB": lambda result: result.kv_bytes / 1e6,
         "peak above the weights, MB": lambda result: result.peak_bytes and result.peak_bytes / 1e6,
     }
+    if all(result.peak_bytes is None for result in results):
+        panels.popitem()
     batches = sorted({result.batch for result in results})
     contexts = sorted({result.context for result in results})
     names = list(dict.fromkeys(result.name for result in results))
-    figure = Figure(figsize=(14, 4 * len(batches)), layout="constrained")
+    figure = Figure(figsize=(4.7 * len(panels), 4 * len(batches)), layout="constrained")
     axes = figure.subplots(len(batches), len(panels), squeeze=False)
     for row, batch in zip(axes, batches, strict=True):
         for axis, (title, value) in zip(row, panels.items(), strict=True):
@@ -40,7 +42,7 @@ def plot_bench(results: Sequence[Measurement], path: Path) -> None:
             axis.minorticks_off()
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_atomically(path, content.getvalue())
