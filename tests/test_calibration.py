@@ -18,9 +18,9 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, Conf
 from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.config import CalibrationConfig, ComplexityConfig
-from chunkwise_lora.engines.transformers.calibrate import LEAST_BLOCKS, Calibration, calibrate
-from chunkwise_lora.engines.transformers.costs import divergence, log_probabilities
-from chunkwise_lora.engines.transformers.fisher import sensitivities
+from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, Calibration, calibrate
+from chunkwise_lora.engines.transformers.calibration.costs import divergence, log_probabilities
+from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
 from models import VOCABULARY, adapter, build

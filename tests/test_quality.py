@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseError, RankLadder, cli
 from chunkwise_lora.config import CalibrationConfig
-from chunkwise_lora.engines.transformers.calibrate import calibrate
+from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
 from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1
 from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest

@@ -263,7 +263,7 @@ def calibrate(
     Builds the data-aware ladder and its rungs, measures what every token costs at each rung, learns to predict that
     in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
     """
-    from chunkwise_lora.engines.transformers.calibrate import calibrate as run
+    from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate as run
     from chunkwise_lora.rendering import calibration_table
 
     if (max_loss_increase is None) == (mean_rank is None):
@@ -547,7 +547,7 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     from chunkwise_lora.engines.transformers import ChunkWiseModel
-    from chunkwise_lora.engines.transformers.moments import second_moments
+    from chunkwise_lora.engines.transformers.calibration.moments import second_moments
 
     model, tokenizer = _load(base)
     length = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))

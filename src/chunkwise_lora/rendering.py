@@ -17,7 +17,7 @@ from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.trace import SequenceTrace
 
 if TYPE_CHECKING:
-    from chunkwise_lora.engines.transformers.calibrate import Calibration
+    from chunkwise_lora.engines.transformers.calibration.calibrate import Calibration
 
 COLD, WARM = (198, 219, 239), (253, 141, 60)
 """Background of rank 0 and of the full rank."""

@@ -14,7 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.costs import divergence, log_probabilities, log_probabilities_stream
+from chunkwise_lora.engines.transformers.calibration.costs import (
+    divergence,
+    log_probabilities,
+    log_probabilities_stream,
+)
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError, first_line
 from chunkwise_lora.ladder import RankLadder

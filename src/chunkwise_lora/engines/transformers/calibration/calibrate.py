@@ -22,7 +22,7 @@ from chunkwise_lora.config import (
     KVCacheConfig,
     LevelKVPolicy,
 )
-from chunkwise_lora.engines.transformers.costs import (
+from chunkwise_lora.engines.transformers.calibration.costs import (
     blocks,
     divergence,
     entropy,
@@ -30,10 +30,10 @@ from chunkwise_lora.engines.transformers.costs import (
     log_probabilities_stream,
     losses,
 )
-from chunkwise_lora.engines.transformers.fisher import sensitivities
+from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
+from chunkwise_lora.engines.transformers.calibration.moments import second_moments
+from chunkwise_lora.engines.transformers.calibration.refine import refine
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
-from chunkwise_lora.engines.transformers.moments import second_moments
-from chunkwise_lora.engines.transformers.refine import refine
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.costs import divergence
+from chunkwise_lora.engines.transformers.calibration.costs import divergence
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
 
