@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from pathlib import Path
 from typing import Self
 
 import torch
+
+from chunkwise_lora.engines.transformers.native import give_memory_back
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -38,10 +39,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it is not used again uncounted
+            give_memory_back()  # so that it is not used again uncounted
             _CLEAR.write_text("5")
             return _resident("VmRSS")
-        except (OSError, AttributeError):
+        except OSError:
             return None
 
     def _peak(self) -> int:

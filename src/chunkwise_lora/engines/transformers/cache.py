@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from chunkwise_lora.engines.transformers.native import Pools, Shape, kernels
+from chunkwise_lora.engines.transformers.native import Pools, Shape, give_memory_back, kernels
 from chunkwise_lora.kv_policy import KVDecision
 
 ROOM = 16
@@ -24,6 +24,9 @@ ROOM = 16
 
 WASTE = 16
 """Slots that no sequence uses are swept out once they are so many, and an eighth of all."""
+
+MANY_SLOTS = 256
+"""Where so many slots move at once, as after a pass over a prompt, what a layer frees is given back to the system."""
 
 NO_TOKEN = -1
 """Marks a slot that holds nothing for a sequence."""
@@ -340,8 +343,11 @@ class ChunkWiseCache(Cache):
     def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
         """Do the same in all own layers; `slots` are (batch, n)."""
         tensors = [None if index is None else torch.from_numpy(np.maximum(index, 0)) for index in slots]
+        many = sum(tensor.shape[1] for tensor in tensors if tensor is not None) >= MANY_SLOTS
         for layer in self.own:
             act(layer, *(None if tensor is None else tensor.to(layer.device) for tensor in tensors))
+            if many and layer.device.type == "cpu":
+                give_memory_back()
 
     def _drop_duplicates(self, row: int, decisions: Sequence[KVDecision], fate: np.ndarray) -> None:
         """Mark hot tokens whose key is all but equal to the next one's in the chunk, over all heads and layers."""

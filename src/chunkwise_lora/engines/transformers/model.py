@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 DEFAULT = "default"
 """The name of a ladder given without one, as in PEFT."""
 
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 512
 """Longer prompts are prefilled in passes of so many tokens, so that the KV policy keeps the peak of memory low."""
 
 REFUSED_OPTIONS = {

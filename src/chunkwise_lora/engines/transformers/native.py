@@ -161,6 +161,12 @@ def _compiled(compiler: list[str], defines: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(library)  # stays mapped when the file is gone
 
 
+def give_memory_back() -> None:
+    """Let the system have what has been freed: glibc keeps pieces between others that are still in use."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch's matrix products in `dtype` run far below float32's on `device`: half precision on a CPU
     without instructions for it."""
