@@ -66,11 +66,40 @@ def test_a_product_of_few_tokens_is_that_of_float32(seed: int, tokens: int, widt
 @pytest.mark.parametrize("use_kernels", [True, False])
 def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -> None:
     linear, x = nn.Linear(24, 10).bfloat16(), torch.randn(1, tokens, 24).bfloat16()
-    wide = WideProduct(linear, Step(), kernels_of(torch.bfloat16) if use_kernels else None)
+    wide = WideProduct(linear, Step(), use_kernels)
     with torch.no_grad():
         assert_close(wide(x), linear.float()(x.float()))
     linear.bfloat16()
     assert wide(x).requires_grad, "with gradients it is the layer itself"
+
+
+def test_a_row_without_a_slot_gets_nothing_as_sdpa_gives() -> None:
+    layer, states = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8)
+    kernels_of(torch.float32)
+    layer.update(*states)
+    assert not layer.attend(torch.randn(1, 2, 1, 8), torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0).any()
+
+
+def test_values_that_are_not_the_cache_s_own_are_attended_to_as_given() -> None:
+    layer, states = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8)
+    keys, values = layer.update(*states)
+    query = torch.randn(1, 1, 1, 8)
+    output, _ = attention(nn.Module(), query, keys, 2 * values, None)
+    expected = nn.functional.scaled_dot_product_attention(query, keys, 2 * values).transpose(1, 2)
+    assert torch.allclose(output, expected)
+    assert not layer.read_by_attention
+
+
+def test_a_model_cast_after_attaching_runs_as_one_cast_before() -> None:
+    model = ChunkWiseModel(build("llama").bfloat16(), adapter("llama"))
+    late, early = model.model.float(), build("llama").bfloat16().float()
+    expected = greedy(
+        early,
+        prompts((6,)),
+        4,
+    )[1]
+    assert torch.allclose(greedy(model, prompts((6,)), 4, adapter_names="__base__")[1], expected, atol=1e-4)
+    assert late is model.model
 
 
 def test_a_widened_input_is_shared_until_it_changes_in_place() -> None:

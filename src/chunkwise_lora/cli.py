@@ -43,7 +43,7 @@ class ListCommand(TyperCommand):
         flag = ""
         for arg in args:
             if arg.startswith("-"):
-                flag = arg
+                flag = arg.partition("=")[0]
             elif flag in repeatable and spread[-1] != flag:
                 spread.append(flag)
             spread.append(arg)
@@ -197,7 +197,7 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
             base = _load(model)[0].to(_device(device), _dtype(dtype))
-            folders = {adapter: embedded.ADAPTERS.get(adapter, adapter)}
+            folders = {"adapter": embedded.ADAPTERS.get(adapter, adapter)}
         else:
             shape = SHAPES[random_weights]
             base = random_model(shape, _dtype(dtype), _device(device))

@@ -70,7 +70,7 @@ class Measurement:
     adapter_bytes_per_token: float
     """Adapter bytes read per forward pass, averaged over passes."""
     kv_bytes: int
-    """KV-cache storage when the decoding starts, counted from the tensors."""
+    """KV-cache storage after the first few decode steps, counted from the tensors."""
     peak_bytes: int | None
     """Highest memory of the process (or GPU) in prefill and first decode steps, above what it held before."""
     scheduler_ms: float
@@ -98,8 +98,8 @@ def contestants(
     for name, folder in others:
         unmerged.load_adapter(folder, name, autocast_adapter_dtype=False)
     unmerged.to(base.dtype)
-    adapter_bytes = sum(p.nbytes for name, p in unmerged.named_parameters() if f"lora_A.{first}" in name)
-    adapter_bytes += sum(p.nbytes for name, p in unmerged.named_parameters() if f"lora_B.{first}" in name)
+    factors = [(name, p.nbytes) for name, p in unmerged.named_parameters() if "lora_" in name]
+    adapter_bytes = sum(nbytes for name, nbytes in factors if f".{first}." in name)
     names = tuple(adapters) if others else ()
     entrants = [Contestant(BASE, base)]
     if not others:
@@ -261,6 +261,7 @@ def measure(
             for entrant in _rotated(entrants, turn):
                 if entrant.name in runs:
                     runs.pop(entrant.name).close()
+                del run  # and with it its cache, before the peak is watched
                 with PeakMemory(prompt.device) as peak:
                     run = runs[entrant.name] = Run(entrant, prompt, length)
                     if prefill_rounds or entrant.chunkwise is not None:

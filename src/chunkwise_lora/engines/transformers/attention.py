@@ -25,7 +25,7 @@ def attention(
     (batch, tokens, heads, head_dim). That a cache's own tensors arrive here tells it that it need not widen INT8.
     """
     layer = getattr(key, "layer", None)
-    if isinstance(layer, ChunkWiseLayer):
+    if getattr(value, "layer", None) is layer and isinstance(layer, ChunkWiseLayer):
         layer.read_by_attention = True
         plain = not options.get("dropout") and options.get("position_bias") is None
         if plain and layer.attends(query, attention_mask):
@@ -34,6 +34,10 @@ def attention(
         key, value = layer.read()
     if not emulates(query.dtype, query.device):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    if (bias := options.get("position_bias")) is not None:
+        options["position_bias"] = bias.float()
     output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return output.to(query.dtype), None
 

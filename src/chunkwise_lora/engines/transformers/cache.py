@@ -150,7 +150,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.seen += key_states.shape[2]
         self.hot += key_states.shape[2]
         keys, values = self._hot() if self.read_by_attention else self.read()
-        keys.layer = self  # type: ignore[attr-defined]
+        keys.layer = values.layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,9 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
         """Whether `attend` takes these: one token per sequence, and a mask of slots alone or none."""
-        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype or query.requires_grad:
+        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
+            return False
+        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
             return False
         if kernels(self.dtype) is None:
             return False

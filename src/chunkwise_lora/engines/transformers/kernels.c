@@ -228,7 +228,8 @@ int attend(element *output, const element *query, const Pools *keys, const Pools
         total += weight * totals[first + p * s->group];
         for (int64_t i = 0; i < s->width; i++) row[i] += weight * part[i];
       }
-      for (int64_t i = 0; i < s->width; i++) output[cell * span + g * s->width + i] = narrow(row[i] / total);
+      const float share = total > 0 ? 1 / total : 0;  // no slot at all: nothing, as sdpa gives
+      for (int64_t i = 0; i < s->width; i++) output[cell * span + g * s->width + i] = narrow(row[i] * share);
     }
   }
   free(sums);

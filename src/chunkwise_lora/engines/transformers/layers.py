@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.engines.transformers.native import Kernels, emulates, kernels
+from chunkwise_lora.engines.transformers.native import emulates, kernels
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
 
@@ -161,11 +162,9 @@ class GatedLinear:
         self.inner: Callable[[Tensor], Tensor] = module.forward
         """What gives W x: the module's own forward, a `WideProduct` or a `ReplacedModule`."""
         self._step = step
-        self._kernels: Kernels | None = None
-        if (weight := getattr(module, "weight", None)) is not None and weight.device.type == "cpu":
-            self._kernels = kernels(weight.dtype) if fast.kernels else None
-            if fast.products and type(module) is nn.Linear and emulates(weight.dtype, weight.device):
-                self.inner = WideProduct(module, step, self._kernels)
+        self._use_kernels = fast.kernels
+        if fast.products and widens(module):
+            self.inner = WideProduct(module, step, fast.kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
@@ -181,9 +180,8 @@ class GatedLinear:
         if part.weights is not None or part.rows is not None or not self._step.constant:
             part = self._seen(x, part).on(x.device)
         gates = None if part.weights is None else part.gates(factors)
-        if self._runs_kernel(y, x, down):
-            assert self._kernels is not None
-            self._kernels.add_adapter(y, x, down, up, gates, part.rows)
+        if self._runs_kernel(y, x, down) and (kernel := kernels(x.dtype)) is not None:
+            kernel.add_adapter(y, x, down, up, gates, part.rows)
             return y
         if factors.emulated:
             x, down, up = self._step.widen(x), down.float(), up.float()
@@ -214,7 +212,8 @@ class GatedLinear:
 
     def _runs_kernel(self, y: Tensor, x: Tensor, down: Tensor) -> bool:
         return (
-            self._kernels is not None
+            self._use_kernels
+            and x.device.type == "cpu"
             and x.numel() <= FEW_TOKENS * x.shape[-1]
             and x.dtype == y.dtype == down.dtype
             and x.is_contiguous()
@@ -229,21 +228,36 @@ class WideProduct:
     Up to rounding the same: every product of two halves is exact in float32, and sums are rounded once.
     """
 
-    def __init__(self, module: nn.Linear, step: Step, few: Kernels | None) -> None:
+    def __init__(self, module: nn.Linear, step: Step, use_kernels: bool) -> None:
         self._module = module
         self._step = step
-        self._few = few
+        self._use_kernels = use_kernels
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         weight, bias = self._module.weight, self._module.bias
-        few = x.numel() <= FEW_TOKENS * x.shape[-1] and weight.is_contiguous()
-        if torch.is_grad_enabled() or x.dtype != weight.dtype or (few and self._few is None):
+        kernel = kernels(x.dtype) if self._use_kernels else None
+        few = x.numel() <= FEW_TOKENS * x.shape[-1]
+        # The module may have been moved or cast since.
+        if torch.is_grad_enabled() or x.dtype != weight.dtype or not widens(self._module) or (few and kernel is None):
             return nn.functional.linear(x, weight, bias)
-        if few and self._few is not None:
-            return self._few.multiply(self._step.widen(x), weight, bias)
+        if few and kernel is not None:
+            return kernel.multiply(self._step.widen(x), weight, bias)
         y = nn.functional.linear(self._step.widen(x), weight.float(), None if bias is None else bias.float())
         return y.to(x.dtype)
+
+
+def widens(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a plain linear layer whose half precision the CPU would emulate."""
+    if type(module) is not nn.Linear:
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and emulates(weight.dtype, weight.device)
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+    )
 
 
 class ReplacedModule:

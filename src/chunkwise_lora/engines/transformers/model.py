@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
 from chunkwise_lora.engines.transformers import attention
-from chunkwise_lora.engines.transformers.layers import Factors, FastPaths, GatedLinear, ReplacedModule, Step
-from chunkwise_lora.engines.transformers.native import emulates
+from chunkwise_lora.engines.transformers.layers import Factors, FastPaths, GatedLinear, ReplacedModule, Step, widens
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
 from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder
@@ -101,7 +100,7 @@ class ChunkWiseModel:
         self._parameters = _parameters(model)
         if self._fast.products:
             for name, module in model.named_modules():
-                if type(module) is nn.Linear and emulates(module.weight.dtype, module.weight.device):
+                if widens(module) and "forward" not in vars(module):
                     self._linears[name] = self._gated(name, module)
         for name, one in ladders.items():
             self.load_ladder(name, one)
@@ -181,8 +180,13 @@ class ChunkWiseModel:
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         if before == "sdpa" and type(self.model)._supports_attention_backend:
+
+            def restore() -> None:
+                if config._attn_implementation == name:  # and not the user's later choice
+                    config._attn_implementation = before
+
             config._attn_implementation = name
-            self._restore.append(lambda: setattr(config, "_attn_implementation", before))
+            self._restore.append(restore)
 
     # Ladders
 
@@ -205,8 +209,11 @@ class ChunkWiseModel:
         self.detach()
         dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
         for module_name, module in modules.items():
-            gated = self._linears.setdefault(module_name, self._gated(module_name, module))
-            gated.factors[name] = Factors(ladder.modules[module_name], _device(self.model, module), dtype)
+            if module_name not in self._linears:
+                self._linears[module_name] = self._gated(module_name, module)
+            self._linears[module_name].factors[name] = Factors(
+                ladder.modules[module_name], _device(self.model, module), dtype
+            )
         for module_name, module in copies.items():
             original = self.model.get_submodule(module_name)
             self._replaced.setdefault(module_name, ReplacedModule(original, self._step)).copies[name] = module

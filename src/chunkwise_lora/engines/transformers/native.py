@@ -167,10 +167,11 @@ def give_memory_back() -> None:
         trim(0)
 
 
+@cache
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether PyTorch's matrix products in `dtype` run far below float32's on `device`: half precision on a CPU
     without instructions for it."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
         return False
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported")
     return not supported()
