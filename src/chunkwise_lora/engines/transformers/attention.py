@@ -25,21 +25,28 @@ def attention(
     (batch, tokens, heads, head_dim). That a cache's own tensors arrive here tells it that it need not widen INT8.
     """
     layer = getattr(key, "layer", None)
+    plain = (
+        not options.get("dropout") and options.get("position_bias") is None and options.get("is_causal") is not False
+    )
     if getattr(value, "layer", None) is layer and isinstance(layer, ChunkWiseLayer):
         layer.read_by_attention = True
-        plain = not options.get("dropout") and options.get("position_bias") is None
         if plain and layer.attends(query, attention_mask):
             scaling = options.get("scaling")
             return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
         key, value = layer.read()
-    if not emulates(query.dtype, query.device):
+    floating = attention_mask is not None and attention_mask.is_floating_point()
+    if not plain or floating or not emulates(query.dtype, query.device):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    if (bias := options.get("position_bias")) is not None:
-        options["position_bias"] = bias.float()
-    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-    return output.to(query.dtype), None
+    output = nn.functional.scaled_dot_product_attention(
+        query.float(),
+        key.float(),
+        value.float(),
+        attention_mask,
+        is_causal=attention_mask is None and query.shape[2] > 1,
+        scale=options.get("scaling"),
+        enable_gqa=True,  # keys and values are not repeated for every query head
+    )
+    return output.transpose(1, 2).contiguous().to(query.dtype), None
 
 
 AttentionInterface.register(NAME, attention)
