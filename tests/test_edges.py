@@ -61,6 +61,8 @@ OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
         ),
         ["q_b_proj", "kv_b_proj", "o_proj"],
     ),
+    "doge": (lambda: t.DogeConfig(**LLAMA_LIKE), ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "diffllama": (lambda: t.DiffLlamaConfig(**LLAMA_LIKE), "all-linear"),
     "rwkv": (
         lambda: t.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, context_length=256, eos_token_id=None),
         "all-linear",
@@ -92,12 +94,20 @@ def attached(name: str = "llama", config: ChunkWiseConfig = LOSSLESS) -> ChunkWi
     return ChunkWiseModel(build(name), adapter(name), config)
 
 
-@pytest.mark.parametrize("name", ["minimax", "openai-gpt", "deepseek_v3", "rwkv"])
+@pytest.mark.parametrize("name", ["minimax", "openai-gpt", "deepseek_v3", "rwkv", "doge", "diffllama"])
 def test_a_model_with_another_cache_or_none_is_lossless_too(name: str) -> None:
     tokens, logits = greedy(attached(name), prompts(), 16)
     expected_tokens, expected_logits = greedy(peft_model(name), prompts(), 16)
     assert torch.equal(tokens, expected_tokens)
     assert (logits - expected_logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["doge", "diffllama"])
+def test_a_model_that_uses_the_cache_in_its_own_way_gets_all_of_it(name: str) -> None:
+    compact = ChunkWiseConfig.preset("compact")
+    slow = ChunkWiseModel(build(name), adapter(name), compact, models.FAST["no fast path"])
+    expected = greedy(slow, prompts(), 40)[1]
+    assert (greedy(attached(name, compact), prompts(), 40)[1] - expected).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 DEFAULT = "default"
 """The name of a ladder given without one, as in PEFT."""
 
+CACHE_READERS = ("doge",)
+"""Models that use what the cache gives for more than attention, so that all of it must be given."""
+
 PREFILL_TOKENS = 512
 """Longer prompts are prefilled in passes of so many tokens, so that the KV policy keeps the peak of memory low."""
 
@@ -179,7 +182,8 @@ class ChunkWiseModel:
         """Run `sdpa` attention by the implementation `name` until `detach`; another one stays the user's choice."""
         config = self.model.config.get_text_config()
         before = config._attn_implementation
-        if before == "sdpa" and type(self.model)._supports_attention_backend:
+        fits = type(self.model)._supports_attention_backend and config.model_type not in CACHE_READERS
+        if before == "sdpa" and fits:
 
             def restore() -> None:
                 if config._attn_implementation == name:  # and not the user's later choice
