@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: a missing file must fail at once
 
 import pytest
 import torch
 from hypothesis import settings
+
+from chunkwise_lora import cli
 
 torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread only waits
 settings.register_profile("shared", deadline=None, max_examples=60, print_blob=True)
@@ -18,3 +22,18 @@ settings.load_profile("shared")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
+
+    def chunkwise(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["chunkwise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return chunkwise

@@ -5,30 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chunkwise_lora import ChunkWiseConfig, RankLadder, cli, embedded
+from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
-
-    def chunkwise(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "80")
-        monkeypatch.setattr(sys, "argv", ["chunkwise", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return chunkwise
 
 
 def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

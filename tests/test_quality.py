@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkwise_lora import ChunkWiseError, RankLadder, cli
+from chunkwise_lora import ChunkWiseError, RankLadder
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
@@ -197,20 +196,6 @@ def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, Text
 
 
 # The command
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
-
-    def chunkwise(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["chunkwise", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return chunkwise
 
 
 def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
