@@ -175,6 +175,20 @@ def test_the_oracle_spends_no_more_and_beats_a_shuffled_plan(results: dict[str, 
     assert oracle.kl.value < random.kl.value
 
 
+def test_token_choice_is_measured_at_its_own_cost(results: dict[str, TextResult]) -> None:
+    alike = results["calibrated rungs, the plan's mean rank"]
+    assert alike.mean_rank == pytest.approx(results["ChunkWise calibrated"].mean_rank, abs=0.05)
+
+
+def test_only_what_can_generate_is_timed(results: dict[str, TextResult]) -> None:
+    untimed = {name for name, result in results.items() if result.ms_per_token is None}
+    assert untimed == {
+        "oracle plan, same rungs",
+        "random plan, same rungs",
+        "calibrated rungs, the plan's mean rank",
+    }
+
+
 def test_unknown_rivals_and_a_missing_calibration_are_refused() -> None:
     field = Field(build("llama"), adapter("llama"))
     with pytest.raises(ChunkWiseError, match="svd"):
@@ -212,10 +226,15 @@ def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
 def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "squad.json"
     file.write_text(json.dumps(SQUAD))
-    code, out, _ = run(
-        *("eval", "--task", "squad", "--adapter", "wiki", "--data", file, "--rivals", "", "--new-tokens", 4)
-    )
+    arguments = ("--data", file, "--rivals", "svd", "--presets", "lossless", "--json", tmp_path / "r.json")
+    code, out, _ = run("eval", "--task", "squad", "--adapter", "wiki", "--new-tokens", 4, *arguments)
     assert code == 0 and "exact match" in out and "2 examples" in out
+    results = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["results"]}
+    full, lossless = results.pop(FULL), results.pop("ChunkWise lossless")
+    assert (full["kl"]["value"], full["answers"]) == (0, lossless["answers"])
+    assert lossless["kl"]["value"] == pytest.approx(0, abs=1e-5)
+    truncated = [results[f"plain SVD, every token at {share:.3g}"]["kl"]["value"] for share in TIERS]
+    assert truncated[0] > truncated[2] > truncated[4] > 1e-3
 
 
 @pytest.mark.parametrize(

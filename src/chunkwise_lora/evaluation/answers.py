@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from chunkwise_lora.engines.transformers.model import ChunkWiseModel
-from chunkwise_lora.evaluation.contenders import Contender
+from chunkwise_lora.engines.transformers.calibration.costs import divergence
+from chunkwise_lora.evaluation.contenders import FULL, Contender
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.statistics import RESAMPLES, Estimate, bootstrap
 
@@ -28,6 +29,8 @@ class AnswersResult:
     """Over prompts and answers; None where the contender does not tell."""
     scores: dict[str, Estimate]
     """In points, 0 to 100."""
+    kl: Estimate
+    """Nats per token from full rank, over full rank's own answers."""
     kv_share: float
     """Bytes of the KV cache at the end over those of full precision."""
     ms_per_token: float
@@ -69,51 +72,77 @@ def evaluate_answers(
     batch: int = 16,
     advance: Callable[[], None] = lambda: None,
 ) -> list[AnswersResult]:
-    """Let every contender answer greedily; `advance` is called once per contender and batch."""
-    results = []
-    for contender in contenders:
-        answers, ranks, shares, seconds, produced = [], [], [], 0.0, 0
-        for start in range(0, len(examples), batch):
-            prompts = [example.prompt for example in examples[start : start + batch]]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    """Let every contender answer greedily; one of them must be the full rank.
+
+    `advance` is called once per contender and batch.
+    """
+    prompts = [example.prompt for example in examples]
+    inputs = [
+        dict(tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True, padding_side="left"))
+        for start in range(0, len(prompts), batch)
+    ]
+    tallies = {one.name: _Tally() for one in contenders}
+    full_rank = next(one for one in contenders if one.name == FULL)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    for given in inputs:
+        references: list[Tensor] = []
+        full: list[Tensor] = []
+        for contender in [full_rank, *(one for one in contenders if one is not full_rank)]:
+            tally = tallies[contender.name]
             begin = time.perf_counter()
-            output, ran, share = _generate(contender, dict(inputs), new_tokens, tokenizer)
-            seconds += time.perf_counter() - begin
-            new = output[:, inputs["input_ids"].shape[1] :]
-            produced += int((new != tokenizer.pad_token_id).sum())
-            ranks += ran
-            shares.append(share)
-            answers += [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            done = contender.generate(given, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=eos)
+            tally.seconds += time.perf_counter() - begin
+            new = done.ids[:, given["input_ids"].shape[1] :]
+            tally.produced += int((new != pad).sum())
+            tally.ranks += done.ranks
+            tally.shares.append(done.kv_share)
+            tally.answers += [
+                text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)
+            ]
+            if contender is full_rank:
+                references = [
+                    torch.cat([ids[mask.bool()], answer[answer != pad]])
+                    for ids, mask, answer in zip(given["input_ids"], given["attention_mask"], new, strict=True)
+                ]
+            lengths = given["attention_mask"].sum(1).tolist()
+            log_p = _answer_log_probabilities(contender, references, lengths)
+            full = full or log_p
+            tally.kl += [float(divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
             advance()
-        results.append(
-            AnswersResult(
-                contender.name,
-                float(np.mean(ranks)) if ranks else contender.mean_rank,
-                metric(answers, examples),
-                float(np.mean(shares)),
-                1e3 * seconds / max(produced, 1),
-                answers,
-            )
-        )
-    return results
+    return [_result(contender, tallies[contender.name], metric, examples) for contender in contenders]
 
 
-@torch.no_grad()
-def _generate(
-    contender: Contender, inputs: dict[str, Any], new_tokens: int, tokenizer: Any
-) -> tuple[torch.Tensor, list[float], float]:
-    """Sequences, the mean rank of each where known, and the share of KV bytes."""
-    options = {
-        "max_new_tokens": new_tokens,
-        "do_sample": False,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        **(contender.options or {}),
-    }
-    if isinstance(contender.model, ChunkWiseModel):
-        output = contender.model.generate(**inputs, **options)
-        trace = contender.model.trace
-        assert trace is not None
-        return output, [one.mean_rank for one in trace.sequences], trace.kv_bytes / max(trace.kv_bytes_full, 1)
-    cache = DynamicCache(config=contender.model.config.get_text_config())
-    return contender.model.generate(**inputs, past_key_values=cache, **options), [], 1.0
+@dataclass
+class _Tally:
+    """What one contender has done so far."""
+
+    answers: list[str] = field(default_factory=list)
+    ranks: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    produced: int = 0
+
+
+def _result(contender: Contender, tally: _Tally, metric: Metric, examples: Sequence[Example]) -> AnswersResult:
+    return AnswersResult(
+        contender.name,
+        float(np.mean(tally.ranks)) if tally.ranks else contender.mean_rank,
+        metric(tally.answers, examples),
+        bootstrap(np.array(tally.kl)[:, None]),
+        float(np.mean(tally.shares)),
+        1e3 * tally.seconds / max(tally.produced, 1),
+        tally.answers,
+    )
+
+
+def _answer_log_probabilities(
+    contender: Contender, sequences: Sequence[Tensor], prompts: Sequence[int]
+) -> list[Tensor]:
+    """Per sequence (answer tokens, vocabulary): what the contender says of each token after its prompt."""
+    # Padding on the right is seen by no token before it.
+    log_p = contender.score(pad_sequence(list(sequences), batch_first=True)).log_p
+    return [
+        rows[prompt - 1 : max(prompt, len(sequence) - 1)]
+        for rows, prompt, sequence in zip(log_p, prompts, sequences, strict=True)
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import (
@@ -45,6 +45,18 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What a contender wrote."""
+
+    ids: Tensor
+    """(batch, tokens) prompts and answers."""
+    ranks: list[float]
+    """The mean rank of each sequence, where the contender tells."""
+    kv_share: float = 1.0
+    """Bytes of its KV cache at the end over those of full precision."""
+
+
+@dataclass(frozen=True)
 class Contender:
     """One way to run the adapter."""
 
@@ -57,6 +69,20 @@ class Contender:
     """Takes windows (windows, tokens)."""
     mean_rank: float | None = None
     """Where it is the same for all text."""
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, Any], **options: Any) -> Generated:
+        """Go on greedily from `inputs`, what a tokenizer gives for a batch; `options` are transformers' own."""
+        assert self.options is not None
+        options = {"do_sample": False, **options, **self.options}
+        if isinstance(self.model, ChunkWiseModel):
+            ids = self.model.generate(**inputs, **options)
+            trace = self.model.trace
+            assert trace is not None
+            ranks = [sequence.mean_rank for sequence in trace.sequences]
+            return Generated(ids, ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        return Generated(self.model.generate(**inputs, past_key_values=cache, **options), [])
 
 
 class Field:
@@ -104,6 +130,7 @@ class Field:
             if rival in rivals and ladder in self.chunkwise.ladders:
                 found += [self._uniform(ladder, share) for share in TIERS]
         if CALIBRATED in self.presets:
+            found += [self._alike()] if "ladder" in rivals else []
             found += [self._random()] if "random" in rivals else []
             found += [self._oracle()] if "oracle" in rivals else []
         return found + [self._planned(f"ChunkWise {name}", *one) for name, one in chosen.items()]
@@ -166,6 +193,20 @@ class Field:
             return Scored(log_p, float(ranks[rungs].mean()), ranks=ranks[rungs])
 
         return Contender(name, self.chunkwise, None, score)
+
+    def _alike(self) -> Contender:
+        """Every token at one of the two rungs around the plan's mean rank, at random: no choice, the same cost."""
+        ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
+        generator = np.random.default_rng(0)
+
+        def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
+            mean = ranks[plan].mean()
+            above = min(int(np.searchsorted(ranks, mean)), len(ranks) - 1)
+            below = max(above - 1, 0)
+            share = (mean - ranks[below]) / max(ranks[above] - ranks[below], 1e-9)
+            return np.where(generator.permuted(np.linspace(0, 1, plan.size)).reshape(plan.shape) < share, above, below)
+
+        return self._imposed("calibrated rungs, the plan's mean rank", rungs_for)
 
     def _random(self) -> Contender:
         generator = np.random.default_rng(0)

@@ -45,9 +45,16 @@ def columns(result: TextResult | AnswersResult) -> dict[str, str]:
             "KL to full rank": _interval(result.kl, ".4f"),
             "mean rank": rank,
             "KV bytes": f"{result.kv_share:.0%}",
+            "ms/token": "" if result.ms_per_token is None else f"{result.ms_per_token:.2f}",
         }
     scores = {name: _interval(score, ".2f") for name, score in result.scores.items()}
-    return {**scores, "mean rank": rank, "KV bytes": f"{result.kv_share:.0%}", "ms/token": f"{result.ms_per_token:.2f}"}
+    return {
+        **scores,
+        "KL to full rank": _interval(result.kl, ".4f"),
+        "mean rank": rank,
+        "KV bytes": f"{result.kv_share:.0%}",
+        "ms/token": f"{result.ms_per_token:.2f}",
+    }
 
 
 def markdown(evaluation: Evaluation) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,13 @@ class TextResult:
     kl: Estimate
     """Nats per token from full rank."""
     kv_share: float
+    ms_per_token: float | None
+    """Wall time of a greedy generation, per token: the median of `ROUNDS` rounds in which all take turns."""
+
+
+ROUNDS = 5
+TIMED_PROMPT, TIMED_TOKENS = 64, 32
+"""Tokens of the generations that are timed."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ def evaluate_text(
                 sample = Sample(group[0].tolist(), scored.ranks[0].tolist())
             advance()
         count += sum(words(window[scored_from + 1 :].tolist()) for window in group)
+    speeds = _ms_per_token(contenders, windows[:1, :TIMED_PROMPT])
     full_loss = np.concatenate([loss for loss, *_ in tallies[FULL]])
     results = []
     for name, tally in tallies.items():
@@ -88,6 +98,20 @@ def evaluate_text(
                 bootstrap(segments(of_loss - full_loss)[:, None], lambda means: np.expm1(means[..., 0])),
                 bootstrap(segments(of_kl)[:, None]),
                 float(np.average([one[3] for one in tally], weights=sizes)),
+                speeds.get(name),
             )
         )
     return results, sample
+
+
+def _ms_per_token(contenders: Sequence[Contender], prompt: Tensor) -> dict[str, float]:
+    """By name, for those that can generate."""
+    able = [one for one in contenders if one.options is not None]
+    length = {"min_new_tokens": TIMED_TOKENS, "max_new_tokens": TIMED_TOKENS}
+    seconds: dict[str, list[float]] = {one.name: [] for one in able}
+    for _ in range(ROUNDS):
+        for contender in able:
+            begin = time.perf_counter()
+            contender.generate({"input_ids": prompt}, **length, pad_token_id=0)
+            seconds[contender.name].append(time.perf_counter() - begin)
+    return {name: 1e3 * statistics.median(times) / TIMED_TOKENS for name, times in seconds.items()}
