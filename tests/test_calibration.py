@@ -18,7 +18,14 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, Conf
 from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.config import CalibrationConfig, ComplexityConfig
-from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, Calibration, calibrate
+from chunkwise_lora.engines.transformers.calibration.calibrate import (
+    BOOSTS,
+    LEAST_BLOCKS,
+    LENGTHS,
+    SEARCH_GAIN,
+    Calibration,
+    calibrate,
+)
 from chunkwise_lora.engines.transformers.calibration.costs import divergence, log_probabilities
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
 from chunkwise_lora.ladder import _learned
@@ -74,7 +81,8 @@ def test_a_choice_of_rungs_keeps_the_budget_and_gives_harder_tokens_no_less(
     ranks = np.arange(17.0)
     model = CostModel(LearnedComplexity.neutral(), -0.3 * ranks, slope * np.ones(17))
     scores = generator.normal(size=500)
-    chunking, selection = choose_rungs(model, scores, ranks, share * 16, range(1, 17))
+    policy = choose_rungs(model, scores, ranks, share * 16, range(1, 17))
+    chunking, selection = policy.chunking, policy.selection
     shares = np.array(selection.rank_shares)
     assert (np.diff(shares) > 0).all() and len(shares) == len(chunking.thresholds) + 1
     levels = np.searchsorted(chunking.thresholds, 1 / (1 + np.exp(-scores)), side="right")
@@ -171,6 +179,16 @@ def test_calibration_is_deterministic(calibrated: Calibration) -> None:
     assert again.config == calibrated.config and again.check == calibrated.check
     for name, module in calibrated.ladder.modules.items():
         assert torch.equal(again.ladder.modules[name].down, module.down)
+
+
+def test_chunk_length_and_scale_are_those_that_cost_least(calibrated: Calibration) -> None:
+    length = calibrated.config.chunking.min_length
+    of_length = {n: calibrated.searched[f"chunks of at least {n}"] for n in LENGTHS}
+    assert of_length[length] <= min(of_length.values()) * (1 + 2 * SEARCH_GAIN)
+    of_boost = {boost: calibrated.searched[f"scale 1 {boost:+g} x what is cut"] for boost in BOOSTS}
+    lowest = calibrated.config.selection.rank_shares[0]
+    boost = (calibrated.config.selection.scales[0] - 1) / (1 - lowest)
+    assert of_boost[min(BOOSTS, key=lambda one: abs(one - boost))] <= min(of_boost.values()) * (1 + 2 * SEARCH_GAIN)
 
 
 def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration) -> None:

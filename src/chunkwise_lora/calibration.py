@@ -64,6 +64,16 @@ class CostModel:
         return 1 - _deviance(seen.costs.numpy(), predicted) / _deviance(seen.costs.numpy(), _rung_means(seen))
 
 
+@dataclass(frozen=True)
+class Policy:
+    """Which rung for which score, and what it was chosen by."""
+
+    chunking: ChunkingConfig
+    selection: SelectionConfig
+    price: float
+    """The Lagrangian: nats that one direction of a token's mean rank must save."""
+
+
 def fit_costs(
     seen: Observations,
     vocab_size: int,
@@ -125,8 +135,8 @@ def fit_costs(
 
 def choose_rungs(
     model: CostModel, scores: np.ndarray, rung_ranks: Sequence[float], mean_rank: float, allowed: Collection[int]
-) -> tuple[ChunkingConfig, SelectionConfig]:
-    """The chunking and selection that spend `mean_rank` on tokens with these `scores` at least predicted cost.
+) -> Policy:
+    """The policy that spends `mean_rank` on tokens with these `scores` at least predicted cost.
 
     Chunks end wherever the rung changes: in the gate form a change costs nothing, and long chunks lose much of what
     choosing gains. Only `allowed` rungs are chosen.
@@ -150,9 +160,10 @@ def choose_rungs(
         if after != before:
             levels[float(0.5 * (1 + np.tanh(edge / 2)))] = int(after)
     shares = [float(ranks[i] / rung_ranks[-1]) for i in (of_grid[0], *levels.values())]
-    return (
+    return Policy(
         ChunkingConfig(min_length=1, thresholds=tuple(levels), hysteresis=0.0, memory=1.0, hard_share=1.0),
         SelectionConfig(rank_shares=tuple(shares), scales=(1.0,) * len(shares)),
+        high,
     )
 
 

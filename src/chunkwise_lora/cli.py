@@ -289,7 +289,8 @@ def calibrate(
         f"bytes. Measured on {check.tokens:,} unseen tokens. Written to {output}"
     )
     config = result.config.model_dump(mode="json")
-    _write_json(json_file, {"check": asdict(check), "explained": result.explained, "config": config})
+    found = {"check": asdict(check), "explained": result.explained, "searched": result.searched, "config": config}
+    _write_json(json_file, found)
 
 
 @app.command("eval", cls=ListCommand)

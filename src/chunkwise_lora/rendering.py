@@ -84,7 +84,10 @@ def calibration_table(result: Calibration) -> Table:
         table.add_row(name, f"{share:.1%}")
     full = result.ladder.rung_ranks[-1]
     ranks = ", ".join(f"{share * full:.1f}" for share in result.config.selection.rank_shares)
-    table.caption = f"ranks from easy to hard: {ranks}"
+    length, scales = result.config.chunking.min_length, result.config.selection.scales
+    table.caption = (
+        f"ranks from easy to hard: {ranks}; chunks of at least {length}, scales {min(scales):g} to {max(scales):g}"
+    )
     return table
 
 

@@ -17,6 +17,7 @@ from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import (
     divergence,
     log_probabilities,
+    log_probabilities_planned,
     log_probabilities_stream,
 )
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
@@ -172,14 +173,7 @@ class Field:
     def _rungs_of_plan(self, tokens: Tensor) -> np.ndarray:
         """(windows, tokens) the rung that the calibrated policy gives each token, entropies unknown."""
         _, config = self.presets[CALIBRATED]
-        with (
-            self.chunkwise.stream(
-                batch=len(tokens), prompt_columns=tokens.shape[1], adapter_names=CALIBRATED, chunkwise_config=config
-            ) as session,
-            torch.no_grad(),
-        ):
-            self.chunkwise.model(input_ids=tokens, use_cache=False)
-        ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
+        _, ranks = log_probabilities_planned(self.chunkwise, tokens, config, CALIBRATED)
         of_rungs = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
         return np.abs(ranks[..., None] - of_rungs).argmin(-1)
 

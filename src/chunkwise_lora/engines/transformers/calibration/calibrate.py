@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chunkwise_lora.calibration import Observations, choose_rungs, fit_costs
+from chunkwise_lora.calibration import Observations, Policy, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, TokenComplexityEstimator
 from chunkwise_lora.config import (
     CalibrationConfig,
@@ -27,6 +27,7 @@ from chunkwise_lora.engines.transformers.calibration.costs import (
     divergence,
     entropy,
     log_probabilities,
+    log_probabilities_planned,
     log_probabilities_stream,
     losses,
 )
@@ -48,6 +49,10 @@ INT8_ALLOWANCE = 1e-3
 ENTROPY_GAIN = 0.01
 """The entropy must explain so much more of the deviance to be let in: it is not known for prompts, and costs a softmax
 per step."""
+LENGTHS, BOOSTS = (1, 2, 4), (0.0, -0.05, 0.05)
+"""Least chunk lengths that are tried, and by how much a chunk's scale is raised per share of the rank that it lacks."""
+SEARCH_GAIN = 0.01
+"""What anything but single tokens at scale 1 must save."""
 SHARES = tuple(step / 16 for step in range(5, 16))
 """Mean ranks that are tried for a loss budget, as shares of the full rank."""
 
@@ -87,6 +92,8 @@ class Calibration:
     check: Check
     explained: dict[str, float]
     """Share of the deviance of tokens' costs that signals explain on text they were not fitted on."""
+    searched: dict[str, float]
+    """Nats per token that each chunk length and scale costs on held-back text, KL divergence and the price of rank."""
 
 
 def calibrate(
@@ -128,23 +135,27 @@ def calibrate(
     ladder = replace(ladder, learned=costs.learned)
     complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
 
-    def config_for(share: float) -> ChunkWiseConfig:
-        mean_rank = share * ladder.rung_ranks[-1]
-        chunking, selection = choose_rungs(costs, costs.scores(seen), ladder.rung_ranks, mean_rank, allowed)
+    def policy_for(share: float) -> Policy:
+        return choose_rungs(costs, costs.scores(seen), ladder.rung_ranks, share * ladder.rung_ranks[-1], allowed)
+
+    def config_of(policy: Policy) -> ChunkWiseConfig:
         return ChunkWiseConfig(
             complexity=complexity,
-            chunking=chunking,
-            selection=selection,
+            chunking=policy.chunking,
+            selection=policy.selection,
             composition=CompositionConfig(window=0),
-            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(selection.scales)),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(policy.selection.scales)),
         )
 
     with ChunkWiseModel(model, ladder) as chunkwise:
-        share = knobs.mean_rank or _share_for(chunkwise, choice, config_for, knobs, batch, track)
-        config = config_for(share)
+        share = knobs.mean_rank or _share_for(
+            chunkwise, choice, lambda share: config_of(policy_for(share)), knobs, batch, track
+        )
+        policy = policy_for(share)
+        config, searched = _search(chunkwise, choice, config_of(policy), policy.price, batch, track)
         if knobs.int8 and _int8_is_harmless(chunkwise, choice, _with_int8(config), batch, track):
             config = _with_int8(config)
-        return Calibration(ladder, config, _check(chunkwise, check, config, batch, track), explained)
+        return Calibration(ladder, config, _check(chunkwise, check, config, batch, track), explained, searched)
 
 
 def _fisher_ladder(
@@ -252,14 +263,51 @@ def _share_for(
         full = log_probabilities(model, tokens)
         full_loss += float(losses(full, tokens).sum())
         for i, share in enumerate(SHARES):
-            output = model(tokens, chunkwise_config=config_for(share), use_cache=False)
-            log_p = output.logits.float().log_softmax(-1)
+            log_p, _ = log_probabilities_planned(model, tokens, config_for(share))
             kl[i] += float(divergence(full, log_p)[:, :-1].sum())
             rise[i] += float((losses(log_p, tokens) - losses(full, tokens)).sum())
     loss_per_kl = float(rise @ kl / (kl @ kl))
     expected = loss_per_kl * kl / full_loss
     affordable = [share for share, one in zip(SHARES, expected, strict=True) if one <= knobs.max_loss_increase]
     return min(affordable, default=1.0)
+
+
+def _search(
+    model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, price: float, batch: int, track: Track
+) -> tuple[ChunkWiseConfig, dict[str, float]]:
+    """`config` with the chunk length, then the scale, of least cost on `text`, and what each of them costs."""
+
+    def costs(tried: dict[float, ChunkWiseConfig]) -> dict[float, float]:
+        totals = dict.fromkeys(tried, 0.0)
+        for tokens in track(text.split(batch), description="chunk lengths and scales"):
+            full = log_probabilities(model, tokens)
+            for value, one in tried.items():
+                log_p, ranks = log_probabilities_planned(model, tokens, one)
+                totals[value] += float(divergence(full, log_p).sum()) + price * float(ranks.sum())
+        return {value: total / text.numel() for value, total in totals.items()}
+
+    chunking, selection = config.chunking, config.selection
+    of_length = costs(
+        {n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})}) for n in LENGTHS}
+    )
+    chunking = chunking.model_copy(update={"min_length": _worth_it(of_length)})
+    scales = {boost: tuple(1 + boost * (1 - share) for share in selection.rank_shares) for boost in BOOSTS}
+    scaled = {
+        boost: config.model_copy(
+            update={"chunking": chunking, "selection": selection.model_copy(update={"scales": scales[boost]})}
+        )
+        for boost in BOOSTS
+    }
+    of_boost = costs(scaled)
+    searched = {f"chunks of at least {length}": cost for length, cost in of_length.items()}
+    searched |= {f"scale 1 {boost:+g} x what is cut": cost for boost, cost in of_boost.items()}
+    return scaled[_worth_it(of_boost)], searched
+
+
+def _worth_it(costs: dict[Any, float]) -> Any:
+    """The value of least cost, or the first, the simplest, if that is nearly as good."""
+    simplest, best = next(iter(costs)), min(costs, key=costs.__getitem__)
+    return best if costs[best] < (1 - SEARCH_GAIN) * costs[simplest] else simplest
 
 
 def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
@@ -270,7 +318,7 @@ def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
 def _int8_is_harmless(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> bool:
     rise = total = 0.0
     for tokens in track(text.split(batch), description="trying INT8 keys and values"):
-        full = model(tokens, chunkwise_config=config, use_cache=False).logits.float().log_softmax(-1)
+        full, _ = log_probabilities_planned(model, tokens, config)
         log_p, *_ = log_probabilities_stream(model, tokens, config)
         total += float(losses(full, tokens).sum())
         rise += float((losses(log_p, tokens) - losses(full, tokens)).sum())

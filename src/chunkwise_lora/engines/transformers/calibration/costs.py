@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,21 @@ def log_probabilities(
         session.follow([FixedPlan(row, count) for row in plan])
         logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def log_probabilities_planned(
+    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+) -> tuple[Tensor, np.ndarray]:
+    """The same under the plan of `config`, as a prompt would run: entropies unknown, keys and values as they are.
+
+    Also gives every token's rank (batch, tokens).
+    """
+    options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
+    with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as session:
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
+    return logits.float().log_softmax(-1), ranks
 
 
 @torch.no_grad()
