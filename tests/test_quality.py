@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,21 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, read: Any, co
     file.write_text(content)
     with pytest.raises(ChunkWiseError, match="other"):
         read(str(file))
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), longest=st.integers(2, 40))
+def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int], longest: int) -> None:
+    class Letters:
+        eos_token_id = 1
+
+        def __call__(self, text: str) -> Any:
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x", "y")) for i, length in enumerate(lengths)]
+    ids, block = data.packed(examples, Letters(), longest)
+    assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
+    starts = [chr(first) for first in ids[::block]]
+    assert sorted(starts) == sorted(2 * [example.prompt[0] for example in examples])
 
 
 # Metrics
@@ -245,6 +261,8 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
         (("eval", "--task", "e2e", "--data", "x", "--peft", "r8"), "name=path"),
         (("eval", "--task", "e2e", "--data", "x", "--calibrated", "no/such"), "no/such"),
         (("calibrate", "--text", "no/such", "-o", "x"), "one budget"),
+        (("calibrate", "--task", "chess", "--text", "x", "-o", "x", "--mean-rank", "50%"), "wikitext, squad, e2e"),
+        (("calibrate", "--task", "e2e", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "mean_rank"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),

@@ -39,7 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
 from chunkwise_lora import RankLadder
-from chunkwise_lora.evaluation.data import e2e_prompt, squad_rows
+from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
 from chunkwise_lora.training import NestedRank
 
 BASE_NAME = "chunkwise_lora/embedded/base"
@@ -95,8 +95,7 @@ class Answers(Dataset):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> None:
         self.examples = []
         for question, text in rows:
-            prompt = tokenizer(question).input_ids
-            answer = [*tokenizer(f" {text}").input_ids, tokenizer.eos_token_id]
+            prompt, answer = encode(tokenizer, question, text)
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
             self.examples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
 

@@ -239,12 +239,15 @@ def bench(
 
 @app.command()
 def calibrate(
-    text: Annotated[Path, typer.Option(help="Plain text like the adapter will see, and did not train on.")],
+    text: Annotated[
+        str, typer.Option(help="File of plain text like the adapter will see, and did not train on; see --task.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
+    task: Annotated[
+        str, typer.Option(help="What --text is: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV).")
+    ] = "wikitext",
     model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
-    adapter: Annotated[
-        str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")
-    ] = "wiki",
+    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
     max_loss_increase: Annotated[
         str | None, typer.Option(help="Budget: how much the loss per token may rise, such as 0.5%.")
     ] = None,
@@ -264,6 +267,7 @@ def calibrate(
     in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
     """
     from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate as run
+    from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.rendering import calibration_table
 
     if (max_loss_increase is None) == (mean_rank is None):
@@ -274,11 +278,11 @@ def calibrate(
         seed=seed,
         **_given(tokens=tokens, refinements=refinements),
     )
-    content = read_text(text, ChunkWiseError)
-    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
+    ladder = RankLadder.from_peft(adapter_of(task, adapter))
     base, tokenizer = _load(model)
+    ids, block = calibration_tokens(task, text, tokenizer, knobs.block)
     with _progress() as progress:
-        result = run(base, ladder, _tokens(tokenizer, content)[0].tolist(), knobs, cast("Any", progress.track))
+        result = run(base, ladder, ids, knobs.model_copy(update={"block": block}), cast("Any", progress.track))
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)
     console.print(calibration_table(result))
@@ -335,15 +339,13 @@ def evaluate(
     from rich.markdown import Markdown
 
     from chunkwise_lora.evaluation.report import markdown, page
-    from chunkwise_lora.evaluation.tasks import TASKS, run_task
+    from chunkwise_lora.evaluation.tasks import adapter_of, run_task
 
-    if task not in TASKS:
-        raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    adapter = str(adapter_of(task, adapter))
     configs = {
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
         for name, file in _named("--config", config).items()
     }
-    name = adapter or {"wikitext": "wiki"}.get(task, task)
     base, tokenizer = _load(model)
     with _progress() as progress:
         bar = progress.add_task(f"evaluating {task}", total=None)
@@ -352,7 +354,7 @@ def evaluate(
             data,
             base,
             tokenizer,
-            str(embedded.ADAPTERS.get(name, name)),
+            adapter,
             calibrated=calibrated,
             presets=[one for one in presets if one and (calibrated or one != "calibrated")],
             rivals=[one for one in rivals if one],

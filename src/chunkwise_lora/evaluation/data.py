@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,28 @@ class Example:
 
     prompt: str
     references: tuple[str, ...]
+
+
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, and of an answer with the end of the sequence, as adapters learn them."""
+    return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
+
+
+def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], int]:
+    """Token ids of all prompts with all of their answers, to be cut into blocks of the length that is given too.
+
+    Every block begins with another example and goes on with the ones after it, so that examples stand where
+    generation meets them, at the beginning. Four of five fit whole, if no block is to be over `longest` tokens.
+    """
+    pairs = [encode(tokenizer, one.prompt, answer) for one in examples for answer in one.references]
+    sequences = [[*prompt, *answer] for prompt, answer in pairs]
+    random.Random(0).shuffle(sequences)
+    length = min(longest, sorted(map(len, sequences))[len(sequences) * 4 // 5])
+    ids: list[int] = []
+    for i in range(len(sequences)):
+        following = itertools.chain.from_iterable(itertools.islice(itertools.cycle(sequences), i, None))
+        ids += itertools.islice(following, length)
+    return ids, length
 
 
 def wikitext(source: str) -> str:

@@ -8,11 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from chunkwise_lora import embedded
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
 from chunkwise_lora.evaluation.contenders import Contender, Field
+from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation
 from chunkwise_lora.evaluation.text import evaluate_text, windows_of
 from chunkwise_lora.ladder import RankLadder
@@ -24,6 +26,29 @@ ANSWERS = {
 }
 WINDOW = 2048
 """Longest window of text, where the model's positions are more."""
+
+
+def adapter_of(task: str, adapter: str) -> str | Path:
+    """Where an adapter lies that may be an embedded one, or, if empty, the embedded one of the task.
+
+    Raises:
+        ChunkWiseError: The task is unknown.
+    """
+    if task not in TASKS:
+        raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
+    name = adapter or {"wikitext": "wiki"}.get(task, task)
+    return embedded.ADAPTERS.get(name, name)
+
+
+def calibration_tokens(task: str, data: str, tokenizer: Any, block: int) -> tuple[list[int], int]:
+    """Token ids of a task's data to calibrate on, and the length, at most `block`, of the sequences they make.
+
+    Raises:
+        ChunkWiseError: The data cannot be read, or holds nothing.
+    """
+    if task == "wikitext":
+        return tokenizer(data_sets.wikitext(data)).input_ids, block
+    return data_sets.packed(_examples(task, data), tokenizer, block)
 
 
 def run_task(
@@ -49,10 +74,8 @@ def run_task(
     contenders = Field(base, adapter, both).contenders(presets, rivals, peft, configs)
     if task == "wikitext":
         return _text(data, base, tokenizer, contenders, limit, stride, batch, advance)
-    read, metric, name = ANSWERS[task]
-    examples = read(data)[:limit]
-    if not examples:
-        raise ChunkWiseError(f"{data}: holds no examples")
+    _, metric, name = ANSWERS[task]
+    examples = _examples(task, data)[:limit]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     able = [one for one in contenders if one.options is not None]
@@ -65,6 +88,14 @@ def run_task(
         f"{str(base.dtype).removeprefix('torch.')}; 95% bootstrap intervals over examples."
     )
     return Evaluation(f"{task}: {name}", how, name, results)
+
+
+def _examples(task: str, data: str) -> list[Example]:
+    read, *_ = ANSWERS[task]
+    examples = read(data)
+    if not examples:
+        raise ChunkWiseError(f"{data}: holds no examples")
+    return examples
 
 
 def _text(

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.scheduler import FixedPlan
+
+
+def at_full_rank(model: ChunkWiseModel, tokens: Tensor, adapter: str | None = None) -> Tensor:
+    """(batch, tokens, vocabulary) log-probabilities of what follows each of `tokens` (batch, tokens), in one pass."""
+    lossless = ChunkWiseConfig.preset("lossless")
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless):
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@contextmanager
+def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Forward hooks by module name, and meanwhile no gradients for the model's own parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

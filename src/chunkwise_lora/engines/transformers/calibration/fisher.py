@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.transformers.calibration.costs import at_full_rank, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 
 
@@ -48,18 +48,11 @@ def sensitivities(
 
         return hook
 
-    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    hooks = [model.model.get_submodule(name).register_forward_hook(lend(name)) for name in ladder]
-    model.model.requires_grad_(False)
     tokens = 0
-    try:
+    with hooked(model.model, {name: lend(name) for name in ladder}):
         for batch in batches:
-            lossless = ChunkWiseConfig.preset("lossless")
-            with (
-                torch.enable_grad(),
-                model.stream(batch=len(batch), adapter_names=adapter, chunkwise_config=lossless),
-            ):
-                log_p = model.model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+            with torch.enable_grad():
+                log_p = at_full_rank(model, batch, adapter)
                 flat = log_p.detach().flatten(0, 1).cpu()
                 drawn = torch.multinomial(flat.exp(), 1, generator=generator).to(log_p.device)
                 log_p.flatten(0, 1).gather(1, drawn).sum().backward()
@@ -75,9 +68,4 @@ def sensitivities(
                     outputs, gates = found[name].outputs + outputs, found[name].gates + gates
                 found[name] = Sensitivity(outputs, gates)
             leaves.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
     return {name: Sensitivity(one.outputs / tokens, one.gates / tokens) for name, one in found.items()}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.calibration.costs import divergence
+from chunkwise_lora.engines.transformers.calibration.costs import at_full_rank, divergence, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
 
@@ -81,13 +80,11 @@ def refine(
 
         return hook
 
-    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    hooks = [model.model.get_submodule(name).register_forward_hook(cut_off(name)) for name in ladder.modules]
-    model.model.requires_grad_(False)
-    try:
+    with hooked(model.model, {name: cut_off(name) for name in ladder.modules}):
         for batch in batches:
             closed.clear()
-            full = _run(model, batch, adapter)
+            with torch.no_grad():
+                full = at_full_rank(model, batch, adapter)
             eyes = {name: torch.eye(len(turn)) for name, turn in turns.items()}
             bases |= {name: (eyes[name] + turn, torch.linalg.inv(eyes[name] + turn)) for name, turn in turns.items()}
             chunks = -(-batch.shape[1] // CHUNK)
@@ -96,16 +93,11 @@ def refine(
             gates = _gates(worth, cost, drawn, rungs)
             closed |= dict(zip(ladder.modules, (1 - gates).split(sizes, dim=-1), strict=True))
             with torch.enable_grad():
-                loss = divergence(full, _run(model, batch, adapter)).mean()
+                loss = divergence(full, at_full_rank(model, batch, adapter)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
     with torch.no_grad():
         modules = {}
         for name, module in ladder.modules.items():
@@ -114,13 +106,6 @@ def refine(
             modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
         learned = (worth.exp() * cost).split(sizes)
     return replace(ladder, modules=modules), dict(zip(ladder.modules, learned, strict=True))
-
-
-def _run(model: ChunkWiseModel, batch: Tensor, adapter: str) -> Tensor:
-    lossless = ChunkWiseConfig.preset("lossless")
-    with model.stream(batch=len(batch), adapter_names=adapter, chunkwise_config=lossless):
-        logits: Tensor = model.model(input_ids=batch, use_cache=False).logits
-    return logits.float().log_softmax(-1)
 
 
 def _gates(worth: Tensor, cost: Tensor, drawn: Tensor, rungs: int) -> Tensor:
