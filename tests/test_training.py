@@ -53,6 +53,23 @@ def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> No
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) -> None:
+    model, nested = new_model(), NestedRank(RankLadder.from_peft(adapter("llama")), full=1.0)
+    model.train()
+    nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
+    ids = torch.randint(2, VOCABULARY, (3, 24))
+    losses = [nested.loss(model(input_ids=ids), labels).item() for labels in (ids, ids.flip(1))]
+    assert losses == pytest.approx([0, 0], abs=1e-5)  # at full rank it says what it said
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    changed = model(input_ids=ids)
+    now, before = changed["logits"].log_softmax(-1), peft_model("llama")(ids).logits.log_softmax(-1)
+    divergence = (before.exp() * (before - now)).sum(-1)[:, :-1].mean()
+    assert nested.loss(changed, ids).item() == pytest.approx(float(divergence), rel=1e-3)
+
+
 def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:
     model, nested, seen = peft_model("llama"), NestedRank(chunk=8), []
     model.train()

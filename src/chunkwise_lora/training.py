@@ -4,8 +4,9 @@
     Trainer(model=peft_model, callbacks=[nested], compute_loss_func=nested.loss, ...).train()
 
 Ordinary training leaves every direction as it came to be; nested training lets low rungs do well on their own (nested
-dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here half of the sequences run at full rank. The
-others run chunk by chunk at random rungs, as plans will, and learn from full rank itself instead of from the labels.
+dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here sequences run chunk by chunk at random rungs,
+as plans will, and learn from full rank: given the ladder of a trained adapter, from that adapter as it was, which needs
+no labels and learns no text by heart; from scratch, from full rank as it is, which itself learns from the labels.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class NestedRank(TrainerCallback):
     """Runs a PEFT model's LoRA layers at random rungs while it trains.
 
     Args:
-        ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions and
-            draws its rungs. Without one, training begins with the adapter as it is, and rungs are equal ranks.
+        ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions,
+            draws its rungs and teaches them what the ladder does at full rank. Without one, training begins with the
+            adapter as it is, rungs are equal ranks, and full rank learns from the labels.
         lowest: The lowest rung, as a share of the full rank.
+        full: Share of the sequences that run at full rank.
         chunk: Tokens that share a rung.
         seed: Of the rungs.
 
@@ -39,14 +42,21 @@ class NestedRank(TrainerCallback):
     """
 
     def __init__(
-        self, ladder: RankLadder | None = None, *, lowest: float = 0.25, chunk: int = 16, seed: int = 0
+        self,
+        ladder: RankLadder | None = None,
+        *,
+        lowest: float = 0.25,
+        full: float = 0.25,
+        chunk: int = 16,
+        seed: int = 0,
     ) -> None:
         self.ladder = ladder
         self.lowest = lowest
+        self.full = full
         self.chunk = chunk
         self._generator = torch.Generator().manual_seed(seed)
         self._tables: dict[str, Tensor] = {}
-        self._gated = False
+        self._gated = self._teaching = False
         self._rungs = self._nested = torch.empty(0)
         self._hooks: list[Any] = []
         self._model: Any = None
@@ -61,14 +71,19 @@ class NestedRank(TrainerCallback):
         if self.ladder is not None and self.ladder.modules.keys() != layers.keys():
             raise LadderError("the ladder's modules are not the model's LoRA layers; build it from this adapter")
         for name, layer in layers.items():
-            factor = layer.lora_A[layer.active_adapters[0]]
+            adapter = layer.active_adapters[0]
+            factor = layer.lora_A[adapter]
             if self.ladder is None:
                 ranks: tuple[int, ...] = even_ranks(factor.out_features, factor.out_features)
                 self._tables[name] = (torch.arange(ranks[-1]) < torch.tensor(ranks)[:, None]).float()
             else:
-                self._tables[name] = self.ladder.modules[name].gate_table()
+                module = self.ladder.modules[name]
+                self._tables[name] = module.gate_table()
                 if state.global_step == 0:
                     _write(self.ladder, name, layer)
+                self._hooks.append(factor.register_forward_hook(self._teach(module.down)))
+                up = module.up / layer.scaling[adapter]
+                self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
             self._hooks.append(factor.register_forward_hook(self._gate(name)))
         self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
 
@@ -81,20 +96,27 @@ class NestedRank(TrainerCallback):
         self._hooks.clear()
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """For the Trainer's `compute_loss_func`: the labels' loss at full rank, the divergence from it elsewhere."""
+        """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels."""
         log_p = outputs["logits"][:, :-1].float().log_softmax(-1)
         targets = labels[:, 1:]
         learned = (targets != -100).float()
-        entropy = -log_p.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
-        if self._gated and self._nested.any():
-            nested = self._nested.to(log_p.device)
-            self._gated = False
-            with torch.no_grad():
-                inputs = {name: value[nested] for name, value in self._inputs.items()}
-                full = self._model.base_model(**inputs).logits[:, :-1].float().log_softmax(-1)
-            self._gated = True  # for layers that are run again on the way back
-            entropy = entropy.masked_scatter(nested[:, None], (full.exp() * (full - log_p[nested])).sum(-1))
-        return (entropy * learned).sum() / learned.sum().clamp_min(1)
+        losses = -log_p.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
+        if self._gated:
+            taught = self._nested if self.ladder is None else torch.ones_like(self._nested)
+            taught = taught.to(log_p.device)
+            if taught.any():
+                full = self._full_rank(taught)
+                losses = losses.masked_scatter(taught[:, None], (full.exp() * (full - log_p[taught])).sum(-1))
+        return (losses * learned).sum() / learned.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _full_rank(self, rows: Tensor) -> Tensor:
+        """(sequences, tokens - 1, vocabulary) what full rank says of the pass's `rows` (batch,) bool."""
+        self._gated, self._teaching = False, self.ladder is not None
+        inputs = {name: value[rows] for name, value in self._inputs.items()}
+        log_p: Tensor = self._model.base_model(**inputs).logits[:, :-1].float().log_softmax(-1)
+        self._gated, self._teaching = True, False  # for layers that are run again on the way back
+        return log_p
 
     def _draw(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._gated = model.training
@@ -105,9 +127,15 @@ class NestedRank(TrainerCallback):
         top = len(next(iter(self._tables.values()))) - 1
         chunks = -(-tokens // self.chunk)
         drawn = torch.randint(round(self.lowest * top), top, (batch, chunks), generator=self._generator)
-        self._nested = torch.rand(batch, generator=self._generator) < 0.5
+        self._nested = torch.rand(batch, generator=self._generator) >= self.full
         drawn[~self._nested] = top
         self._rungs = drawn.repeat_interleave(self.chunk, dim=1)[:, :tokens]
+
+    def _teach(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            return nn.functional.linear(args[0], factor.to(args[0])) if self._teaching else None
+
+        return hook
 
     def _gate(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
