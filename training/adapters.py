@@ -23,6 +23,8 @@ from typing import Annotated
 import torch
 import typer
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -38,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
-from chunkwise_lora import RankLadder
+from chunkwise_lora import ChunkWiseModel, RankLadder
 from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
 from chunkwise_lora.training import NestedRank
 
@@ -70,7 +72,12 @@ class Recipe:
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
-NESTED_LEARNING_RATE = 3e-4
+NESTED = {"batch": 2, "steps": 400, "learning_rate": 5e-4}
+"""What changes where training goes on from a calibrated ladder."""
+RUNGS = {"lowest": 5 / 16, "highest": 0.75, "full": 0.2}
+"""Those that a plan at half of the rank uses."""
+WRITTEN, WRITTEN_BATCH, BEGINNING = 640, 64, 16
+"""Texts that an adapter writes itself, and the tokens of a real text that each begins with."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
 
@@ -87,6 +94,39 @@ class Windows(Dataset):
     def __getitem__(self, index: int) -> Example:
         window = self.windows[torch.randint(len(self.windows), ())]
         return {"input_ids": window, "labels": window}
+
+
+class Written(Dataset):
+    """Examples of which every other one is two texts that an adapter wrote itself, so that it learns none by heart."""
+
+    def __init__(self, examples: Windows, texts: torch.Tensor) -> None:
+        self.examples = examples
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        if torch.rand(()) < 0.5:
+            return self.examples[index]
+        window = self.texts[torch.randint(len(self.texts), (2,))].flatten()
+        return {"input_ids": window, "labels": window}
+
+
+def write(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int, file: Path) -> torch.Tensor:
+    """(texts, length) what an adapter at full rank writes after beginnings in a text; kept in `file`."""
+    if file.exists():
+        return load_file(file)["texts"]
+    starts = tokens.unfold(0, BEGINNING, 1)
+    texts = []
+    with ChunkWiseModel.from_pretrained(str(base), ladder, dtype=torch.float32) as model:
+        for _ in track(range(WRITTEN // WRITTEN_BATCH), description="writing texts"):
+            chosen = starts[torch.randint(len(starts), (WRITTEN_BATCH,))]
+            new = length - BEGINNING
+            texts.append(model.generate(chosen, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"texts": torch.cat(texts)}, file)
+    return torch.cat(texts)
 
 
 class Answers(Dataset):
@@ -158,7 +198,7 @@ class Pruning(TrainerCallback):
 
 def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path) -> None:
     """Train in place, resuming from the last checkpoint; ends with the best adapter."""
-    nested = NestedRank(RankLadder.from_pretrained(recipe.ladder)) if recipe.ladder else None
+    nested = NestedRank(RankLadder.from_pretrained(recipe.ladder), **RUNGS) if recipe.ladder else None
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -166,7 +206,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch,
             per_device_eval_batch_size=recipe.batch,
-            learning_rate=NESTED_LEARNING_RATE if nested else recipe.learning_rate,
+            learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
             weight_decay=0.1,
@@ -179,7 +219,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             eval_steps=recipe.interval,
             save_steps=recipe.interval,
             save_total_limit=1,
-            load_best_model_at_end=True,
+            load_best_model_at_end=nested is None,  # which is judged at full rank
             label_names=["labels"],
             seed=0,
             report_to="none",
@@ -190,7 +230,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
         eval_dataset=held_out,
         compute_loss_func=nested.loss if nested else None,
         callbacks=[
-            EarlyStoppingCallback(early_stopping_patience=5),
+            *([] if nested else [EarlyStoppingCallback(early_stopping_patience=5)]),
             *([Pruning()] if recipe.adalora else []),
             *([nested] if nested else []),
         ],
@@ -228,6 +268,7 @@ app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 def changed(recipe: Recipe, rank: int, steps: int | None, adalora: bool = False, ladder: Path | None = None) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
+    recipe = replace(recipe, **NESTED) if ladder else recipe
     steps = steps or recipe.steps
     return replace(
         recipe, rank=rank, steps=steps, interval=min(recipe.interval, steps // 4), adalora=adalora, ladder=ladder
@@ -254,11 +295,15 @@ def wiki(
 
     tokens = encode(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
+    examples: Dataset = Windows(tokens[:cut], length)
+    if ladder:
+        texts = write(base, RankLadder.from_pretrained(ladder), tokens[:cut], length // 2, out / "texts.safetensors")
+        examples = Written(examples, texts)
     make(
         changed(WIKI, rank, steps, adalora, ladder),
         base,
         out,
-        examples=Windows(tokens[:cut], length),
+        examples=examples,
         held_out=Blocks(tokens[cut:], length),
         test=Blocks(encode(test)[:TEST_TOKENS], length) if test else None,
     )

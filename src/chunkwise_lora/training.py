@@ -33,6 +33,7 @@ class NestedRank(TrainerCallback):
             draws its rungs and teaches them what the ladder does at full rank. Without one, training begins with the
             adapter as it is, rungs are equal ranks, and full rank learns from the labels.
         lowest: The lowest rung, as a share of the full rank.
+        highest: The highest rung below full rank that is drawn, likewise.
         full: Share of the sequences that run at full rank.
         chunk: Tokens that share a rung.
         seed: Of the rungs.
@@ -46,12 +47,14 @@ class NestedRank(TrainerCallback):
         ladder: RankLadder | None = None,
         *,
         lowest: float = 0.25,
+        highest: float = 1.0,
         full: float = 0.25,
         chunk: int = 16,
         seed: int = 0,
     ) -> None:
         self.ladder = ladder
         self.lowest = lowest
+        self.highest = highest
         self.full = full
         self.chunk = chunk
         self._generator = torch.Generator().manual_seed(seed)
@@ -126,7 +129,8 @@ class NestedRank(TrainerCallback):
         self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
         top = len(next(iter(self._tables.values()))) - 1
         chunks = -(-tokens // self.chunk)
-        drawn = torch.randint(round(self.lowest * top), top, (batch, chunks), generator=self._generator)
+        low, high = round(self.lowest * top), min(round(self.highest * top), top - 1)
+        drawn = torch.randint(low, high + 1, (batch, chunks), generator=self._generator)
         self._nested = torch.rand(batch, generator=self._generator) >= self.full
         drawn[~self._nested] = top
         self._rungs = drawn.repeat_interleave(self.chunk, dim=1)[:, :tokens]
