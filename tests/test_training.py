@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from chunkwise_lora import LadderError, RankLadder
+from chunkwise_lora.config import CalibrationConfig
+from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
 from chunkwise_lora.training import NestedRank
 from models import VOCABULARY, adapter, build, peft_model
 
@@ -67,7 +69,7 @@ def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) ->
     changed = model(input_ids=ids)
     now, before = changed["logits"].log_softmax(-1), peft_model("llama")(ids).logits.log_softmax(-1)
     divergence = (before.exp() * (before - now)).sum(-1)[:, :-1].mean()
-    assert nested.loss(changed, ids).item() == pytest.approx(float(divergence), rel=1e-3)
+    assert nested.loss(changed, ids).item() == pytest.approx(divergence.item(), rel=1e-3)
 
 
 def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:
@@ -109,6 +111,22 @@ def test_nested_training_keeps_low_rungs_closer_to_full_rank_than_ordinary_train
     train(ordinary, None, tmp_path, 40)
     train(nested, NestedRank(ladder), tmp_path, 40)
     assert distance(nested) < 0.8 * distance(ordinary)
+
+
+def test_the_trained_ladder_is_the_trained_adapter_in_its_own_directions(tmp_path: Path) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    model, nested = new_model(), NestedRank(ladder)
+    train(model, nested, tmp_path / "run", 3)
+    model.save_pretrained(tmp_path / "adapter")
+    trained, again = nested.trained_ladder(), RankLadder.from_peft(tmp_path / "adapter")
+    tokens = torch.randint(2, VOCABULARY, (LEAST_BLOCKS * 24,)).tolist()
+    knobs = CalibrationConfig(mean_rank=0.5, block=24, explorations=1, keep_directions=True)
+    kept = calibrate(build("llama"), trained, tokens, knobs).ladder
+    for name, module in trained.modules.items():
+        theirs = again.modules[name]
+        assert torch.allclose(module.up @ module.down, theirs.up @ theirs.down, atol=1e-5)
+        assert not torch.allclose(module.down, ladder.modules[name].down, atol=1e-4)
+        assert torch.equal(module.down, kept.modules[name].down) and module.ranks == kept.modules[name].ranks
 
 
 def test_a_ladder_of_another_adapter_is_refused(tmp_path: Path) -> None:

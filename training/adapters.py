@@ -236,6 +236,8 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
         ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
+    if nested:
+        nested.trained_ladder().save_pretrained(out / "ladder")
 
 
 def save(model: PeftModel, out: Path) -> None:

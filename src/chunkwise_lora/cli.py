@@ -258,6 +258,12 @@ def calibrate(
     refinements: Annotated[
         int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
     ] = None,
+    keep_directions: Annotated[
+        bool,
+        typer.Option(
+            "--keep-directions", help=f"{CalibrationConfig.model_fields['keep_directions'].description} See training."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
@@ -275,10 +281,11 @@ def calibrate(
     knobs = CalibrationConfig(
         max_loss_increase=_share(max_loss_increase),
         mean_rank=_share(mean_rank),
+        keep_directions=keep_directions,
         seed=seed,
         **_given(tokens=tokens, refinements=refinements),
     )
-    ladder = RankLadder.from_peft(adapter_of(task, adapter))
+    ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
     ids, block = calibration_tokens(task, text, tokenizer, knobs.block)
     with _progress() as progress:

@@ -230,6 +230,9 @@ class CalibrationConfig(Knobs):
     rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
     lowest_share: Share = Field(0.25, description="Lowest rung to try, as a share of the full rank.")
     refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
+    keep_directions: bool = Field(
+        False, description="Fit the policy alone, to the directions and rungs of a ladder as they are."
+    )
     explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
     held_share: float = Field(0.1, gt=0, lt=0.5, description="Share of the text, its end, kept for choice and check.")
     int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")

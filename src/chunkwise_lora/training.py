@@ -12,6 +12,7 @@ no labels and learns no text by heart; from scratch, from full rank as it is, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class NestedRank(TrainerCallback):
     ) -> None:
         """Take the ladder's directions, unless a checkpoint goes on, and gate the layers."""
         self._model = model = kwargs["model"]
-        layers = {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+        layers = _layers(model)
         if self.ladder is not None and self.ladder.modules.keys() != layers.keys():
             raise LadderError("the ladder's modules are not the model's LoRA layers; build it from this adapter")
         for name, layer in layers.items():
@@ -97,6 +98,22 @@ class NestedRank(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def trained_ladder(self) -> RankLadder:
+        """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.
+
+        Raises:
+            LadderError: Training went on from no ladder; build one from the adapter.
+        """
+        if self.ladder is None:
+            raise LadderError("training went on from no ladder; build one from the trained adapter")
+        modules = {}
+        for name, layer in _layers(self._model).items():
+            adapter = layer.active_adapters[0]
+            up = layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
+            down = layer.lora_A[adapter].weight.detach().float().clone()
+            modules[name] = replace(self.ladder.modules[name], up=up.cpu(), down=down.cpu())
+        return replace(self.ladder, modules=modules, learned=None)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels."""
@@ -148,6 +165,11 @@ class NestedRank(TrainerCallback):
             return output * self._tables[name].to(output)[self._rungs.to(output.device)]
 
         return hook
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers by the names of the modules they adapt."""
+    return {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
 @torch.no_grad()

@@ -124,7 +124,8 @@ def calibrate(
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
 
-    ladder = _fisher_ladder(model, ladder, fit, knobs, batch, track)
+    if not knobs.keep_directions:
+        ladder = _fisher_ladder(model, ladder, fit, knobs, batch, track)
     allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
     with ChunkWiseModel(model, ladder) as chunkwise:
         generator = np.random.default_rng(knobs.seed)
