@@ -28,6 +28,7 @@ from chunkwise_lora.engines.transformers.calibration.calibrate import (
 )
 from chunkwise_lora.engines.transformers.calibration.costs import divergence, log_probabilities
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
+from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
 from models import VOCABULARY, adapter, build
@@ -164,6 +165,17 @@ def test_directions_that_matter_by_fisher_matter_when_switched_off() -> None:
             measured.append(float(divergence(full, log_probabilities(model, tokens)).mean()))
         predicted.append(float(found[name].gates.sum()))
     assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.7
+
+
+def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again() -> None:
+    tokens = torch.tensor(text()).view(-1, 48)
+    state = torch.get_rng_state()
+    with ChunkWiseModel(build("llama"), adapter("llama")) as model:
+        pieces, again = (written(model, tokens, 70, seed=3) for _ in range(2))
+    assert pieces.shape == (70, 48) and torch.equal(pieces, again)
+    assert torch.equal(torch.get_rng_state(), state)
+    seen = {tuple(one) for row in tokens.tolist() for one in zip(*(row[i:] for i in range(BEGINNING)), strict=False)}
+    assert all(tuple(piece[:BEGINNING]) in seen for piece in pieces.tolist())
 
 
 # The whole

@@ -16,6 +16,7 @@ import csv
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
 from chunkwise_lora import ChunkWiseModel, RankLadder
+from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
 from chunkwise_lora.training import NestedRank
 
@@ -76,8 +78,8 @@ NESTED = {"batch": 2, "steps": 400, "learning_rate": 5e-4}
 """What changes where training goes on from a calibrated ladder."""
 RUNGS = {"lowest": 5 / 16, "highest": 0.75, "full": 0.2}
 """Those that a plan at half of the rank uses."""
-WRITTEN, WRITTEN_BATCH, BEGINNING = 640, 64, 16
-"""Texts that an adapter writes itself, and the tokens of a real text that each begins with."""
+WRITTEN = 640
+"""Texts that an adapter writes itself."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
 
@@ -113,20 +115,16 @@ class Written(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def write(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int, file: Path) -> torch.Tensor:
-    """(texts, length) what an adapter at full rank writes after beginnings in a text; kept in `file`."""
+def own_texts(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int, file: Path) -> torch.Tensor:
+    """(texts, length) what an adapter writes after beginnings in a text; kept in `file`."""
     if file.exists():
         return load_file(file)["texts"]
-    starts = tokens.unfold(0, BEGINNING, 1)
-    texts = []
     with ChunkWiseModel.from_pretrained(str(base), ladder, dtype=torch.float32) as model:
-        for _ in track(range(WRITTEN // WRITTEN_BATCH), description="writing texts"):
-            chosen = starts[torch.randint(len(starts), (WRITTEN_BATCH,))]
-            new = length - BEGINNING
-            texts.append(model.generate(chosen, do_sample=True, top_k=0, min_new_tokens=new, max_new_tokens=new))
+        show = partial(track, description="writing texts")
+        texts = written(model, tokens[: len(tokens) // length * length].view(-1, length), WRITTEN, track=show)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"texts": torch.cat(texts)}, file)
-    return torch.cat(texts)
+    save_file({"texts": texts}, file)
+    return texts
 
 
 class Answers(Dataset):
@@ -299,7 +297,8 @@ def wiki(
     cut = int(len(tokens) * (1 - HELD_OUT))
     examples: Dataset = Windows(tokens[:cut], length)
     if ladder:
-        texts = write(base, RankLadder.from_pretrained(ladder), tokens[:cut], length // 2, out / "texts.safetensors")
+        trained = RankLadder.from_pretrained(ladder)
+        texts = own_texts(base, trained, tokens[:cut], length // 2, out / "texts.safetensors")
         examples = Written(examples, texts)
     make(
         changed(WIKI, rank, steps, adalora, ladder),

@@ -255,6 +255,7 @@ def calibrate(
         str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
+    written: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["written"].description)] = None,
     refinements: Annotated[
         int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
     ] = None,
@@ -283,7 +284,7 @@ def calibrate(
         mean_rank=_share(mean_rank),
         keep_directions=keep_directions,
         seed=seed,
-        **_given(tokens=tokens, refinements=refinements),
+        **_given(tokens=tokens, written=written, refinements=refinements),
     )
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)

@@ -226,6 +226,11 @@ class CalibrationConfig(Knobs):
         None, gt=0, le=1, description="Budget: how much the loss (nats per token) may rise, as a share of it."
     )
     tokens: int = Field(160_000, ge=1, description="Most tokens of the text to use; more teach more about rare ids.")
+    written: int = Field(
+        0,
+        ge=0,
+        description="Tokens to learn from beside the text, which the adapter writes itself, as much as is wanted.",
+    )
     block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
     rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
     lowest_share: Share = Field(0.25, description="Lowest rung to try, as a share of the full rank.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ from chunkwise_lora.engines.transformers.calibration.costs import (
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
 from chunkwise_lora.engines.transformers.calibration.moments import second_moments
 from chunkwise_lora.engines.transformers.calibration.refine import refine
+from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
@@ -123,6 +125,12 @@ def calibrate(
     fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
+    if pieces := knobs.written // length:
+        with ChunkWiseModel(model, ladder) as chunkwise:
+            own = written(chunkwise, fit, pieces, seed=knobs.seed, track=partial(track, description="writing text"))
+        fit = torch.cat([fit, own])[
+            torch.randperm(len(fit) + len(own), generator=torch.Generator().manual_seed(knobs.seed))
+        ]
 
     if not knobs.keep_directions:
         ladder = _fisher_ladder(model, ladder, fit, knobs, batch, track)
