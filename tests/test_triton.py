@@ -266,8 +266,8 @@ def test_a_captured_pass_follows_its_schedule_and_its_table() -> None:
 
 def test_tables_and_schedules_refuse_what_does_not_fit() -> None:
     def table(**changes: Any) -> AdapterTable:
-        usual: dict[str, Any] = dict(slots=2, max_rank=8, rungs=2, device=DEVICE, dtype=torch.float32)
-        return AdapterTable(32, [16], **usual | changes)
+        usual = {"slots": 2, "max_rank": 8, "rungs": 2, "device": DEVICE, "dtype": torch.float32}
+        return AdapterTable(32, [16], **(usual | changes))
 
     with pytest.raises(EngineError, match="float64"):
         table(dtype=torch.float64)

@@ -15,9 +15,10 @@ different rank stand side by side without padding. Two launches per layer, whate
 Both skip what no token of a block asks for: blocks without an adapter, slices that it leaves alone, directions at or
 above the block's highest rank. A gate of zero below that rank is multiplied, as in the formula.
 
-CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), nothing waits
-for the GPU, and `Schedule.update` and `AdapterTable.set` write in place. So a captured pass stays valid for every
-content of its schedule and its tables. Sums run in a fixed order: the same pass gives the same bits.
+CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), nothing
+waits for the GPU, and `Schedule.update`, `AdapterTable.set` and `AdapterTable.remove` write in place. So a captured
+pass stays valid for every content of its schedule and its tables. Sums run in a fixed order: the same pass gives the
+same bits.
 
 This module needs Triton, which CUDA builds of PyTorch bring. On CPU tensors it runs in Triton's interpreter
 (`TRITON_INTERPRET=1`, set before Triton is first imported), for tests.
@@ -253,8 +254,8 @@ class AdapterTable:
         """Put an adapter in a slot, in place of what was there.
 
         Factors that already lie on the device in the table's dtype and layout (`down` contiguous, `up` the transpose
-        of a contiguous tensor) are not copied. Call it on the stream that runs the layer. A rung above an adapter's last
-        one counts as its last one.
+        of a contiguous tensor) are not copied. Call it on the stream that runs the layer. A rung above an adapter's
+        last one counts as its last one.
 
         Args:
             slot: 0 to slots - 1.
@@ -397,7 +398,7 @@ def dot(a, b, sum, WIDEN: tl.constexpr):
     return tl.dot(a, b, sum, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # no compilation in the middle of serving
 def shrink_kernel(
     x,  # (tokens, in)
     hidden,  # (splits, slices, tokens, MAX_RANK) float32, by place in the order
@@ -456,7 +457,7 @@ def shrink_kernel(
     tl.store(target, gates * projected, mask=in_block[:, None] & in_rank[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     y,  # (tokens, total out)
     hidden,  # (splits, slices, tokens, MAX_RANK) float32, by place in the order
