@@ -138,6 +138,46 @@ def test_blocks_hold_each_token_of_an_adapter_once(slots: list[int], rungs: int,
         assert len(blocks) <= most_blocks(len(slots), 6)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Every address that a kernel has read, for tests in the interpreter."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU does not tell what it reads")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    addresses: set[int] = set()
+    load = InterpreterBuilder.create_masked_load
+
+    def spy(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses.update(pointers.data[mask.data].tolist())
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", spy)
+    return addresses
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_exactly_the_directions_and_tokens_in_use_are_read(
+    few: bool, read: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_kernels, "FEW_TOKENS", 256 if few else 0)
+    adapters = [
+        [factors(70, 64, 48, 3)._replace(ranks=(0, 5, 70))],
+        [factors(33, 64, 48, 3)._replace(ranks=(1, 33, 33))],
+    ]
+    table = AdapterTable.of(adapters, device=DEVICE, dtype=torch.float32)
+    x, y = torch.randn(5, 64), torch.randn(5, 48)
+    table.add(y, x, scheduled([0, 0, 1, -1, 1], np.eye(3)[[1, 0, 0, 2, 0]], table))
+
+    def rows_read(tensor: Tensor) -> list[int]:
+        row, start = tensor.stride(0) * 4, tensor.data_ptr()
+        return sorted({(a - start) // row for a in read if start <= a < start + tensor.nbytes})
+
+    for (pair,), rank in zip(table.factors, (5, 1), strict=True):
+        assert [rows_read(factor) for factor in pair] == [list(range(rank))] * 2
+    assert rows_read(x) == rows_read(y) == [0, 1, 2, 4]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("top", [0, 1, 2])
 def test_directions_above_the_highest_rung_are_never_read(top: int, dtype: torch.dtype) -> None:
