@@ -18,8 +18,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.gating import parts_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
-from chunkwise_lora.engines.transformers.layers import Step, parts_of
+from chunkwise_lora.engines.transformers.layers import Step
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.kv_policy import KVDecision
 from chunkwise_lora.scheduler import FixedPlan, RuntimeScheduler
