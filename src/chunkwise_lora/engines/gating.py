@@ -110,3 +110,9 @@ def _part(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: int)
         None if (weights == whole).all() else torch.from_numpy(weights),
         None if rows is None else torch.from_numpy(rows),
     )
+
+
+def entropies_of(logits: Tensor) -> Tensor:
+    """(n,) float32 entropies in nats of the distributions that logits (n, vocabulary) stand for."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)

@@ -28,6 +28,33 @@ static inline element narrow(float x) { return x; }
 
 enum { COLUMNS = 256, SLOTS = 32 };
 
+// z_j = <down_j, x>, for down (rank, in)
+INLINE void project(float *z, const element *x, const element *down, int64_t in, int64_t rank) {
+  for (int64_t j = 0; j < rank; j++) {
+    const element *down_j = down + j * in;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x[i]);
+    z[j] = sum;
+  }
+}
+
+// y += z^T up, for up (rank, out)
+INLINE void expand(element *y, const float *z, const element *up, int64_t out, int64_t rank) {
+  for (int64_t from = 0; from < out; from += COLUMNS) {
+    const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
+    float sums[COLUMNS] = {0};
+    for (int64_t j = 0; j < rank; j++) {
+      const element *up_j = up + j * out + from;
+      const float z_j = z[j];
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) y[from + i] = narrow(widen(y[from + i]) + sums[i]);
+  }
+}
+
 // y_t += up^T (g_t * (down x_t)), for the tokens t that `rows` lists or for all.
 // y (tokens, out), x (tokens, in), down (rank, in), up (rank, out), gates (tokens, rank) or null for ones.
 void add_adapter(element *y, const element *x, const element *down, const element *up, const float *gates,
@@ -35,27 +62,47 @@ void add_adapter(element *y, const element *x, const element *down, const elemen
 #pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * rank * (in + out) > 200000)
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = rows ? rows[t] : t;
-    const element *x_t = x + row * in;
-    element *y_t = y + row * out;
     float z[rank];
-    for (int64_t j = 0; j < rank; j++) {
-      const element *down_j = down + j * in;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x_t[i]);
-      z[j] = gates ? gates[t * rank + j] * sum : sum;
-    }
-    for (int64_t from = 0; from < out; from += COLUMNS) {
-      const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
-      float sums[COLUMNS] = {0};
-      for (int64_t j = 0; j < rank; j++) {
-        const element *up_j = up + j * out + from;
-        const float z_j = z[j];
-#pragma omp simd
-        for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+    project(z, x + row * in, down, in, rank);
+    for (int64_t j = 0; gates && j < rank; j++) z[j] *= gates[t * rank + j];
+    expand(y + row * out, z, up, out, rank);
+  }
+}
+
+// One module of a layer that computes several at once, such as query, key and value: its factors down (r, in) and
+// up (r, out), its rank on each rung, and where its columns stand in the layer's output.
+typedef struct {
+  const element *down, *up;
+  const int64_t *ranks;  // (rungs,)
+  int64_t out, offset;
+} Slice;
+
+// Adds the modules of one layer: y (tokens, width) += up^T (g_t * (down x_t)) in every slice's columns, for the tokens that
+// `rows` lists or for all. With `weights` (tokens, rungs) direction j of a slice is gated by the sum of the weights of the
+// rungs whose rank is above j, and no token reads past its own highest rung; without, all take `rung` whole.
+void add_slices(element *y, const element *x, const Slice *slices, int64_t count, int64_t rung, const float *weights,
+                int64_t rungs, const int64_t *rows, int64_t tokens, int64_t in, int64_t width, int threads) {
+  int64_t work = 0;
+  for (int64_t s = 0; s < count; s++) work += tokens * slices[s].ranks[rung] * (in + slices[s].out);
+#pragma omp parallel for num_threads(threads) if (tokens > 1 && work > 200000)
+  for (int64_t t = 0; t < tokens; t++) {
+    const int64_t row = rows ? rows[t] : t;
+    const float *p = weights ? weights + t * rungs : 0;
+    int64_t top = rung;
+    while (p && top > 0 && p[top] == 0) top--;
+    for (int64_t s = 0; s < count; s++) {
+      const Slice *slice = slices + s;
+      const int64_t rank = slice->ranks[top];
+      if (!rank) continue;
+      float z[rank];
+      project(z, x + row * in, slice->down, in, rank);
+      float gate = 0;
+      for (int64_t k = top; p && k > 0; k--) {  // directions from ranks[k - 1] on belong to rung k and those above
+        gate += p[k];
+        for (int64_t j = slice->ranks[k - 1]; j < slice->ranks[k]; j++) z[j] *= gate;
       }
-#pragma omp simd
-      for (int64_t i = 0; i < columns; i++) y_t[from + i] = narrow(widen(y_t[from + i]) + sums[i]);
+      for (int64_t j = 0; p && j < slice->ranks[0]; j++) z[j] *= gate + p[0];
+      expand(y + row * width + slice->offset, z, slice->up, slice->out, rank);
     }
   }
 }
