@@ -23,7 +23,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.vllm import loading, settings
-from chunkwise_lora.engines.vllm.layers import Columns, LadderLayer, LayerLadder, Step
+from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder
+from chunkwise_lora.engines.vllm.layers import LadderLayer, Step
 from chunkwise_lora.engines.vllm.planner import AdapterPlan
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder

@@ -68,6 +68,11 @@ class PlannedRequest:
         if config.levels == 1:
             self.constant = self._scheduler.step([0]).weights
 
+    @property
+    def weights(self) -> np.ndarray:
+        """(tokens, rungs) of all tokens that were fed."""
+        return self._weights[: len(self._tokens)]
+
     def learn(self, position: int, entropy: float) -> None:
         """Note the entropy, in nats, of the distribution that gives the token at `position`; a prompt's count not."""
         if position >= len(self._prompt):
