@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -355,6 +356,18 @@ def test_a_loaded_ladder_can_be_saved_over_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", ["fsync", "chmod", "replace"])
 @pytest.mark.parametrize("file", ["ladder.json", ".safetensors"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
+@pytest.mark.parametrize("kind", ["plain", "patterns", "one_layer", "saved_head", "rslora"])
+def test_peft_reads_an_exported_ladder(tmp_path: Path, kind: str) -> None:
+    ladder = RankLadder.from_peft(adapter("llama", kind))
+    ladder.save_pretrained(tmp_path)
+    ladder.save_peft(tmp_path)
+    assert same(RankLadder.load(tmp_path), ladder), "the folder stays a ladder"
+    with torch.no_grad():
+        expected = peft_model("llama", kind)(**prompts()).logits
+        given = PeftModel.from_pretrained(build("llama"), str(tmp_path))(**prompts()).logits
+    assert torch.allclose(given, expected, atol=1e-4)
+
+
 def test_an_interrupted_save_leaves_the_old_ladder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str, file: str, error: BaseException
 ) -> None:

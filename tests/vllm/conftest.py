@@ -38,9 +38,9 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 512,
     "enforce_eager": True,
     "enable_lora": True,
-    "max_loras": 4,
+    "max_loras": 8,
     "max_cpu_loras": 16,
-    "max_lora_rank": 16,
+    "max_lora_rank": 64,
     "max_num_seqs": 8,
     "block_size": BLOCK,
     "seed": 0,
@@ -161,7 +161,8 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 options, prompts, adapters, tokens = json.load(sys.stdin)
 llm = LLM(**options)
-requests = [LoRARequest(path, 1 + sorted({*filter(None, adapters)}).index(path), path) if path else None for path in adapters]
+ids = {path: number for number, path in enumerate(sorted({*filter(None, adapters)}), 1)}
+requests = [path and LoRARequest(path, ids[path], path) for path in adapters]
 params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
 from chunkwise_lora.engines.vllm import plugin
@@ -174,7 +175,7 @@ def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int
     """What vLLM's own LoRA gives, in a process whose plug-in is switched off."""
     done = subprocess.run(
         [sys.executable, "-c", OWN_LORA],
-        input=json.dumps([OPTIONS, prompts, adapters, tokens]),
+        input=json.dumps([{**OPTIONS, "max_loras": 2, "max_lora_rank": 16}, prompts, adapters, tokens]),
         env={**os.environ, "CHUNKWISE_VLLM": "0"},
         capture_output=True,
         text=True,
