@@ -14,6 +14,10 @@ from chunkwise_lora.errors import ChunkWiseError, EngineError
 OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
 
+class RefusedRequest(VLLMValidationError, ValueError):
+    """A request that cannot work: HTTP 400, and in Python a `ValueError` as well."""
+
+
 def prepare(config: VllmConfig) -> None:
     """Refuse an engine that cannot run ladders, and settle for all of its processes what the environment says.
 
@@ -47,7 +51,7 @@ def accept(config: VllmConfig, request: Any) -> None:
     """Check a request's adapter and extra arguments, and salt its KV with its plan.
 
     Raises:
-        VLLMValidationError: The adapter or an extra argument cannot work; vLLM answers with HTTP 400.
+        RefusedRequest: The adapter or an extra argument cannot work.
     """
     extra_args = getattr(request.sampling_params, "extra_args", None)
     try:
@@ -64,7 +68,7 @@ def accept(config: VllmConfig, request: Any) -> None:
         else:
             default = settings.of_adapter(path, settings.of_server(config.additional_config))
     except ChunkWiseError as error:
-        raise VLLMValidationError(str(error)) from None
+        raise RefusedRequest(str(error)) from None
     if salt := settings.salt(wanted or default):
         request.cache_salt = f"{request.cache_salt or ''}{salt}"
 
