@@ -353,9 +353,6 @@ def test_a_loaded_ladder_can_be_saved_over_itself(tmp_path: Path) -> None:
     assert same(RankLadder.from_pretrained(tmp_path), changed.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("failing", ["fsync", "chmod", "replace"])
-@pytest.mark.parametrize("file", ["ladder.json", ".safetensors"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
 @pytest.mark.parametrize("kind", ["plain", "patterns", "one_layer", "saved_head", "rslora"])
 def test_peft_reads_an_exported_ladder(tmp_path: Path, kind: str) -> None:
     ladder = RankLadder.from_peft(adapter("llama", kind))
@@ -368,6 +365,9 @@ def test_peft_reads_an_exported_ladder(tmp_path: Path, kind: str) -> None:
     assert torch.allclose(given, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("failing", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("file", ["ladder.json", ".safetensors"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
 def test_an_interrupted_save_leaves_the_old_ladder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str, file: str, error: BaseException
 ) -> None:

@@ -28,23 +28,44 @@ static inline element narrow(float x) { return x; }
 
 enum { COLUMNS = 256, SLOTS = 32 };
 
-// z_j = <down_j, x>, for down (rank, in)
+// z_j = <down_j, x>, for down (rank, in); four directions at a time, so that no sum waits for the one before
 INLINE void project(float *z, const element *x, const element *down, int64_t in, int64_t rank) {
-  for (int64_t j = 0; j < rank; j++) {
-    const element *down_j = down + j * in;
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) {
+    const element *d0 = down + j * in, *d1 = d0 + in, *d2 = d1 + in, *d3 = d2 + in;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < in; i++) {
+      const float x_i = widen(x[i]);
+      s0 += widen(d0[i]) * x_i;
+      s1 += widen(d1[i]) * x_i;
+      s2 += widen(d2[i]) * x_i;
+      s3 += widen(d3[i]) * x_i;
+    }
+    z[j] = s0, z[j + 1] = s1, z[j + 2] = s2, z[j + 3] = s3;
+  }
+  for (; j < rank; j++) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x[i]);
+    for (int64_t i = 0; i < in; i++) sum += widen(down[j * in + i]) * widen(x[i]);
     z[j] = sum;
   }
 }
 
-// y += z^T up, for up (rank, out)
+// y += z^T up, for up (rank, out); four directions at a time, so that the sums are not loaded and stored for each
 INLINE void expand(element *y, const float *z, const element *up, int64_t out, int64_t rank) {
   for (int64_t from = 0; from < out; from += COLUMNS) {
     const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
     float sums[COLUMNS] = {0};
-    for (int64_t j = 0; j < rank; j++) {
+    int64_t j = 0;
+    for (; j + 4 <= rank; j += 4) {
+      const element *u0 = up + j * out + from, *u1 = u0 + out, *u2 = u1 + out, *u3 = u2 + out;
+      const float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
+#pragma omp simd
+      for (int64_t i = 0; i < columns; i++)
+        sums[i] += z0 * widen(u0[i]) + z1 * widen(u1[i]) + z2 * widen(u2[i]) + z3 * widen(u3[i]);
+    }
+    for (; j < rank; j++) {
       const element *up_j = up + j * out + from;
       const float z_j = z[j];
 #pragma omp simd
