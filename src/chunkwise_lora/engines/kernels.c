@@ -26,7 +26,7 @@ static inline element narrow(float x) { return x; }
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { COLUMNS = 256, SLOTS = 32 };
+enum { COLUMNS = 256, DIRECTIONS = 8, SLOTS = 32 };
 
 // z_j = <down_j, x>, for down (rank, in); four directions at a time, so that no sum waits for the one before
 INLINE void project(float *z, const element *x, const element *down, int64_t in, int64_t rank) {
@@ -52,28 +52,26 @@ INLINE void project(float *z, const element *x, const element *down, int64_t in,
   }
 }
 
-// y += z^T up, for up (rank, out); four directions at a time, so that the sums are not loaded and stored for each
-INLINE void expand(element *y, const float *z, const element *up, int64_t out, int64_t rank) {
-  for (int64_t from = 0; from < out; from += COLUMNS) {
-    const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
-    float sums[COLUMNS] = {0};
-    int64_t j = 0;
-    for (; j + 4 <= rank; j += 4) {
-      const element *u0 = up + j * out + from, *u1 = u0 + out, *u2 = u1 + out, *u3 = u2 + out;
-      const float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
+// y += z^T up for at most COLUMNS columns of up (rank, out); four directions at a time, so that the sums are not loaded and
+// stored for each
+INLINE void expand(element *y, const float *z, const element *up, int64_t columns, int64_t out, int64_t rank) {
+  float sums[COLUMNS] = {0};
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) {
+    const element *u0 = up + j * out, *u1 = u0 + out, *u2 = u1 + out, *u3 = u2 + out;
+    const float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
 #pragma omp simd
-      for (int64_t i = 0; i < columns; i++)
-        sums[i] += z0 * widen(u0[i]) + z1 * widen(u1[i]) + z2 * widen(u2[i]) + z3 * widen(u3[i]);
-    }
-    for (; j < rank; j++) {
-      const element *up_j = up + j * out + from;
-      const float z_j = z[j];
-#pragma omp simd
-      for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < columns; i++) y[from + i] = narrow(widen(y[from + i]) + sums[i]);
+    for (int64_t i = 0; i < columns; i++)
+      sums[i] += z0 * widen(u0[i]) + z1 * widen(u1[i]) + z2 * widen(u2[i]) + z3 * widen(u3[i]);
   }
+  for (; j < rank; j++) {
+    const element *up_j = up + j * out;
+    const float z_j = z[j];
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < columns; i++) y[i] = narrow(widen(y[i]) + sums[i]);
 }
 
 // y_t += up^T (g_t * (down x_t)), for the tokens t that `rows` lists or for all.
@@ -86,7 +84,8 @@ void add_adapter(element *y, const element *x, const element *down, const elemen
     float z[rank];
     project(z, x + row * in, down, in, rank);
     for (int64_t j = 0; gates && j < rank; j++) z[j] *= gates[t * rank + j];
-    expand(y + row * out, z, up, out, rank);
+    for (int64_t from = 0; from < out; from += COLUMNS)
+      expand(y + row * out + from, z, up + from, out - from < COLUMNS ? out - from : COLUMNS, out, rank);
   }
 }
 
@@ -98,32 +97,60 @@ typedef struct {
   int64_t out, offset;
 } Slice;
 
+// The gate of direction j: the sum of the weights of the rungs up to `top` whose rank is above j.
+INLINE float gate_of(const float *weights, const int64_t *ranks, int64_t top, int64_t j) {
+  float gate = 0;
+  for (int64_t k = top; k >= 0 && ranks[k] > j; k--) gate += weights[k];
+  return gate;
+}
+
 // Adds the modules of one layer: y (tokens, width) += up^T (g_t * (down x_t)) in every slice's columns, for the tokens that
-// `rows` lists or for all. With `weights` (tokens, rungs) direction j of a slice is gated by the sum of the weights of the
-// rungs whose rank is above j, and no token reads past its own highest rung; without, all take `rung` whole.
+// `rows` lists or for all. With `weights` (tokens, rungs) directions are gated by them, and no token reads past its own
+// highest rung; without, all take `rung` whole. Threads share the directions, then the columns.
 void add_slices(element *y, const element *x, const Slice *slices, int64_t count, int64_t rung, const float *weights,
                 int64_t rungs, const int64_t *rows, int64_t tokens, int64_t in, int64_t width, int threads) {
-  int64_t work = 0;
-  for (int64_t s = 0; s < count; s++) work += tokens * slices[s].ranks[rung] * (in + slices[s].out);
-#pragma omp parallel for num_threads(threads) if (tokens > 1 && work > 200000)
+  int64_t directions = 0, work = 0, blocks = 0, most = 0;
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t rank = slices[s].ranks[rung], columns = (slices[s].out + COLUMNS - 1) / COLUMNS;
+    directions += rank;
+    work += tokens * rank * (in + slices[s].out);
+    blocks += columns;
+    most = rank > most ? rank : most;
+  }
+  const int64_t groups = (most + DIRECTIONS - 1) / DIRECTIONS;
+  float z[tokens * directions];
+  int64_t tops[tokens];
   for (int64_t t = 0; t < tokens; t++) {
-    const int64_t row = rows ? rows[t] : t;
-    const float *p = weights ? weights + t * rungs : 0;
-    int64_t top = rung;
-    while (p && top > 0 && p[top] == 0) top--;
-    for (int64_t s = 0; s < count; s++) {
-      const Slice *slice = slices + s;
-      const int64_t rank = slice->ranks[top];
-      if (!rank) continue;
-      float z[rank];
-      project(z, x + row * in, slice->down, in, rank);
-      float gate = 0;
-      for (int64_t k = top; p && k > 0; k--) {  // directions from ranks[k - 1] on belong to rung k and those above
-        gate += p[k];
-        for (int64_t j = slice->ranks[k - 1]; j < slice->ranks[k]; j++) z[j] *= gate;
+    tops[t] = rung;
+    while (weights && tops[t] > 0 && weights[t * rungs + tops[t]] == 0) tops[t]--;
+  }
+#pragma omp parallel num_threads(threads) if (work > 100000)
+  {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t g = 0; g < groups; g++) {
+        float *z_s = z + t * directions;
+        for (int64_t s = 0; s < count; z_s += slices[s++].ranks[rung]) {
+          const int64_t from = g * DIRECTIONS, left = slices[s].ranks[tops[t]] - from;
+          if (left <= 0) continue;
+          const int64_t some = left < DIRECTIONS ? left : DIRECTIONS;
+          project(z_s + from, x + (rows ? rows[t] : t) * in, slices[s].down + from * in, in, some);
+          for (int64_t j = from; weights && j < from + some; j++)
+            z_s[j] *= gate_of(weights + t * rungs, slices[s].ranks, tops[t], j);
+        }
       }
-      for (int64_t j = 0; p && j < slice->ranks[0]; j++) z[j] *= gate + p[0];
-      expand(y + row * width + slice->offset, z, slice->up, slice->out, rank);
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t s = 0, from = b * COLUMNS;
+        const float *z_s = z + t * directions;
+        for (; from >= slices[s].out; z_s += slices[s++].ranks[rung])
+          from -= (slices[s].out + COLUMNS - 1) / COLUMNS * COLUMNS;
+        const int64_t left = slices[s].out - from;
+        expand(y + (rows ? rows[t] : t) * width + slices[s].offset + from, z_s, slices[s].up + from,
+               left < COLUMNS ? left : COLUMNS, slices[s].out, slices[s].ranks[tops[t]]);
+      }
     }
   }
 }
