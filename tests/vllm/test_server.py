@@ -70,8 +70,8 @@ def test_the_endpoint_shows_ranks_rungs_and_time_per_adapter(
     def grown(name: str) -> float:
         return after[name] - before.get(name, 0)
 
-    assert grown('chunkwise:tokens_total{adapter="e2e",rung="8"}') >= 24
-    assert grown('chunkwise:tokens_total{adapter="wiki",rung="4"}') >= 24
+    assert grown('chunkwise:tokens_total{adapter="e2e",rung="8"}') > 8
+    assert grown('chunkwise:tokens_total{adapter="wiki",rung="4"}') > 8
     assert after['chunkwise:mean_rank{adapter="e2e"}'] == 16
     assert 0 < after['chunkwise:mean_rank{adapter="wiki"}'] < 16
     assert grown('chunkwise:scheduler_seconds_total{adapter="e2e"}') > 0
