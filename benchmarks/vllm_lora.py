@@ -58,6 +58,11 @@ class Engine:
         self._vocabulary = self.engine.vllm_config.model_config.get_vocab_size()
         self._requests = 0
 
+    @property
+    def planner(self) -> Any:
+        """That of the engine's only worker."""
+        return self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.chunkwise.planner
+
     def add(self, tokens: int, prompt: int, seed: int, adapter: Path | None = None, preset: str | None = None) -> None:
         """Queue a request of random tokens."""
         from vllm.lora.request import LoRARequest
@@ -116,17 +121,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"decode": {}, "prefill": {}, "tokens_per_second": {}}
     # Two presets share an engine, so each runs its request to the end before the next begins.
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    planning: dict[str, list[float]] = {}
     block = 8
     for turn in range(-1, max(1, options.steps // block)):
         for name, (engine, adapter, preset) in engines.items():
             engine.add(block + 2, 32, 0, adapter, preset)
             engine.engine.step()
             engine.engine.step()
+            if preset is not None:
+                engine.planner.tally = lambda _, tally, name=name: planning.setdefault(name, []).append(tally.seconds)
             times = [engine.timed_step() for _ in range(block)]
             engine.drain()
             if turn >= 0:
                 seconds[name] += times
-    figures["decode"] = seconds
+    figures["decode"], figures["planning"] = seconds, planning
     seconds = {name: [] for name in engines}
     for turn in range(-1, options.rounds):
         for name, (engine, adapter, preset) in engines.items():
@@ -157,6 +165,8 @@ def report(figures: dict[str, Any]) -> None:
     decode = figures["decode"]
     pairs = zip(decode["balanced"], decode["lossless"], strict=True)
     print(f"decode   balanced / lossless {statistics.median(a / b for a, b in pairs):.3f}")
+    for name, seconds in figures["planning"].items():
+        print(f"planning {name:22} {1e6 * statistics.median(seconds):8.1f} µs per token")
     for name, rates in figures["tokens_per_second"].items():
         print(f"{CONCURRENT} requests, {ADAPTERS} adapters: {name:22} {statistics.median(rates):8.1f} tokens/s")
 

@@ -71,7 +71,7 @@ class Engine:
 
         def remember(requests: Sequence[str]) -> None:
             for request in requests:
-                if request in self.planner:
+                if request in self.planner._requests:
                     self.plans[request.rpartition("-")[0]] = self.planner._requests[request]
             forget(requests)
 

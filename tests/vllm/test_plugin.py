@@ -159,7 +159,22 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     requests = [engine.adapter(random_adapter(config, rank, tmp_path / str(rank))) for rank in ranks]
     for request in requests:
         engine.llm.llm_engine.add_lora(request)
-    taken = sum(manager.bytes_of(request.lora_int_id) for request in requests)
+    loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
+    held = {  # by storage, so that what a layer shares with its loaded ladder counts once
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layer in manager.layers.values()
+        for ladder in layer.ladders.values()
+        for _, factors in ladder.slices
+        for tensor in factors.slices[-1]
+    } | {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for ladder in loaded
+        for modules in ladder.modules.values()
+        for module in modules
+        for tensor in (module.up, module.down)
+    }
+    taken = sum(held.values())
+    assert taken == sum(ladder.nbytes for ladder in loaded)
     padded = sum(
         len(ranks) * stacked[0].numel() * stacked.element_size()
         for module in manager.modules.values()

@@ -10,6 +10,8 @@ from types import ModuleType
 import openai
 import pytest
 
+from chunkwise_lora import RankLadder, embedded
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = " = Karsund = \n \n Karsund is a town"
 
@@ -75,6 +77,8 @@ def test_the_endpoint_shows_ranks_rungs_and_time_per_adapter(
     assert after['chunkwise:mean_rank{adapter="e2e"}'] == 16
     assert 0 < after['chunkwise:mean_rank{adapter="wiki"}'] < 16
     assert grown('chunkwise:scheduler_seconds_total{adapter="e2e"}') > 0
-    assert after['chunkwise:adapter_bytes{adapter="wiki"}'] == 2 * 437_760 * 2
+    ladder = RankLadder.from_peft(embedded.ADAPTERS["wiki"])
+    numbers = sum(module.cost * module.rank for module in ladder.modules.values())
+    assert after['chunkwise:adapter_bytes{adapter="wiki"}'] == 4 * numbers
     ask(client, "base")  # a pass in which the workers hear of what has ended
     assert example.metrics(url)["chunkwise:schedulers"] == 0

@@ -37,11 +37,9 @@ def prepare(config: VllmConfig) -> None:
     if names := [name for name, is_set in refused.items() if is_set]:
         raise EngineError(f"ChunkWise LoRA does not run with {', '.join(names)}; leave that out, {OFF}")
     server = settings.of_server(config.additional_config)
-    # Workers on other machines have another environment.
-    config.additional_config = {
-        **config.additional_config,
-        settings.KEY: server.model_dump(mode="json", exclude_none=True),
-    }
+    if isinstance(config.additional_config, dict):  # workers on other machines have another environment
+        choice = server.model_dump(mode="json", exclude_none=True)
+        config.additional_config = {**config.additional_config, settings.KEY: choice}
     # A captured graph would replay one pass's plan.
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     metrics.open_folder()

@@ -7,6 +7,7 @@ each ladder brings its own factors at its own rank, and what runs of it is a `Pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,12 @@ class LoadedLadder:
     """For requests that ask for nothing else."""
     modules: dict[str, list[LadderModule | None]]
     """Per layer of the model, this rank's share of the modules that the layer holds."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of factors."""
+        found = (module for modules in self.modules.values() for module in modules if module is not None)
+        return sum(module.up.nbytes + module.down.nbytes for module in found)
 
 
 class LadderManager(LRUCacheLoRAModelManager):
@@ -163,11 +170,6 @@ class LadderManager(LRUCacheLoRAModelManager):
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """A new pass begins: until it is planned, no adapter runs."""
         self.step.parts, self.step.tokens = [], len(mapping.index_mapping)
-
-    def bytes_of(self, lora_id: int) -> int:
-        """Bytes of an active ladder's factors."""
-        found = (layer.ladders.get(str(lora_id)) for layer in self.layers.values())
-        return sum(ladder.nbytes for ladder in found if ladder is not None)
 
 
 class LadderWorkerManager(LRUCacheWorkerLoRAManager):

@@ -52,14 +52,21 @@ class PlannedRequest:
     """The plan of one request so far."""
 
     def __init__(
-        self, adapter_id: str, adapter: AdapterPlan, config: ChunkWiseConfig, prompt: Sequence[int], vocab_size: int
+        self,
+        adapter_id: str,
+        adapter: AdapterPlan,
+        config: ChunkWiseConfig,
+        prompt: Sequence[int],
+        vocab_size: int,
+        output: Sequence[int] = (),
     ) -> None:
         self.adapter_id = adapter_id
         self.adapter = adapter
         self.reads_entropy = config.reads_entropy
         self._new_scheduler = lambda: RuntimeScheduler(config, adapter.rung_ranks.tolist(), vocab_size, adapter.learned)
         self._scheduler = self._new_scheduler()
-        self._prompt = list(prompt)
+        self._given = [*prompt, *output]
+        self._prompt_length = len(prompt)
         self._tokens: list[int] = []
         self._entropies: dict[int, float] = {}
         self._weights = np.empty((0, len(adapter.rung_ranks)), np.float32)
@@ -75,13 +82,13 @@ class PlannedRequest:
 
     def learn(self, position: int, entropy: float) -> None:
         """Note the entropy, in nats, of the distribution that gives the token at `position`; a prompt's count not."""
-        if position >= len(self._prompt):
+        if position >= self._prompt_length:
             self._entropies.setdefault(position, entropy)
 
     def plan(self, start: int, tokens: Sequence[int]) -> np.ndarray:
         """(len(tokens), rungs) the weights of the tokens from position `start` on."""
-        if start > len(self._tokens):  # found in the prefix cache
-            self._feed(self._prompt[len(self._tokens) : start])
+        if start > len(self._tokens):  # found in the prefix cache, or run before this plan began
+            self._feed(self._given[len(self._tokens) : start])
         known = self._tokens[start : start + len(tokens)]
         if known != tokens[: len(known)]:  # vLLM dropped what it had sampled, and sampled something else
             changed = next(i for i, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b)
@@ -132,15 +139,25 @@ class Planner:
         """Requests that are being planned."""
         return len(self._requests)
 
-    def __contains__(self, request: str) -> bool:
-        return request in self._requests
+    def follows(self, request: str, adapter: AdapterPlan) -> bool:
+        """Whether the request is being planned for this adapter, or one with the same rungs."""
+        known = self._requests.get(request)
+        return known is not None and (
+            known.adapter is adapter or np.array_equal(known.adapter.rung_ranks, adapter.rung_ranks)
+        )
 
     def open(
-        self, request: str, adapter_id: str, adapter: AdapterPlan, config: ChunkWiseConfig, prompt: Sequence[int]
+        self,
+        request: str,
+        adapter_id: str,
+        adapter: AdapterPlan,
+        config: ChunkWiseConfig,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
     ) -> None:
-        """Begin to plan a request."""
+        """Begin to plan a request, anew if its adapter has been replaced while it ran."""
         self._constant = None
-        self._requests[request] = PlannedRequest(adapter_id, adapter, config, prompt, self.vocab_size)
+        self._requests[request] = PlannedRequest(adapter_id, adapter, config, prompt, self.vocab_size, output)
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended, in whatever way."""

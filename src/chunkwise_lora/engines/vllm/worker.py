@@ -60,8 +60,7 @@ class RunnerPlanner:
         counts = num_scheduled_tokens.tolist()
         scheduled = [Scheduled(*of) for of in zip(input_batch.req_ids, starts, counts, strict=False)]
         for one in scheduled:
-            if one.request not in self.planner:
-                self._open(one.request)
+            self._open(one.request)
         tokens = sum(counts)
         self._ends = [one.start + one.count for one in scheduled]
         self._manager.ladders.step.parts = self.planner.plan(scheduled, self._runner.input_ids.gpu[:tokens].tolist)
@@ -77,9 +76,15 @@ class RunnerPlanner:
         if request.lora_request is None:
             return
         ladder = self._manager.loaded(request.lora_request.lora_int_id)
+        if self.planner.follows(request_id, ladder.plan):
+            return
         config = settings.of_request(getattr(request.sampling_params, "extra_args", None)) or ladder.config
-        self.planner.open(request_id, str(ladder.id), ladder.plan, config, request.prompt_token_ids)
+        self.planner.open(
+            request_id, str(ladder.id), ladder.plan, config, request.prompt_token_ids, request.output_token_ids
+        )
         self._count()
+        if self._recorder is not None:
+            self._recorder.adapter_bytes(ladder.plan.name, ladder.nbytes)
 
     def _count(self) -> None:
         if self._recorder is not None:
