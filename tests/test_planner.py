@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
 from chunkwise_lora.engines import native
 from chunkwise_lora.engines.gating import FEW_TOKENS, Part
 from chunkwise_lora.engines.vllm import addition, settings
-from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder, add_ladder
+from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder, PartAdditions, add_ladder
 from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
 from chunkwise_lora.ladder import LadderModule
 
@@ -158,6 +160,27 @@ def test_a_layer_adds_the_gate_form_of_each_module(
     add_ladder(y, x, ladder, part)
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     assert torch.allclose(y.float(), expected, atol=tolerance, rtol=tolerance / 5)
+
+
+@pytest.mark.parametrize("reason", ["a CPU", "no Triton", "switched off"])
+def test_without_a_gpu_or_triton_layers_add_part_by_part(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    if reason == "switched off":
+        monkeypatch.setenv("CHUNKWISE_TRITON", "0")
+    else:
+        monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", None)
+    device = torch.device("cpu" if reason == "a CPU" else "cuda")
+    seen: list[str] = []
+    monkeypatch.setattr(addition.logger, "warning", lambda message, *_: seen.append(message))
+    assert isinstance(addition.additions_on(device, torch.float32, 8, 2), PartAdditions)
+    assert len(seen) == (reason == "no Triton")
+
+
+def test_on_a_gpu_layers_add_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("triton_addition")
+    module.TritonAdditions = lambda *given: given
+    monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", module)
+    given = torch.device("cuda"), torch.bfloat16, 8, 2
+    assert addition.additions_on(*given) == given
 
 
 # Which config

@@ -1,8 +1,15 @@
-"""What a layer adds for an adapter: the seam between the plug-in and ways of computing. Knows nothing of vLLM."""
+"""What layers add for adapters: the seam between the plug-in and ways of computing. Knows nothing of vLLM.
+
+`additions_on` chooses by device, once per engine: on GPUs the Triton kernels (triton_addition.py), or else part by part
+in C kernels and plain products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from ctypes import Array
 from dataclasses import dataclass
 
@@ -13,6 +20,8 @@ from chunkwise_lora.engines import native
 from chunkwise_lora.engines.gating import FEW_TOKENS, Factors, Part
 from chunkwise_lora.ladder import LadderModule
 
+logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -20,6 +29,107 @@ class Columns:
 
     offset: int
     width: int
+
+
+class Additions(ABC):
+    """The adapters of a model's layers on one device, and what the current forward pass runs of them."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Tokens of the pass."""
+        self.parts: Sequence[Part] = ()
+        """What runs of the adapters; nothing until the pass is planned."""
+
+    @property
+    @abstractmethod
+    def adapters(self) -> Mapping[str, object]:
+        """The adapters that were put, by id."""
+
+    @abstractmethod
+    def layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> None:
+        """Make a layer known. Adapters may have one module for each of its columns."""
+
+    @abstractmethod
+    def put(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
+        """Bring an adapter to the device: per layer a module for each of the layer's columns, or none."""
+
+    @abstractmethod
+    def drop(self, adapter: str) -> None:
+        """Free an adapter, if it was put. Parts that still name it add nothing."""
+
+    def begin(self, tokens: int) -> None:
+        """A new pass begins: until it is planned, no adapter runs."""
+        self.tokens, self.parts = tokens, ()
+
+    def plan(self, parts: Sequence[Part]) -> None:
+        """Say what all layers add from now on in this pass. No token is in two parts."""
+        self.parts = parts
+
+    def add(self, layer: str, y: Tensor, x: Tensor) -> None:
+        """In place, y (tokens, width) += what the pass runs for x (tokens, in). Rows past the pass's are padding."""
+        if len(x) > self.tokens:
+            y, x = y[: self.tokens], x[: self.tokens]
+        if self.parts:
+            self._add(layer, y, x)
+
+    @abstractmethod
+    def _add(self, layer: str, y: Tensor, x: Tensor) -> None: ...
+
+
+def additions_on(device: torch.device, dtype: torch.dtype, max_tokens: int, max_adapters: int) -> Additions:
+    """The way to add that is fastest on `device`.
+
+    Args:
+        device: Where the layers are.
+        dtype: What they compute in, with few exceptions.
+        max_tokens: Of a pass.
+        max_adapters: That are put at a time.
+    """
+    if device.type == "cuda" and os.environ.get("CHUNKWISE_TRITON") != "0":
+        try:
+            from chunkwise_lora.engines.vllm.triton_addition import TritonAdditions
+        except ImportError as error:
+            logger.warning("ChunkWise LoRA adds adapters by plain products, which are slower than Triton: %s", error)
+        else:
+            return TritonAdditions(device, dtype, max_tokens, max_adapters)
+    return PartAdditions(device, dtype)
+
+
+class PartAdditions(Additions):
+    """Part by part: in C kernels where they run, or else as products of matrices, on any device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.ladders: dict[str, dict[str, LayerLadder]] = {}
+        """By adapter and layer."""
+        self._columns: dict[str, Sequence[Columns]] = {}
+        self._device, self._dtype = device, dtype
+
+    @property
+    def adapters(self) -> Mapping[str, object]:
+        """The adapters that were put, by id."""
+        return self.ladders
+
+    def layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> None:
+        """Make a layer known."""
+        self._columns[name] = columns
+
+    def put(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
+        """Bring an adapter to the device."""
+        self.ladders[adapter] = {
+            layer: LayerLadder(of_layer, self._columns[layer], self._device, self._dtype)
+            for layer, of_layer in modules.items()
+        }
+
+    def drop(self, adapter: str) -> None:
+        """Free an adapter."""
+        self.ladders.pop(adapter, None)
+
+    def _add(self, layer: str, y: Tensor, x: Tensor) -> None:
+        for part in self.parts:
+            ladder = self.ladders.get(part.adapter, {}).get(layer)
+            if ladder is not None:
+                add_ladder(y, x, ladder, part)
 
 
 class LayerLadder:

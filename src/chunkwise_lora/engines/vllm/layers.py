@@ -7,7 +7,6 @@ adapters' part is ours. It stands behind a custom operator, so that a compiled m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,47 +14,30 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from chunkwise_lora.engines.gating import Part
-from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder, add_ladder
-
-
-@dataclass
-class Step:
-    """What all layers add in the current forward pass."""
-
-    parts: list[Part] = field(default_factory=list)
-    tokens: int = 0
-    """Tokens that were planned; a pass may hold more, as padding."""
+from chunkwise_lora.engines.vllm.addition import Additions, Columns
 
 
 class LadderLayer:
     """All adapters of one layer. Stands where vLLM's layers expect what they call their punica wrapper."""
 
-    def __init__(self, name: str, columns: Sequence[Columns], step: Step) -> None:
+    def __init__(self, name: str, columns: Sequence[Columns], additions: Additions) -> None:
         self.name = name
-        """The key in vLLM's forward context."""
+        self.key = f"{name}.chunkwise"
+        """Its own in vLLM's forward context."""
         self.columns = columns
-        self.ladders: dict[str, LayerLadder] = {}
-        """By adapter id."""
-        self._step = step
+        self._additions = additions
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """vLLM's call: add to y (tokens, width), in place, what the adapters give for x (tokens, in)."""
         if torch.compiler.is_compiling():
-            torch.ops.vllm.chunkwise_add_ladders(y, x, self.name)
+            torch.ops.vllm.chunkwise_add_ladders(y, x, self.key)
         else:
             self.add(y, x)
         return y
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Add what the current step says."""
-        step = self._step
-        if len(x) > step.tokens:
-            x, y = x[: step.tokens], y[: step.tokens]
-        for part in step.parts:
-            ladder = self.ladders.get(part.adapter)
-            if ladder is not None:
-                add_ladder(y, x, ladder, part)
+        """Add what the current pass says."""
+        self._additions.add(self.name, y, x)
 
 
 def _add_ladders(y: Tensor, x: Tensor, layer: str) -> None:

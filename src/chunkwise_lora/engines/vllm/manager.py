@@ -24,8 +24,8 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.vllm import loading, settings
-from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder
-from chunkwise_lora.engines.vllm.layers import LadderLayer, Step
+from chunkwise_lora.engines.vllm.addition import Additions, Columns, additions_on
+from chunkwise_lora.engines.vllm.layers import LadderLayer
 from chunkwise_lora.engines.vllm.planner import AdapterPlan
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
@@ -54,11 +54,12 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     supported_lora_modules: list[str]
     layers: dict[str, LadderLayer]
-    step: Step
+    additions: Additions
     _has_slots = True
 
     def __init__(self, model: nn.Module, *arguments: Any, vllm_config: VllmConfig, **options: Any) -> None:
         self._static_context = vllm_config.compilation_config.static_forward_context
+        self._dtype = vllm_config.model_config.dtype
         super().__init__(model, *arguments, vllm_config=vllm_config, **options)
 
     @property
@@ -73,14 +74,16 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._has_slots = False
         super()._create_lora_modules()
         self._has_slots = True
-        self.step, self.layers = Step(), {}
+        self.additions = additions_on(self.device, self._dtype, self.max_num_batched_tokens, self.lora_slots)
+        self.layers = {}
         for name, module in self.modules.items():
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 continue
             offsets = np.cumsum([0, *module.output_slices]).tolist()
             columns = [Columns(*where) for where in zip(offsets, module.output_slices, strict=False)]
-            layer = self.layers[name] = LadderLayer(f"{name}.chunkwise", columns, self.step)
-            self._static_context[layer.name] = layer
+            self.additions.layer(name, module.input_size, columns)
+            layer = self.layers[name] = LadderLayer(name, columns, self.additions)
+            self._static_context[layer.key] = layer
             module.set_mapping(layer)
 
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
@@ -150,26 +153,22 @@ class LadderManager(LRUCacheLoRAModelManager):
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
-        for name, modules in self._registered_adapters[lora_id].modules.items():
-            layer, device = self.layers[name], self.modules[name].device
-            layer.ladders[str(lora_id)] = LayerLadder(modules, layer.columns, device, self.lora_config.lora_dtype)
+        self.additions.put(str(lora_id), self._registered_adapters[lora_id].modules)
         self._active_adapters[lora_id] = None
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
-        for layer in self.layers.values():
-            layer.ladders.pop(str(lora_id), None)
+        self.additions.drop(str(lora_id))
 
     def remove_all_adapters(self) -> None:
         """Forget all ladders."""
         super().remove_all_adapters()
-        for layer in self.layers.values():
-            layer.ladders.clear()
-        self.step.parts = []
+        for adapter in list(self.additions.adapters):
+            self.additions.drop(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """A new pass begins: until it is planned, no adapter runs."""
-        self.step.parts, self.step.tokens = [], len(mapping.index_mapping)
+        self.additions.begin(len(mapping.index_mapping))
 
 
 class LadderWorkerManager(LRUCacheWorkerLoRAManager):

@@ -244,6 +244,16 @@ class AdapterTable:
                 table.set(slot, adapter)
         return table
 
+    def grow(self, max_rank: int, rungs: int) -> None:
+        """Make room for adapters of a larger rank or more rungs, where these are larger than before.
+
+        Kernels compile anew in the next pass, and passes captured before are no longer valid.
+        """
+        if rungs > self.rungs:
+            last = self.ranks[..., -1:].expand(-1, -1, rungs - self.rungs)
+            self.ranks, self.rungs = torch.cat([self.ranks, last], dim=-1), rungs
+        self.max_rank = max(self.max_rank, max_rank)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all factors, addresses and ranks on the device."""

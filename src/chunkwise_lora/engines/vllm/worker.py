@@ -63,7 +63,8 @@ class RunnerPlanner:
             self._open(one.request)
         tokens = sum(counts)
         self._ends = [one.start + one.count for one in scheduled]
-        self._manager.ladders.step.parts = self.planner.plan(scheduled, self._runner.input_ids.gpu[:tokens].tolist)
+        parts = self.planner.plan(scheduled, self._runner.input_ids.gpu[:tokens].tolist)
+        self._manager.ladders.additions.plan(parts)
 
     def _sample_tokens(self, original: Callable[..., Any], *arguments: Any) -> Any:
         state = self._runner.execute_model_state
