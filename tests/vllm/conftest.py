@@ -54,6 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.vllm)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _triton_as_it_is() -> Iterator[None]:
+    """vLLM and its processes are not to run in Triton's interpreter, as the kernels' own tests may."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
+
+
 class Engine:
     """An engine of vLLM, and what was planned in it."""
 
