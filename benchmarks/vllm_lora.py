@@ -50,6 +50,7 @@ class Engine:
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=1024,
+            disable_log_stats=True,
             max_num_seqs=CONCURRENT,
             enable_prefix_caching=False,
             enforce_eager=not options.compiled or ("max_loras" in more and os.environ.get("CHUNKWISE_VLLM") == "0"),
