@@ -27,12 +27,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="135M", help="135M, 360M, 1B or 7B")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor has instructions for it")
     parser.add_argument("--steps", type=int, default=24, help="decode steps of each engine")
     parser.add_argument("--rounds", type=int, default=5, help="prefills of each engine")
     parser.add_argument("--own-rounds", type=int, default=2, help="prefills by vLLM's own LoRA, which may be slow")
     parser.add_argument("--throughput-rounds", type=int, default=1, help="rounds of concurrent requests")
-    parser.add_argument("--skip-own", action="store_true", help="leave vLLM's own LoRA out")
+    parser.add_argument("--without", nargs="*", default=[], choices=("own", "loaded"), help="leave these engines out")
     parser.add_argument("--compiled", action="store_true", help="compile the base model and the ladders' engine")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
@@ -50,6 +50,7 @@ class Engine:
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=1024,
+            disable_log_stats=True,
             max_num_seqs=CONCURRENT,
             enable_prefix_caching=False,
             enforce_eager=not options.compiled or ("max_loras" in more and os.environ.get("CHUNKWISE_VLLM") == "0"),
@@ -105,11 +106,12 @@ def contestants(
     model = folder / "model"
     os.environ["CHUNKWISE_VLLM"] = "0"
     engines: dict[str, tuple[Engine, Path | None, str | None]] = {"base": (Engine(model, options), None, None)}
-    if not options.skip_own:
+    if "own" not in options.without:
         engines["vLLM's LoRA"] = (Engine(model, options, **lora), adapters[0], None)
     del os.environ["CHUNKWISE_VLLM"]
     plugin.register()
-    engines["base, plug-in loaded"] = (Engine(model, options), None, None)
+    if "loaded" not in options.without:
+        engines["base, plug-in loaded"] = (Engine(model, options), None, None)
     ladders = Engine(model, options, **lora)
     engines |= {preset: (ladders, adapters[0], preset) for preset in ("lossless", "balanced")}
     return engines, adapters
@@ -187,7 +189,7 @@ if __name__ == "__main__":
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",
         VLLM_CPU_OMP_THREADS_BIND="nobind",
-        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )

@@ -37,18 +37,19 @@ def register() -> None:
         )
         return
     try:
-        patches = _patches()
+        # All must be possible before any is made.
+        changes = [(owner, name, _wrapped(owner, name, around)) for owner, name, around in _changes()]
     except (ImportError, AttributeError) as error:
         logger.error("ChunkWise LoRA does not find its way in this vLLM, and leaves it as it is: %s", error)
         return
-    for owner, name, replacement in patches:
+    for owner, name, replacement in changes:
         setattr(owner, name, replacement)
     _registered = True
     logger.info("ChunkWise LoRA runs LoRA adapters as rank ladders")
 
 
-def _patches() -> list[tuple[Any, str, Any]]:
-    """Every change, made only once all are known to be possible: (owner, attribute, new value)."""
+def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """What is put around vLLM's functions: (owner, name, a function that is given the present one first)."""
     from vllm.config import VllmConfig
     from vllm.model_executor.models import supports_lora
     from vllm.platforms import current_platform
@@ -95,27 +96,15 @@ def _patches() -> list[tuple[Any, str, Any]]:
         metrics.register(registry)
         return registry
 
-    platform = type(current_platform)
-    check = _wrapped(current_platform, "check_and_update_config", check_and_update_config)
-    registry_getter = _wrapped(prometheus, "get_prometheus_registry", get_prometheus_registry)
-    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
+    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")  # has the function by name
     return [
-        (LoRAModelRunnerMixin, "load_lora_model", _wrapped(LoRAModelRunnerMixin, "load_lora_model", load_lora_model)),
-        (platform, "check_and_update_config", staticmethod(check)),
-        (
-            VllmConfig,
-            "_get_v2_model_runner_unsupported_features",
-            _wrapped(VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported_by_v2),
-        ),
-        (InputProcessor, "process_inputs", _wrapped(InputProcessor, "process_inputs", process_inputs)),
+        (LoRAModelRunnerMixin, "load_lora_model", load_lora_model),
+        (current_platform, "check_and_update_config", check_and_update_config),
+        (VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported_by_v2),
+        (InputProcessor, "process_inputs", process_inputs),
         # Of the parts that make up a block's extra keys, the one that is told which tokens the block holds.
-        (
-            kv_cache_utils,
-            "_gen_prompt_embeds_extra_hash_keys",
-            _wrapped(kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", extra_hash_keys),
-        ),
-        (prometheus, "get_prometheus_registry", registry_getter),
-        *([(endpoint, "get_prometheus_registry", registry_getter)] if endpoint else []),
+        (kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", extra_hash_keys),
+        *((owner, "get_prometheus_registry", get_prometheus_registry) for owner in (prometheus, endpoint) if owner),
     ]
 
 
