@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from chunkwise_lora import RankLadder, embedded
+from chunkwise_lora.engines.vllm import metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = " = Karsund = \n \n Karsund is a town"
@@ -29,6 +31,7 @@ def example() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def url(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    os.environ.pop(metrics.FOLDER, None)  # that of engines in this process
     with example.server(tmp_path_factory.mktemp("server"), ["--enforce-eager"]) as address:
         yield address
 

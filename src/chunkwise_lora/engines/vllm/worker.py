@@ -36,7 +36,8 @@ class RunnerPlanner:
         self._runner = runner
         self._manager = manager
         self._recorder: metrics.Recorder | None = None
-        if (folder := os.environ.get(metrics.FOLDER)) and get_tensor_model_parallel_rank() == 0:
+        folder = os.environ.get(metrics.FOLDER, "")
+        if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
             self._recorder = metrics.Recorder(folder)
             self.planner.tally = self._recorder.tally
         for name, hook in (
