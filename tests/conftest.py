@@ -10,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: a missing
 
 import pytest
 import torch
+
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before anything imports Triton
+
 from hypothesis import settings
 
 from chunkwise_lora import cli

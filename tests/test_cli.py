@@ -186,3 +186,9 @@ def test_bench_refuses_what_it_does_not_know(run: Any, options: tuple[Any, ...],
     assert code == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_ladder_is_exported_into_its_own_folder(run: Any, tmp_path: Path) -> None:
+    assert run("ladder", "build", embedded.ADAPTERS["wiki"], "-o", tmp_path)[0] == 0
+    assert run("ladder", "export", tmp_path, "-o", tmp_path)[0] == 0
+    assert RankLadder.from_peft(tmp_path).rung_ranks == RankLadder.from_pretrained(tmp_path).rung_ranks

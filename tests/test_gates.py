@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
 from chunkwise_lora.config import ChunkingConfig, CompositionConfig, KVCacheConfig, LevelKVPolicy, SelectionConfig
-from chunkwise_lora.engines.transformers import FastPaths, layers
-from chunkwise_lora.engines.transformers.layers import Factors, GatedLinear, Step, parts_of
+from chunkwise_lora.engines import gating
+from chunkwise_lora.engines.gating import Factors, parts_of
+from chunkwise_lora.engines.transformers import FastPaths
+from chunkwise_lora.engines.transformers.layers import GatedLinear, Step
 from chunkwise_lora.ladder import LadderModule
 from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_plus, prompts
 
@@ -98,7 +100,7 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
     step = Step(batch=len(case.owners), width=case.width)
     gated = GatedLinear("linear", linear, step, FAST[fast])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(layers, "GROUPING_GAIN", gain)
+        patch.setattr(gating, "GROUPING_GAIN", gain)
         for name, module in case.modules.items():
             gated.factors[name] = Factors(module, torch.device("cpu"), torch.float32)
             members = np.array([row for row, owner in enumerate(case.owners) if owner == name])
@@ -127,7 +129,7 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
 def test_a_pass_is_split_only_where_that_pays(
     monkeypatch: pytest.MonkeyPatch, weights: list[list[float]], gain: float, parts: int
 ) -> None:
-    monkeypatch.setattr(layers, "GROUPING_GAIN", gain)
+    monkeypatch.setattr(gating, "GROUPING_GAIN", gain)
     plan = np.array(weights, np.float32)
     made = parts_of("a", plan, np.array([0.0, 4.0, 8.0]), None)
     assert len(made) == parts
@@ -203,7 +205,7 @@ def uneven(ladder: RankLadder, seed: int) -> RankLadder:
 def test_generation_equals_the_gate_form_without_any_cache(
     monkeypatch: pytest.MonkeyPatch, architecture: str, names: list[str], gain: float
 ) -> None:
-    monkeypatch.setattr(layers, "GROUPING_GAIN", gain)
+    monkeypatch.setattr(gating, "GROUPING_GAIN", gain)
     ladders = {
         "a": uneven(RankLadder.from_peft(adapter(architecture)), 5),
         "b": RankLadder.from_peft(adapter(architecture, seed=2)),

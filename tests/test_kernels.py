@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseModel
-from chunkwise_lora.engines.transformers import native
+from chunkwise_lora.engines import native
+from chunkwise_lora.engines.gating import FEW_TOKENS
+from chunkwise_lora.engines.native import Kernels, kernels
 from chunkwise_lora.engines.transformers.attention import attention
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
-from chunkwise_lora.engines.transformers.layers import FEW_TOKENS, FastPaths, Step, WideProduct
-from chunkwise_lora.engines.transformers.native import Kernels, kernels
+from chunkwise_lora.engines.transformers.layers import FastPaths, Step, WideProduct
 from models import adapter, build, greedy, prompts
 
 DTYPES = [torch.float32, torch.bfloat16]

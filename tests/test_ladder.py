@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -350,6 +351,18 @@ def test_a_loaded_ladder_can_be_saved_over_itself(tmp_path: Path) -> None:
     changed.save_pretrained(tmp_path)
     changed.to(torch.bfloat16).save_pretrained(tmp_path)
     assert same(RankLadder.from_pretrained(tmp_path), changed.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["plain", "patterns", "one_layer", "saved_head", "rslora"])
+def test_peft_reads_an_exported_ladder(tmp_path: Path, kind: str) -> None:
+    ladder = RankLadder.from_peft(adapter("llama", kind))
+    ladder.save_pretrained(tmp_path)
+    ladder.save_peft(tmp_path)
+    assert same(RankLadder.load(tmp_path), ladder), "the folder stays a ladder"
+    with torch.no_grad():
+        expected = peft_model("llama", kind)(**prompts()).logits
+        given = PeftModel.from_pretrained(build("llama"), str(tmp_path))(**prompts()).logits
+    assert torch.allclose(given, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "chmod", "replace"])

@@ -412,6 +412,16 @@ def ladder_build(
     _write_json(json_file, describe(ladder))
 
 
+@ladder_app.command("export")
+def ladder_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a ladder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; may be the ladder's own.")],
+) -> None:
+    """Write a ladder at full rank as a plain PEFT adapter, for programs that know no ladders."""
+    RankLadder.from_pretrained(folder).save_peft(output)
+    console.print(f"Written to {output}", markup=False)
+
+
 @ladder_app.command("show")
 def ladder_show(
     folder: Annotated[Path, typer.Argument(help="Folder of a ladder, or of a PEFT adapter.")],

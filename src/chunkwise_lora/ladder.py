@@ -8,6 +8,7 @@ dW itself is never formed: thin QR of both factors, then an SVD of their r x r c
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,8 @@ from torch import Tensor
 from chunkwise_lora.complexity import SIGNALS, LearnedComplexity
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.files import read_text, write_atomically
-from chunkwise_lora.peft_adapter import PeftAdapter
+from chunkwise_lora.peft_adapter import CONFIG_NAME as PEFT_CONFIG_NAME
+from chunkwise_lora.peft_adapter import WEIGHTS_NAME, PeftAdapter
 
 LADDER_NAME = "ladder.json"
 FORMAT_VERSION = 1
@@ -239,6 +241,38 @@ class RankLadder:
         for old in folder.glob("ladder-*.safetensors"):
             if old.name != manifest.tensors:
                 old.unlink()
+
+    def save_peft(self, folder: str | Path) -> None:
+        """Write the ladder at full rank as a plain PEFT adapter, for programs that know no ladders.
+
+        `folder` may be the ladder's own, which stays a ladder. The factors then lie there twice, since programs that
+        read PEFT's file refuse one with more in it.
+        """
+        from peft import LoraConfig
+
+        folder = Path(folder)
+        prefix = "base_model.model."
+        tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in self.saved_modules.items()}
+        for name, module in self.modules.items():
+            tensors[f"{prefix}{name}.lora_A.weight"] = module.down.contiguous()
+            tensors[f"{prefix}{name}.lora_B.weight"] = module.up.contiguous()
+        ranks = {name: module.rank for name, module in self.modules.items()}
+        rank = max(ranks.values())
+        ragged = {name: own for name, own in ranks.items() if own != rank}
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=self.base_model,
+            inference_mode=True,
+            r=rank,
+            lora_alpha=rank,  # and so for every module: the factors hold the scale
+            rank_pattern=ragged,
+            alpha_pattern=dict(ragged),
+            target_modules=sorted(ranks),
+            modules_to_save=sorted({name.rpartition(".")[0] for name in self.saved_modules}) or None,
+        )
+        content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        write_atomically(folder / WEIGHTS_NAME, serialise(tensors, {"format": "pt"}), LadderError)
+        write_atomically(folder / PEFT_CONFIG_NAME, json.dumps(content, indent=2).encode(), LadderError)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> RankLadder:

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from chunkwise_lora.engines.transformers.native import give_memory_back
+from chunkwise_lora.engines.native import give_memory_back
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

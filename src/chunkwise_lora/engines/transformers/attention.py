@@ -9,8 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from chunkwise_lora.engines.native import emulates
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
-from chunkwise_lora.engines.transformers.native import emulates
 
 NAME = "chunkwise"
 """Its name among transformers' attention implementations."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from chunkwise_lora.engines.transformers.native import Pools, Shape, give_memory_back, kernels
+from chunkwise_lora.engines.native import Pools, Shape, give_memory_back, kernels
 from chunkwise_lora.kv_policy import KVDecision
 
 ROOM = 16

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
+from chunkwise_lora.engines.gating import Factors
 from chunkwise_lora.engines.transformers import attention
-from chunkwise_lora.engines.transformers.layers import Factors, FastPaths, GatedLinear, ReplacedModule, Step, widens
+from chunkwise_lora.engines.transformers.layers import FastPaths, GatedLinear, ReplacedModule, Step, widens
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
 from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder

@@ -18,8 +18,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.gating import entropies_of, parts_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
-from chunkwise_lora.engines.transformers.layers import Step, parts_of
+from chunkwise_lora.engines.transformers.layers import Step
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.kv_policy import KVDecision
 from chunkwise_lora.scheduler import FixedPlan, RuntimeScheduler
@@ -144,8 +145,7 @@ class Session:
         """Learn the entropies of what comes next, then carry out the KV decisions of the pass."""
         assert self._pending is not None
         if self.config.reads_entropy:
-            log_p = logits[:, -1].float().log_softmax(-1)
-            self._entropies = (-(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)).tolist()
+            self._entropies = entropies_of(logits[:, -1]).tolist()
         tokens, decisions = self._pending
         if self.cache.own and self.cache.get_seq_length():
             self.cache.note(tokens)

@@ -26,7 +26,53 @@ static inline element narrow(float x) { return x; }
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { COLUMNS = 256, SLOTS = 32 };
+enum { COLUMNS = 256, DIRECTIONS = 8, SLOTS = 32 };
+
+// z_j = <down_j, x>, for down (rank, in); four directions at a time, so that no sum waits for the one before
+INLINE void project(float *z, const element *x, const element *down, int64_t in, int64_t rank) {
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) {
+    const element *d0 = down + j * in, *d1 = d0 + in, *d2 = d1 + in, *d3 = d2 + in;
+    float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < in; i++) {
+      const float x_i = widen(x[i]);
+      s0 += widen(d0[i]) * x_i;
+      s1 += widen(d1[i]) * x_i;
+      s2 += widen(d2[i]) * x_i;
+      s3 += widen(d3[i]) * x_i;
+    }
+    z[j] = s0, z[j + 1] = s1, z[j + 2] = s2, z[j + 3] = s3;
+  }
+  for (; j < rank; j++) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < in; i++) sum += widen(down[j * in + i]) * widen(x[i]);
+    z[j] = sum;
+  }
+}
+
+// y += z^T up for at most COLUMNS columns of up (rank, out); four directions at a time, so that the sums are not loaded and
+// stored for each
+INLINE void expand(element *y, const float *z, const element *up, int64_t columns, int64_t out, int64_t rank) {
+  float sums[COLUMNS] = {0};
+  int64_t j = 0;
+  for (; j + 4 <= rank; j += 4) {
+    const element *u0 = up + j * out, *u1 = u0 + out, *u2 = u1 + out, *u3 = u2 + out;
+    const float z0 = z[j], z1 = z[j + 1], z2 = z[j + 2], z3 = z[j + 3];
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++)
+      sums[i] += z0 * widen(u0[i]) + z1 * widen(u1[i]) + z2 * widen(u2[i]) + z3 * widen(u3[i]);
+  }
+  for (; j < rank; j++) {
+    const element *up_j = up + j * out;
+    const float z_j = z[j];
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < columns; i++) y[i] = narrow(widen(y[i]) + sums[i]);
+}
 
 // y_t += up^T (g_t * (down x_t)), for the tokens t that `rows` lists or for all.
 // y (tokens, out), x (tokens, in), down (rank, in), up (rank, out), gates (tokens, rank) or null for ones.
@@ -35,27 +81,76 @@ void add_adapter(element *y, const element *x, const element *down, const elemen
 #pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * rank * (in + out) > 200000)
   for (int64_t t = 0; t < tokens; t++) {
     const int64_t row = rows ? rows[t] : t;
-    const element *x_t = x + row * in;
-    element *y_t = y + row * out;
     float z[rank];
-    for (int64_t j = 0; j < rank; j++) {
-      const element *down_j = down + j * in;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < in; i++) sum += widen(down_j[i]) * widen(x_t[i]);
-      z[j] = gates ? gates[t * rank + j] * sum : sum;
-    }
-    for (int64_t from = 0; from < out; from += COLUMNS) {
-      const int64_t columns = out - from < COLUMNS ? out - from : COLUMNS;
-      float sums[COLUMNS] = {0};
-      for (int64_t j = 0; j < rank; j++) {
-        const element *up_j = up + j * out + from;
-        const float z_j = z[j];
-#pragma omp simd
-        for (int64_t i = 0; i < columns; i++) sums[i] += z_j * widen(up_j[i]);
+    project(z, x + row * in, down, in, rank);
+    for (int64_t j = 0; gates && j < rank; j++) z[j] *= gates[t * rank + j];
+    for (int64_t from = 0; from < out; from += COLUMNS)
+      expand(y + row * out + from, z, up + from, out - from < COLUMNS ? out - from : COLUMNS, out, rank);
+  }
+}
+
+// One module of a layer that computes several at once, such as query, key and value: its factors down (r, in) and
+// up (r, out), its rank on each rung, and where its columns stand in the layer's output.
+typedef struct {
+  const element *down, *up;
+  const int64_t *ranks;  // (rungs,)
+  int64_t out, offset;
+} Slice;
+
+// The gate of direction j: the sum of the weights of the rungs up to `top` whose rank is above j.
+INLINE float gate_of(const float *weights, const int64_t *ranks, int64_t top, int64_t j) {
+  float gate = 0;
+  for (int64_t k = top; k >= 0 && ranks[k] > j; k--) gate += weights[k];
+  return gate;
+}
+
+// Adds the modules of one layer: y (tokens, width) += up^T (g_t * (down x_t)) in every slice's columns, for the tokens that
+// `rows` lists or for all. With `weights` (tokens, rungs) directions are gated by them, and no token reads past its own
+// highest rung; without, all take `rung` whole. Threads share the directions, then the columns.
+void add_slices(element *y, const element *x, const Slice *slices, int64_t count, int64_t rung, const float *weights,
+                int64_t rungs, const int64_t *rows, int64_t tokens, int64_t in, int64_t width, int threads) {
+  int64_t directions = 0, work = 0, blocks = 0, most = 0;
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t rank = slices[s].ranks[rung], columns = (slices[s].out + COLUMNS - 1) / COLUMNS;
+    directions += rank;
+    work += tokens * rank * (in + slices[s].out);
+    blocks += columns;
+    most = rank > most ? rank : most;
+  }
+  const int64_t groups = (most + DIRECTIONS - 1) / DIRECTIONS;
+  float z[tokens * directions];
+  int64_t tops[tokens];
+  for (int64_t t = 0; t < tokens; t++) {
+    tops[t] = rung;
+    while (weights && tops[t] > 0 && weights[t * rungs + tops[t]] == 0) tops[t]--;
+  }
+#pragma omp parallel num_threads(threads) if (work > 100000)
+  {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t g = 0; g < groups; g++) {
+        float *z_s = z + t * directions;
+        for (int64_t s = 0; s < count; z_s += slices[s++].ranks[rung]) {
+          const int64_t from = g * DIRECTIONS, left = slices[s].ranks[tops[t]] - from;
+          if (left <= 0) continue;
+          const int64_t some = left < DIRECTIONS ? left : DIRECTIONS;
+          project(z_s + from, x + (rows ? rows[t] : t) * in, slices[s].down + from * in, in, some);
+          for (int64_t j = from; weights && j < from + some; j++)
+            z_s[j] *= gate_of(weights + t * rungs, slices[s].ranks, tops[t], j);
+        }
       }
-#pragma omp simd
-      for (int64_t i = 0; i < columns; i++) y_t[from + i] = narrow(widen(y_t[from + i]) + sums[i]);
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t s = 0, from = b * COLUMNS;
+        const float *z_s = z + t * directions;
+        for (; from >= slices[s].out; z_s += slices[s++].ranks[rung])
+          from -= (slices[s].out + COLUMNS - 1) / COLUMNS * COLUMNS;
+        const int64_t left = slices[s].out - from;
+        expand(y + (rows ? rows[t] : t) * width + slices[s].offset + from, z_s, slices[s].up + from,
+               left < COLUMNS ? left : COLUMNS, slices[s].out, slices[s].ranks[tops[t]]);
+      }
     }
   }
 }

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +47,12 @@ class Shape(Structure):
     ]
 
 
+class Slice(Structure):
+    """One module of a layer that computes several at once; see `kernels.c`."""
+
+    _fields_ = [*((name, c_void_p) for name in ("down", "up", "ranks")), ("out", c_int64), ("offset", c_int64)]
+
+
 class Kernels:
     """The kernels for one element type. All tensors are contiguous and on the CPU."""
 
@@ -54,6 +60,12 @@ class Kernels:
         self._add_adapter = library.add_adapter
         self._add_adapter.argtypes = [*[c_void_p] * 6, *[c_int64] * 4, c_int]
         self._add_adapter.restype = None
+        self._add_slices = library.add_slices
+        self._add_slices.argtypes = [
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p),
+            *(c_int64, c_int64, c_int64, c_int),
+        ]
+        self._add_slices.restype = None
         self._multiply = library.multiply
         self._multiply.argtypes = [*[c_void_p] * 4, *[c_int64] * 3, c_int]
         self._multiply.restype = None
@@ -83,6 +95,36 @@ class Kernels:
             width_in,
             width_out,
             len(down),
+            torch.get_num_threads(),
+        )
+
+    def add_slices(
+        self,
+        y: Tensor,
+        x: Tensor,
+        slices: Array[Slice],
+        rung: int,
+        weights: Tensor | None,
+        rows: Tensor | None,
+    ) -> None:
+        """In place, y (tokens, width) += what the modules of one layer add for x (tokens, in).
+
+        Tokens get `rung` whole, or `weights` (tokens, rungs) in float32, none above `rung`; `rows` (tokens,) in int64
+        says which tokens, None means all.
+        """
+        tokens, width_in = x.shape
+        self._add_slices(
+            y.data_ptr(),
+            x.data_ptr(),
+            slices,
+            len(slices),
+            rung,
+            None if weights is None else weights.data_ptr(),
+            0 if weights is None else weights.shape[1],
+            None if rows is None else rows.data_ptr(),
+            tokens if rows is None else len(rows),
+            width_in,
+            y.shape[1],
             torch.get_num_threads(),
         )
 

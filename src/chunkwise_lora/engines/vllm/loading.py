@@ -1,0 +1,105 @@
+"""From the path of a `LoRARequest` to a ladder: the folder of one, or a plain PEFT adapter, turned into one here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
+from chunkwise_lora.engines.vllm import settings
+from chunkwise_lora.errors import ConfigError, LadderError
+from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder
+from chunkwise_lora.peft_adapter import PeftAdapter
+
+logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
+
+
+def load(path: str) -> RankLadder:
+    """The ladder at `path`.
+
+    Raises:
+        LadderError: It cannot be read, is not plain LoRA, or replaces modules whole, which vLLM cannot do per request.
+    """
+    ladder = RankLadder.load(path)
+    if ladder.saved_modules:
+        names = ", ".join(sorted(ladder.saved_modules))
+        raise LadderError(
+            f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for one request and not the next; merge "
+            "these into the base model, or train the adapter without modules_to_save"
+        )
+    for name, module in ladder.modules.items():
+        if not (module.up.isfinite().all() and module.down.isfinite().all()):
+            raise LadderError(f"{path}: {name} holds NaN or infinity; build the ladder anew")
+    return ladder
+
+
+def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
+    """Refuse what cannot be served at `path` before an engine sees it; gives the adapter's config.
+
+    Files are read again only when they change.
+
+    Raises:
+        LadderError: As `load`.
+        ConfigError: The config beside the ladder is damaged, or asks for what the ladder does not hold.
+    """
+    stamps = [os.stat(file).st_mtime_ns for file in _files(path)]
+    return _check(path, server, *stamps)
+
+
+def _files(path: str) -> Iterator[Path]:
+    names = (LADDER_NAME, CONFIG_NAME, "adapter_config.json", "adapter_model.safetensors")
+    return (file for name in names if (file := Path(path) / name).is_file())
+
+
+@lru_cache(maxsize=1024)
+def _check(path: str, server: settings.Choice, *stamps: int) -> ChunkWiseConfig:
+    config = settings.of_adapter(path, server)
+    if (Path(path) / LADDER_NAME).is_file():
+        check_config(load(path), config, path)
+    else:
+        PeftAdapter.load(path)
+        check_config(None, config, path)
+    return config
+
+
+def check_config(ladder: RankLadder | None, config: ChunkWiseConfig, path: str) -> None:
+    """Refuse a config that a ladder, or None for that of a plain adapter, cannot follow."""
+    if config.complexity.learned and (ladder is None or ladder.learned is None):
+        raise ConfigError(
+            f"{path}: its config asks for complexity.learned, but nothing learned is there; run `chunkwise calibrate` "
+            "for this adapter, or choose a preset"
+        )
+
+
+def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
+    """The module with factors of its own in `dtype`, laid out so that moving them to a CPU layer copies nothing."""
+    up = module.up.to(dtype).T.contiguous().T
+    down = module.down.to(dtype, copy=True).contiguous()
+    return LadderModule(up, down, module.sigma, module.ranks)
+
+
+def kv_left_undone(config: KVCacheConfig) -> list[str]:
+    """What of a KV policy vLLM, whose cache has one type and whole blocks, cannot do chunk by chunk."""
+    wanted = {
+        "storing chunks as int8 (vLLM's --kv-cache-dtype is one type for the whole cache)": any(
+            level.precision == "int8" for level in config.levels
+        ),
+        "dropping near-duplicate keys": any(level.duplicate_similarity is not None for level in config.levels),
+        "dropping chunks of the far past": any(level.max_age is not None for level in config.levels),
+    }
+    return [what for what, is_wanted in wanted.items() if is_wanted]
+
+
+def note_kv_policy(name: str, config: ChunkWiseConfig) -> None:
+    """Say once per adapter what of its KV policy is left undone."""
+    if config.kv_cache.levels != (LevelKVPolicy(),) * config.levels:
+        logger.warning(
+            "ChunkWise LoRA: %s: vLLM keeps every entry of its KV cache, so these are left undone: %s",
+            name,
+            "; ".join(kv_left_undone(config.kv_cache)),
+        )

@@ -1,0 +1,204 @@
+"""Ladders in a vLLM worker, where vLLM keeps LoRA adapters.
+
+vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots:
+each ladder brings its own factors at its own rank, and what runs of it is a `Part` of the pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+
+from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.vllm import loading, settings
+from chunkwise_lora.engines.vllm.addition import Additions, Columns, additions_on
+from chunkwise_lora.engines.vllm.layers import LadderLayer
+from chunkwise_lora.engines.vllm.planner import AdapterPlan
+from chunkwise_lora.errors import LadderError
+from chunkwise_lora.ladder import LadderModule, RankLadder
+
+
+@dataclass
+class LoadedLadder:
+    """A ladder in this worker's memory."""
+
+    id: int
+    plan: AdapterPlan
+    config: ChunkWiseConfig
+    """For requests that ask for nothing else."""
+    modules: dict[str, list[LadderModule | None]]
+    """Per layer of the model, this rank's share of the modules that the layer holds."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of factors."""
+        found = (module for modules in self.modules.values() for module in modules if module is not None)
+        return sum(module.up.nbytes + module.down.nbytes for module in found)
+
+
+class LadderManager(LRUCacheLoRAModelManager):
+    """Puts ladders into the layers of a model and takes them out again."""
+
+    supported_lora_modules: list[str]
+    layers: dict[str, LadderLayer]
+    additions: Additions
+    _has_slots = True
+
+    def __init__(self, model: nn.Module, *arguments: Any, vllm_config: VllmConfig, **options: Any) -> None:
+        self._static_context = vllm_config.compilation_config.static_forward_context
+        self._dtype = vllm_config.model_config.dtype
+        super().__init__(model, *arguments, vllm_config=vllm_config, **options)
+
+    @property
+    def lora_slots(self) -> int:
+        """How many adapters one pass may mix; no slots while layers are wrapped, so that none is allocated."""
+        return self.lora_config.max_loras if self._has_slots else 0
+
+    def _create_lora_modules(self) -> None:
+        # Only linear layers: vLLM would wrap embeddings, output heads and routed experts as well.
+        linear = {name.rpartition(".")[2] for name, one in self.model.named_modules() if isinstance(one, LinearBase)}
+        self.supported_lora_modules = [name for name in self.supported_lora_modules if name in linear]
+        self._has_slots = False
+        super()._create_lora_modules()
+        self._has_slots = True
+        self.additions = additions_on(self.device, self._dtype, self.max_num_batched_tokens, self.lora_slots)
+        self.layers = {}
+        for name, module in self.modules.items():
+            if not isinstance(module, BaseLinearLayerWithLoRA):
+                continue
+            offsets = np.cumsum([0, *module.output_slices]).tolist()
+            columns = [Columns(*where) for where in zip(offsets, module.output_slices, strict=False)]
+            self.additions.layer(name, module.input_size, columns)
+            layer = self.layers[name] = LadderLayer(name, columns, self.additions)
+            self._static_context[layer.key] = layer
+            module.set_mapping(layer)
+
+    def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
+        """Per layer of the model, this rank's share of a ladder's modules.
+
+        Raises:
+            LadderError: The ladder does not fit the model's layers, by name or shape.
+        """
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        mapper = mapper and mapper.get_rename_mapper()
+        left = {parse_fine_tuned_lora_name(f"{name}.lora_A.weight", mapper)[0]: name for name in ladder.modules}
+        shares: dict[str, list[LadderModule | None]] = {}
+        for layer in self.layers:
+            names = [left.pop(name, None) for name in self.packed_modules.get(layer, [layer])]
+            if any(names):
+                found = [None if name is None else ladder.modules[name] for name in names]
+                shares[layer] = self._share(layer, found, path)
+        left = {name: original for name, original in left.items() if self._match_target_modules(name)}
+        if left:
+            raise LadderError(
+                f"{path}: adapts {', '.join(sorted(left.values())[:3])}{' and others' if len(left) > 3 else ''}, where "
+                f"{type(self.model).__name__} in vLLM has no linear layer (embeddings, output heads and routed experts "
+                "are not supported); train the adapter on linear layers of this base model"
+            )
+        return shares
+
+    def _share(self, layer: str, modules: list[LadderModule | None], path: str) -> list[LadderModule | None]:
+        wrapped = self.modules[layer]
+        columns = self.layers[layer].columns
+        if len(modules) != len(columns):
+            raise LadderError(f"{path}: {layer} holds {len(columns)} products for {len(modules)}; not supported")
+        downs: Any = [None if one is None else one.down for one in modules]
+        ups: Any = [None if one is None else one.up for one in modules]
+        if wrapped.tp_size > 1:
+            single = len(self.packed_modules.get(layer, [])) <= 1  # vLLM's layers then want tensors, not lists
+            downs = [wrapped.slice_lora_a(downs[0])] if single else wrapped.slice_lora_a(downs)
+            ups = [wrapped.slice_lora_b(ups[0])] if single else wrapped.slice_lora_b(ups)
+        shares: list[LadderModule | None] = []
+        for module, down, up, where in zip(modules, downs, ups, columns, strict=True):
+            if module is None:
+                shares.append(None)
+                continue
+            if down.shape[1] != wrapped.input_size or up.shape[0] != where.width:
+                raise LadderError(
+                    f"{path}: {layer} takes {down.shape[1]} inputs to {up.shape[0]} outputs in the ladder, but "
+                    f"{wrapped.input_size} to {where.width} in the model; give the base model that it was trained on"
+                )
+            shares.append(
+                loading.prepared(LadderModule(up, down, module.sigma, module.ranks), self.lora_config.lora_dtype)
+            )
+        return shares
+
+    # What vLLM's managers ask for
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Any:
+        """For warm-up: nothing, since a ladder takes no memory before it is there."""
+        plan = AdapterPlan(f"warm-up {lora_id}", np.zeros(1))
+        return LoadedLadder(lora_id, plan, ChunkWiseConfig.preset("lossless"), {})
+
+    def _add_adapter(self, lora: Any) -> None:
+        self._registered_adapters[lora.id] = lora
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Put a registered ladder's factors on the layers' device."""
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        self.additions.put(str(lora_id), self._registered_adapters[lora_id].modules)
+        self._active_adapters[lora_id] = None
+        return True
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        self.additions.drop(str(lora_id))
+
+    def remove_all_adapters(self) -> None:
+        """Forget all ladders."""
+        super().remove_all_adapters()
+        for adapter in list(self.additions.adapters):
+            self.additions.drop(adapter)
+
+    def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        """A new pass begins: until it is planned, no adapter runs."""
+        self.additions.begin(len(mapping.index_mapping))
+
+
+class LadderWorkerManager(LRUCacheWorkerLoRAManager):
+    """Loads what a `LoRARequest` names as a ladder."""
+
+    _manager_cls = LadderManager
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: dict[str, str]) -> None:
+        super().__init__(vllm_config, device, embedding_modules)
+        self._server = settings.of_server(vllm_config.additional_config)
+
+    @property
+    def ladders(self) -> LadderManager:
+        """The manager of the model's layers."""
+        return self._adapter_manager
+
+    def loaded(self, lora_id: int) -> LoadedLadder:
+        """The ladder of a request that is being run."""
+        return self._adapter_manager._registered_adapters.cache[lora_id]
+
+    def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
+        """Stand in for an adapter while vLLM measures memory and compiles."""
+        return self._adapter_manager.add_adapter(
+            self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
+        )
+
+    def _load_adapter(self, lora_request: LoRARequest) -> Any:
+        path = get_adapter_absolute_path(lora_request.lora_path)
+        ladder, config = loading.load(path), settings.of_adapter(path, self._server)
+        loading.check_config(ladder, config, path)
+        loading.note_kv_policy(lora_request.lora_name, config)
+        plan = AdapterPlan(lora_request.lora_name, np.array(ladder.rung_ranks), ladder.learned)
+        return LoadedLadder(lora_request.lora_int_id, plan, config, self.ladders.share_of(ladder, path))

@@ -1,0 +1,119 @@
+"""The entry point that vLLM calls in each of its processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+KNOWN_VERSIONS = ("0.32.0",)
+"""Versions of vLLM whose inner workings this plug-in was tested with."""
+
+_registered = False
+
+
+def register() -> None:
+    """Let vLLM run LoRA adapters as ladders. Any number of calls do the same as one.
+
+    CHUNKWISE_VLLM=0 switches it off. On a version of vLLM that is not known, it says so and changes nothing.
+    """
+    global _registered  # noqa: PLW0603
+    if _registered or os.environ.get("CHUNKWISE_VLLM") == "0":
+        return
+    from vllm.logger import init_logger
+
+    import vllm
+
+    logger = init_logger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
+    version = vllm.__version__.partition("+")[0]
+    if version not in KNOWN_VERSIONS:
+        logger.error(
+            "ChunkWise LoRA knows vLLM %s, not %s, and leaves it as it is: adapters run as vLLM's own LoRA, and "
+            "ladders cannot be loaded. Install a known version, or a chunkwise-lora that knows yours.",
+            ", ".join(KNOWN_VERSIONS),
+            version,
+        )
+        return
+    try:
+        # All must be possible before any is made.
+        changes = [(owner, name, _wrapped(owner, name, around)) for owner, name, around in _changes()]
+    except (ImportError, AttributeError) as error:
+        logger.error("ChunkWise LoRA does not find its way in this vLLM, and leaves it as it is: %s", error)
+        return
+    for owner, name, replacement in changes:
+        setattr(owner, name, replacement)
+    _registered = True
+    logger.info("ChunkWise LoRA runs LoRA adapters as rank ladders")
+
+
+def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """What is put around vLLM's functions: (owner, name, a function that is given the present one first)."""
+    from vllm.config import VllmConfig
+    from vllm.model_executor.models import supports_lora
+    from vllm.platforms import current_platform
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.metrics import prometheus
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    from chunkwise_lora.engines.vllm import frontend, metrics
+
+    def load_lora_model(original: Callable[..., Any], runner: Any, model: Any, *rest: Any) -> Any:
+        if not supports_lora(model):
+            return original(runner, model, *rest)  # which says so
+        from chunkwise_lora.engines.vllm.worker import load_ladder_model
+
+        return load_ladder_model(runner, model, *rest)
+
+    def check_and_update_config(original: Callable[..., Any], config: Any) -> None:
+        lora = config.lora_config
+        if lora is not None and current_platform.is_cpu():
+            # vLLM does not compile with its own LoRA on the CPU; with ladders it can.
+            config.lora_config = None
+        try:
+            original(config)
+        finally:
+            config.lora_config = lora
+        if lora is not None:
+            frontend.prepare(config)
+
+    def unsupported_by_v2(original: Callable[..., Any], config: Any) -> list[str]:
+        return [*original(config), *(["ChunkWise LoRA"] if config.lora_config is not None else [])]
+
+    def process_inputs(original: Callable[..., Any], processor: Any, *arguments: Any, **options: Any) -> Any:
+        request = original(processor, *arguments, **options)
+        if processor.lora_config is not None:
+            frontend.accept(processor.vllm_config, request)
+        return request
+
+    def extra_hash_keys(original: Callable[..., Any], request: Any, start: int, end: int) -> list[Any]:
+        return [*original(request, start, end), *frontend.private_key(request, end)]
+
+    def get_prometheus_registry(original: Callable[..., Any]) -> Any:
+        registry = original()
+        metrics.register(registry)
+        return registry
+
+    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")  # has the function by name
+    return [
+        (LoRAModelRunnerMixin, "load_lora_model", load_lora_model),
+        (current_platform, "check_and_update_config", check_and_update_config),
+        (VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported_by_v2),
+        (InputProcessor, "process_inputs", process_inputs),
+        # Of the parts that make up a block's extra keys, the one that is told which tokens the block holds.
+        (kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", extra_hash_keys),
+        *((owner, "get_prometheus_registry", get_prometheus_registry) for owner in (prometheus, endpoint) if owner),
+    ]
+
+
+def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
+    """`around` with the present `owner.name` as its first argument."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        return around(original, *arguments, **options)
+
+    return wrapper

@@ -1,0 +1,226 @@
+"""The plug-in's parts that know nothing of vLLM: plans of many requests, what a layer adds, which config applies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
+from chunkwise_lora.engines import native
+from chunkwise_lora.engines.gating import FEW_TOKENS, Part
+from chunkwise_lora.engines.vllm import addition, settings
+from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder, PartAdditions, add_ladder
+from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
+from chunkwise_lora.ladder import LadderModule
+
+VOCABULARY = 50
+ADAPTER = AdapterPlan("a", np.arange(9.0))
+BALANCED, LOSSLESS = ChunkWiseConfig.preset("balanced"), ChunkWiseConfig.preset("lossless")
+
+tokens_of = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=60)
+
+
+def planned(config: ChunkWiseConfig, tokens: list[int], entropies: list[float | None]) -> np.ndarray:
+    return RuntimeScheduler(config, ADAPTER.rung_ranks.tolist(), VOCABULARY).step(tokens, entropies).weights
+
+
+def request(prompt: list[int], config: ChunkWiseConfig = BALANCED) -> PlannedRequest:
+    return PlannedRequest("1", ADAPTER, config, prompt, VOCABULARY)
+
+
+@given(tokens_of, st.lists(st.integers(1, 9), min_size=1), st.integers(0, 60), st.data())
+def test_a_plan_depends_on_no_cut_cache_hit_or_preemption(
+    tokens: list[int], cuts: list[int], prompt: int, data: st.DataObject
+) -> None:
+    prompt = min(prompt, len(tokens) - 1)
+    entropies = [None] * prompt + [float(i % 4) for i in range(len(tokens) - prompt)]
+    one = request(tokens[:prompt])
+    for position in range(prompt, len(tokens)):
+        one.learn(position, entropies[position] or 0.0)
+    expected = planned(BALANCED, tokens, entropies)
+    start = data.draw(st.integers(0, prompt), "found in the cache")
+    for cut in [*cuts, len(tokens)]:
+        end = min(start + cut, len(tokens))
+        assert np.array_equal(one.plan(start, tokens[start:end]), expected[start:end])
+        start = data.draw(st.integers(0, end), "preempted") if data.draw(st.booleans(), "is preempted") else end
+    assert np.array_equal(one.plan(0, tokens), expected)
+
+
+@given(tokens_of, tokens_of, st.integers(0, 60))
+def test_a_token_sampled_anew_is_planned_anew(tokens: list[int], others: list[int], keep: int) -> None:
+    keep = min(keep, len(tokens))
+    one = request(tokens[:keep])
+    one.plan(0, tokens)
+    changed = tokens[:keep] + others
+    assert np.array_equal(one.plan(0, changed), planned(BALANCED, changed, [None] * len(changed)))
+
+
+def test_a_prompts_entropies_count_not() -> None:
+    one = request([1, 2, 3])
+    for position in range(6):
+        one.learn(position, 3.0)
+    tokens = [1, 2, 3, 4, 5, 6]
+    assert np.array_equal(one.plan(0, tokens), planned(BALANCED, tokens, [None] * 3 + [3.0] * 3))
+
+
+def no_ids() -> list[int]:
+    raise AssertionError("no plan of this pass depends on its tokens")
+
+
+def test_constant_plans_ask_for_no_tokens_and_are_kept() -> None:
+    seen: list[tuple[str, Tally]] = []
+    planner = Planner(VOCABULARY, lambda name, tally: seen.append((name, tally)))
+    planner.open("x", "1", ADAPTER, LOSSLESS, [1])
+    planner.open("y", "2", AdapterPlan("b", np.arange(5.0)), ChunkWiseConfig.uniform(0.5), [1])
+    batch = [Scheduled("base", 0, 2), Scheduled("x", 0, 1), Scheduled("y", 0, 3)]
+    first = planner.plan(batch, no_ids)
+    assert [(part.adapter, part.rung, part.weights) for part in first] == [("1", 8, None), ("2", 2, None)]
+    assert [part.rows.tolist() for part in first] == [[2], [3, 4, 5]]
+    assert planner.plan(batch, no_ids) is first
+    assert [(name, tally.rank, tally.tokens.sum()) for name, tally in seen] == [("a", 8, 1), ("b", 6, 3)] * 2
+
+
+def test_entropies_reach_the_next_token_only() -> None:
+    planner = Planner(VOCABULARY)
+    planner.open("x", "1", ADAPTER, BALANCED, [1, 2])
+    planner.open("y", "1", ADAPTER, LOSSLESS, [1])
+    planner.plan([Scheduled("x", 0, 2), Scheduled("y", 0, 1)], lambda: [1, 2, 1])
+    logits = torch.zeros(2, VOCABULARY)
+    planner.sampled(["x", "y"], [2, 1], logits)
+    (part,) = planner.plan([Scheduled("x", 2, 1), Scheduled("y", 1, 1)], lambda: [7, 7])
+    expected = planned(BALANCED, [1, 2, 7], [None, None, float(np.log(VOCABULARY))])
+    assert torch.equal(part.weights[0], torch.from_numpy(expected[2]))
+    planner.forget(["x", "y", "unknown"])
+    assert len(planner) == 0
+
+
+def test_a_request_whose_adapter_is_replaced_is_planned_anew() -> None:
+    planner = Planner(VOCABULARY)
+    other = AdapterPlan("a", np.arange(5.0))
+    planner.open("x", "1", ADAPTER, BALANCED, [1, 2])
+    planner.plan([Scheduled("x", 0, 3)], lambda: [1, 2, 3])
+    assert planner.follows("x", AdapterPlan("a", np.arange(9.0))) and not planner.follows("x", other)
+    planner.open("x", "1", other, BALANCED, [1, 2], [3, 4])
+    (part,) = planner.plan([Scheduled("x", 3, 1)], lambda: [4])
+    expected = RuntimeScheduler(BALANCED, other.rung_ranks.tolist(), VOCABULARY).step([1, 2, 3, 4]).weights
+    given = np.eye(5)[part.rung] if part.weights is None else part.weights[0].numpy()
+    assert np.array_equal(given, expected[3])
+
+
+# What a layer adds
+
+
+def modules_of(shapes: list[tuple[int, int]], width_in: int, rungs: list[list[int]]) -> list[LadderModule]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        LadderModule(
+            torch.randn(width_out, rank, generator=generator),
+            torch.randn(rank, width_in, generator=generator),
+            torch.ones(rank),
+            tuple(ranks),
+        )
+        for (width_out, rank), ranks in zip(shapes, rungs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("weighted", [False, True], ids=["one rung", "a weight per rung"])
+@pytest.mark.parametrize("some", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_adds_the_gate_form_of_each_module(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, weighted: bool, some: bool, kernels: bool, dtype: torch.dtype
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(addition.native, "kernels", lambda dtype: None)
+    elif native.kernels(dtype) is None:
+        pytest.skip("no C compiler here")
+    width_in = 12
+    modules = modules_of([(8, 6), (300, 5), (4, 2)], width_in, [[0, 3, 6], [1, 1, 5], [0, 0, 2]])
+    columns = [Columns(0, 8), Columns(8, 300), Columns(310, 4)]
+    ladder = LayerLadder([*modules[:2], None, modules[2]], [*columns[:2], Columns(308, 2), columns[2]],
+                         torch.device("cpu"), dtype)  # fmt: skip
+    x, y = torch.randn(tokens, width_in).to(dtype), torch.randn(tokens, 314).to(dtype)
+    rows = torch.arange(tokens) if not some else torch.arange(0, tokens, 2)
+    weights = torch.tensor([[0.0, 0.0, 1.0], [0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])[torch.arange(len(rows)) % 3]
+    given_weights = weights if weighted else torch.tensor([[0.0, 1.0, 0.0]]).expand(len(rows), 3)
+    expected = y.float().clone()
+    for module, where in zip(modules, columns, strict=True):
+        gates = given_weights @ module.gate_table()
+        down, up = module.down.to(dtype).float(), module.up.to(dtype).float()
+        expected[rows, where.offset : where.offset + where.width] += (x[rows].float() @ down.T * gates) @ up.T
+    part = Part("1", 2 if weighted else 1, weights if weighted else None, rows if some else None)
+    add_ladder(y, x, ladder, part)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    assert torch.allclose(y.float(), expected, atol=tolerance, rtol=tolerance / 5)
+
+
+@pytest.mark.parametrize("reason", ["a CPU", "no Triton", "switched off"])
+def test_without_a_gpu_or_triton_layers_add_part_by_part(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    if reason == "switched off":
+        monkeypatch.setenv("CHUNKWISE_TRITON", "0")
+    else:
+        monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", None)
+    device = torch.device("cpu" if reason == "a CPU" else "cuda")
+    seen: list[str] = []
+    monkeypatch.setattr(addition.logger, "warning", lambda message, *_: seen.append(message))
+    assert isinstance(addition.additions_on(device, torch.float32, 8, 2), PartAdditions)
+    assert len(seen) == (reason == "no Triton")
+
+
+def test_on_a_gpu_layers_add_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("triton_addition")
+    module.TritonAdditions = lambda *given: given
+    monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", module)
+    given = torch.device("cuda"), torch.bfloat16, 8, 2
+    assert addition.additions_on(*given) == given
+
+
+# Which config
+
+
+def test_a_request_says_before_the_server_and_the_server_before_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CHUNKWISE_PRESET", raising=False)
+    assert settings.of_adapter(tmp_path, settings.of_server({})) == LOSSLESS
+    ChunkWiseConfig.uniform(0.25).save_pretrained(tmp_path)
+    assert settings.of_adapter(tmp_path, settings.of_server({})) == ChunkWiseConfig.uniform(0.25)
+    monkeypatch.setenv("CHUNKWISE_PRESET", "compact")
+    assert settings.of_adapter(tmp_path, settings.of_server({})) == ChunkWiseConfig.preset("compact")
+    server = settings.of_server({"chunkwise": {"mean_rank": 0.5}})
+    assert settings.of_adapter(tmp_path, server) == ChunkWiseConfig.uniform(0.5)
+    assert settings.of_request({"chunkwise_preset": "balanced", "other": 1}) == BALANCED
+    assert settings.of_request({"other": 1}) is None
+
+
+def test_a_server_may_give_all_knobs() -> None:
+    config = ChunkWiseConfig.uniform(0.75)
+    assert settings.of_server({"chunkwise": {"config": config.model_dump(mode="json")}}).chosen == config
+
+
+@pytest.mark.parametrize(
+    ("additional", "says"),
+    [
+        ({"chunkwise": {"preset": "fast"}}, r"--additional-config, 'chunkwise': preset 'fast' is unknown"),
+        ({"chunkwise": {"speed": 1}}, r"speed"),
+        ({"chunkwise": {"preset": "compact", "mean_rank": 0.5}}, r"not several"),
+        ({"chunkwise": 3}, r"--additional-config"),
+    ],
+)
+def test_an_impossible_server_setting_names_its_place(additional: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings.of_server(additional)
+
+
+def test_an_impossible_variable_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKWISE_MEAN_RANK", "much")
+    with pytest.raises(ConfigError, match="environment"):
+        settings.of_server({})

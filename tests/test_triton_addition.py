@@ -1,0 +1,258 @@
+"""With Triton, layers add what they add without. On a GPU if one is there, or else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from chunkwise_lora import ChunkWiseConfig
+from chunkwise_lora.engines import gating
+from chunkwise_lora.engines.gating import Part, parts_of
+from chunkwise_lora.engines.vllm import addition
+from chunkwise_lora.engines.vllm.addition import Additions, Columns, PartAdditions
+from chunkwise_lora.engines.vllm.planner import AdapterPlan, Planner, Scheduled
+from chunkwise_lora.ladder import LadderModule
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from chunkwise_lora.engines.vllm.triton_addition import FIRST_RANK, FIRST_RUNGS, TritonAdditions
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYERS = {
+    "qkv": (40, [Columns(0, 48), Columns(48, 16), Columns(70, 16)]),
+    "down": (72, [Columns(0, 40)]),
+}
+"""Inputs and columns; outputs 64 to 70 of the first belong to no module."""
+RANKS = {"a": 3, "b": 17, "c": 40}
+RUNGS = {"a": 1, "b": 4, "c": 9}
+
+
+def adapter(rank: int, rungs: int, seed: int = 0) -> dict[str, list[LadderModule | None]]:
+    """Random modules of up to this rank, some of them missing."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+
+    def module(inputs: int, outputs: int, own: int) -> LadderModule:
+        up, down = torch.randn(outputs, own, generator=generator), torch.randn(own, inputs, generator=generator)
+        ranks = [*sorted(rng.integers(0, own + 1, rungs - 1).tolist()), own]
+        return LadderModule(up / own**0.5, down / inputs**0.5, torch.ones(own), tuple(ranks))
+
+    (inputs, (q, _, v)), (inputs_down, (o,)) = LAYERS.values()
+    modules: dict[str, list[LadderModule | None]] = {
+        "qkv": [module(inputs, q.width, rank), None, module(inputs, v.width, (rank + 1) // 2)]
+    }
+    return modules if seed % 2 else modules | {"down": [module(inputs_down, o.width, rank)]}
+
+
+def both(dtype: torch.dtype = torch.float32, adapters: int = 3) -> tuple[TritonAdditions, PartAdditions]:
+    """The two ways over the same layers, without adapters."""
+    ways = TritonAdditions(DEVICE, dtype, 64, adapters), PartAdditions(DEVICE, dtype)
+    for way in ways:
+        for name, shape in LAYERS.items():
+            way.layer(name, *shape)
+    return ways
+
+
+def added(way: Additions, layer: str, y: Tensor, x: Tensor) -> Tensor:
+    y = y.clone()
+    way.add(layer, y, x)
+    return y
+
+
+def assert_same(ways: tuple[Additions, Additions], rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Both add the same in every layer; gives what."""
+    results = []
+    for layer, (inputs, columns) in LAYERS.items():
+        x = torch.randn(rows, inputs).to(DEVICE, dtype)
+        y = torch.randn(rows, columns[-1].offset + columns[-1].width).to(DEVICE, dtype)
+        result, expected = (added(way, layer, y, x) for way in ways)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03
+        assert torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=10 * tolerance)
+        results.append((result - y).flatten())
+    return torch.cat(results)
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way is plain products of matrices."""
+    monkeypatch.setattr(addition.native, "kernels", lambda dtype: None)
+
+
+def weights_of(kinds: list[str], rungs: int, rng: np.random.Generator) -> np.ndarray:
+    weights = np.zeros((len(kinds), rungs), np.float32)
+    for row, kind in zip(weights, kinds, strict=True):
+        first, second = rng.integers(0, rungs, 2)
+        share = {"whole": 1.0, "fading": 0.25, "scaled": 1.5, "off": 0.0}[kind]
+        row[first] += share
+        row[second] += 0.75 if kind == "fading" else 0.0
+    return weights
+
+
+@pytest.mark.parametrize("gain", [1e9, -1e9], ids=["never grouped", "always grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=10)  # the interpreter is slow
+@given(
+    tokens=st.lists(
+        st.tuples(st.sampled_from(["base", *RANKS]), st.sampled_from(["whole", "fading", "scaled", "off"])),
+        min_size=1,
+        max_size=24,
+    ),
+    padding=st.integers(0, 3),
+    alike=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_a_mixed_pass_adds_what_products_add(
+    gain: float, dtype: torch.dtype, tokens: list[tuple[str, str]], padding: int, alike: bool, seed: int
+) -> None:
+    ways = both(dtype)
+    for name, rank in RANKS.items():
+        for way in ways:
+            way.put(name, adapter(rank, RUNGS[name], rank))
+    rng, parts = np.random.default_rng(seed), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gating, "GROUPING_GAIN", gain)
+        for name, rungs in RUNGS.items():
+            rows = np.array([row for row, (owner, _) in enumerate(tokens) if owner == name])
+            if len(rows):
+                weights = weights_of(["whole" if alike else tokens[row][1] for row in rows], rungs, rng)
+                ranks = np.linspace(0, RANKS[name], rungs)
+                parts += parts_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
+    for way in ways:
+        way.begin(len(tokens))
+        way.plan(parts)
+    torch.manual_seed(seed)
+    assert_same(ways, len(tokens) + padding, dtype)
+
+
+def test_a_planner_s_passes_add_what_products_add() -> None:
+    ways = both()
+    planner = Planner(50)
+    for name, config in [("a", "lossless"), ("b", "balanced"), ("c", "compact")]:
+        plan = AdapterPlan(name, np.linspace(0, RANKS[name], RUNGS[name]))
+        planner.open(f"request of {name}", name, plan, ChunkWiseConfig.preset(config), [1, 2])
+        for way in ways:
+            way.put(name, adapter(RANKS[name], RUNGS[name]))
+    position, rng = 0, np.random.default_rng(0)
+    for count in (12, 1, 1, 1):  # a prompt, then decode
+        names = ["request of a", "base", "request of b", "request of c"]
+        ids = rng.integers(0, 50, 4 * count).tolist()
+        parts = planner.plan([Scheduled(name, position, count) for name in names], lambda ids=ids: ids)
+        for way in ways:
+            way.begin(4 * count)
+            way.plan(parts)
+        assert assert_same(ways, 4 * count).any()
+        position += count
+
+
+def planned(ways: tuple[Additions, ...], parts: list[Part], tokens: int) -> None:
+    for way in ways:
+        way.begin(tokens)
+        way.plan(parts)
+
+
+def test_adapters_come_and_go() -> None:
+    ways = triton, _ = both(adapters=2)
+    parts = [Part(name, 0, None, torch.tensor([row])) for row, name in enumerate(["a", "b", "c"])]
+
+    def put(name: str, seed: int = 0) -> None:
+        for way in ways:
+            way.put(name, adapter(5, 1, seed))
+
+    def drop(name: str) -> None:
+        for way in ways:
+            way.drop(name)
+
+    empty = {name: table.nbytes for name, table in triton.tables.items()}
+    for change in [
+        lambda: put("a"),
+        lambda: put("b", 2),
+        lambda: put("a", 1),  # in its own place, without the second layer
+        lambda: drop("a"),
+        lambda: drop("a"),
+        lambda: put("c", 4),
+        lambda: drop("b"),
+        lambda: put("a", 6),
+    ]:
+        change()
+        planned(ways, parts, 4)  # the same list, as from a planner whose plans are constant
+        assert assert_same(ways, 4).any()
+        assert triton.adapters.keys() == ways[1].adapters.keys()
+    drop("a")
+    drop("c")
+    assert {name: table.nbytes for name, table in triton.tables.items()} == empty
+    planned(ways, parts, 4)
+    assert not assert_same(ways, 4).any()
+
+
+def test_an_adapter_takes_memory_of_its_own_rank() -> None:
+    triton, _ = both()
+    before = sum(table.nbytes for table in triton.tables.values())
+    for name, rank in RANKS.items():
+        modules = adapter(rank, RUNGS[name])
+        triton.put(name, modules)
+        numbers = sum(one.rank * one.cost for of_layer in modules.values() for one in of_layer if one)
+        after = sum(table.nbytes for table in triton.tables.values())
+        assert after - before == 4 * numbers
+        before = after
+
+
+@pytest.mark.parametrize(("rank", "rungs"), [(FIRST_RANK + 1, 2), (4 * FIRST_RANK, 2), (8, FIRST_RUNGS + 1), (80, 70)])
+def test_an_adapter_may_outgrow_the_others(rank: int, rungs: int) -> None:
+    ways = both()
+    for name, its_rank, its_rungs in [("a", 3, 2), ("b", rank, rungs), ("c", 7, 5)]:
+        for way in ways:
+            way.put(name, adapter(its_rank, its_rungs))
+        parts = [
+            Part("a", 1, None, torch.tensor([1])),
+            Part("b", rungs - 1, None, torch.tensor([2])),
+            Part("b", 1, None, torch.tensor([3])),
+            Part("c", 4, None, torch.tensor([4])),
+        ]
+        planned(ways, parts[: {"a": 1, "b": 3, "c": 4}[name]], 5)
+        assert assert_same(ways, 5).any()
+
+
+def test_a_schedule_is_refilled_only_when_parts_or_tokens_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, _ = both()
+    triton.put("a", adapter(3, 1))
+    sizes: list[int] = []
+    update = triton._schedule.update
+
+    def count(slots: Any, weights: Any) -> None:
+        sizes.append(len(slots))
+        update(slots, weights)
+
+    monkeypatch.setattr(triton._schedule, "update", count)
+    parts, others = [Part("a", 0)], [Part("a", 0)]
+    for passed, tokens in [(parts, 2), (parts, 2), ([], 2), (parts, 2), (parts, 3), (others, 3), (others, 3)]:
+        planned((triton,), passed, tokens)
+    assert sizes == [2, 3, 3]
+
+
+def test_until_it_is_planned_a_pass_adds_nothing() -> None:
+    ways = both()
+    for way in ways:
+        way.put("a", adapter(3, 1))
+    planned(ways, [Part("a", 0)], 3)
+    assert assert_same(ways, 3).any()
+    for way in ways:
+        way.begin(3)
+    assert not assert_same(ways, 3).any()
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_layer_may_compute_in_another_type(x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+    ways = both(torch.bfloat16)
+    for way in ways:
+        way.put("a", adapter(3, 1))
+    planned(ways, [Part("a", 0)], 3)
+    x, y = torch.randn(72, 4).T.to(DEVICE, x_dtype), torch.randn(4, 40).to(DEVICE, y_dtype)
+    result, expected = (added(way, "down", y, x) for way in ways)
+    assert torch.equal(result[3], y[3]), "padding"
+    assert not torch.equal(result, y)
+    assert torch.allclose(result, expected, atol=0.05)

@@ -1,0 +1,192 @@
+"""Engines of vLLM that the tests share: in this process with the plug-in, in another one without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chunkwise_lora import embedded
+from chunkwise_lora.engines.vllm.planner import PlannedRequest
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+)
+
+WIKI, E2E = (str(embedded.ADAPTERS[name]) for name in ("wiki", "e2e"))
+PROMPTS = [
+    " = Karsund = \n \n Karsund is a town",
+    "name[The Eagle], eatType[coffee shop], food[Japanese] =>",
+    "The king said to his daughter that",
+    " = Battle of the river = \n \n The battle was fought in",
+]
+BLOCK = 32
+OPTIONS: dict[str, Any] = {
+    "model": str(embedded.BASE),
+    "dtype": "float32",
+    "max_model_len": 512,
+    "enforce_eager": True,
+    "enable_lora": True,
+    "max_loras": 8,
+    "max_cpu_loras": 16,
+    "max_lora_rank": 64,
+    "max_num_seqs": 8,
+    "block_size": BLOCK,
+    "seed": 0,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder needs vLLM."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _triton_as_it_is() -> Iterator[None]:
+    """vLLM and its processes are not to run in Triton's interpreter, as the kernels' own tests may."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
+
+
+class Engine:
+    """An engine of vLLM, and what was planned in it."""
+
+    def __init__(self, **options: Any) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**{**OPTIONS, **options})
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+        self.planner = self.runner.chunkwise.planner
+        self.ids: dict[str, int] = {}
+        self.plans: dict[str, PlannedRequest] = {}
+        """Of every request that has ended, by the id given to it."""
+        forget = self.planner.forget
+
+        def remember(requests: Sequence[str]) -> None:
+            for request in requests:
+                if request in self.planner._requests:
+                    self.plans[request.rpartition("-")[0]] = self.planner._requests[request]
+            forget(requests)
+
+        self.planner.forget = remember
+
+    def adapter(self, path: str | Path | None) -> Any:
+        """The LoRARequest of an adapter; None for the base model."""
+        from vllm.lora.request import LoRARequest
+
+        if path is None:
+            return None
+        number = self.ids.setdefault(str(path), len(self.ids) + 1)
+        return LoRARequest(f"adapter-{number}", number, str(path))
+
+    def params(self, tokens: int, **extra: Any) -> Any:
+        """Greedy sampling of so many tokens; `extra` are the request's extra arguments."""
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra or None)
+
+    def greedy(
+        self, prompts: Sequence[Any], adapters: Sequence[str | Path | None], tokens: int = 64, **extra: Any
+    ) -> list[list[int]]:
+        """New tokens of a batch in which every prompt has an adapter or the base model."""
+        outputs = self.llm.generate(
+            prompts, self.params(tokens, **extra), lora_request=[self.adapter(one) for one in adapters], use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def add(self, request: str, prompt: Any, adapter: str | Path | None, tokens: int, **extra: Any) -> None:
+        """Queue a request, to be run by `step`."""
+        self.llm.llm_engine.add_request(
+            request, prompt, self.params(tokens, **extra), lora_request=self.adapter(adapter)
+        )
+
+    def step(self) -> dict[str, list[int]]:
+        """One pass; gives the requests that it finished."""
+        outputs = self.llm.llm_engine.step()
+        return {one.request_id: list(one.outputs[0].token_ids) for one in outputs if one.finished}
+
+    def run(self) -> dict[str, list[int]]:
+        """Passes until nothing is left to do."""
+        finished: dict[str, list[int]] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            finished |= self.step()
+        self.settle()
+        return finished
+
+    def settle(self) -> None:
+        """vLLM tells workers of the last requests' end in one more pass."""
+        while self.core.scheduler.has_finished_requests():
+            self.core.step()
+
+    def close(self) -> None:
+        """Make room for another engine."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        del self.llm, self.core, self.runner, self.planner
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def new_engine() -> Iterator[Callable[..., Engine]]:
+    """Make an engine, closing the one before it."""
+    engines: list[Engine] = []
+
+    def make(**options: Any) -> Engine:
+        for old in engines:
+            old.close()
+        engines[:] = [Engine(**options)]
+        return engines[0]
+
+    yield make
+    for old in engines:
+        old.close()
+
+
+@pytest.fixture(scope="module")
+def engine(new_engine: Callable[..., Engine]) -> Engine:
+    """The engine that the tests of a module share."""
+    return new_engine()
+
+
+OWN_LORA = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+options, prompts, adapters, tokens = json.load(sys.stdin)
+llm = LLM(**options)
+ids = {path: number for number, path in enumerate(sorted({*filter(None, adapters)}), 1)}
+requests = [path and LoRARequest(path, ids[path], path) for path in adapters]
+params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+from chunkwise_lora.engines.vllm import plugin
+assert not plugin._registered
+print("\\n" + json.dumps([list(one.outputs[0].token_ids) for one in outputs]))
+"""
+
+
+def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int = 64) -> list[list[int]]:
+    """What vLLM's own LoRA gives, in a process whose plug-in is switched off."""
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_LORA],
+        input=json.dumps([{**OPTIONS, "max_loras": 2, "max_lora_rank": 16}, prompts, adapters, tokens]),
+        env={**os.environ, "CHUNKWISE_VLLM": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])

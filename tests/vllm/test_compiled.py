@@ -1,0 +1,71 @@
+"""Compiled and sharded models give the tokens of plain ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import E2E, OPTIONS, PROMPTS, WIKI, Engine
+
+MIXED = [WIKI, E2E, None, WIKI]
+SHARDED = """
+import json, sys
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    options, prompts, adapters = json.load(sys.stdin)
+    llm = LLM(**options, tensor_parallel_size=2)
+    requests = [path and LoRARequest(path, 1 + (path == adapters[0]), path) for path in adapters]
+    extra = {"chunkwise_preset": "balanced"}
+    params = [
+        SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=path and extra) for path in adapters
+    ]
+    outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+    print("\\n" + json.dumps([list(one.outputs[0].token_ids) for one in outputs]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(new_engine: Callable[..., Engine]) -> dict[str, list[int]]:
+    """What a plain engine gives to a mixed batch."""
+    return balanced(new_engine())
+
+
+def balanced(engine: Engine) -> dict[str, list[int]]:
+    for number, (prompt, adapter) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+        engine.add(str(number), prompt, adapter, 16, **({"chunkwise_preset": "balanced"} if adapter else {}))
+    return engine.run()
+
+
+def test_no_plan_is_compiled_in(
+    plain: dict[str, list[int]], new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CHUNKWISE_INDUCTOR=1 compiles for real; by default the model is only traced, which takes seconds, not minutes."""
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "0" if os.environ.get("CHUNKWISE_INDUCTOR") == "1" else "1")
+    engine = new_engine(enforce_eager=False)
+    assert engine.llm.llm_engine.vllm_config.compilation_config.mode != 0
+    assert balanced(engine) == plain
+    assert engine.greedy(PROMPTS, MIXED, 8) != engine.greedy(PROMPTS, [None] * 4, 8)
+    assert balanced(engine) == plain
+
+
+def test_two_ranks_give_the_tokens_of_one(plain: dict[str, list[int]], tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"  # a file, since workers start by importing it
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps([OPTIONS, PROMPTS, MIXED]),
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("[["))
+    assert json.loads(line) == [plain[str(number)] for number in range(len(PROMPTS))]

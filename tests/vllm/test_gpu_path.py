@@ -1,0 +1,59 @@
+"""What layers add on a GPU gives the tokens of what they add elsewhere. Without a GPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from chunkwise_lora.engines.vllm.addition import PartAdditions
+from conftest import E2E, OPTIONS, WIKI, Engine
+
+PROMPTS, ADAPTERS, TOKENS = ["The king", "name[The Eagle]", "He said"], [WIKI, E2E, None], 3
+TRITON = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from chunkwise_lora.engines.vllm import manager
+from chunkwise_lora.engines.vllm.triton_addition import TritonAdditions
+manager.additions_on = TritonAdditions
+options, prompts, adapters, tokens = json.load(sys.stdin)
+llm = LLM(**options)
+requests = [path and LoRARequest(path, 1 + number, path) for number, path in enumerate(adapters)]
+params = [
+    SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True,
+                   extra_args=path and {"chunkwise_preset": "balanced"})
+    for path in adapters
+]
+outputs = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+print("\\n" + json.dumps([list(one.outputs[0].token_ids) for one in outputs]))
+"""
+
+
+def test_triton_gives_the_tokens_of_products(
+    new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON],
+        input=json.dumps([OPTIONS, PROMPTS, ADAPTERS, TOKENS]),
+        env={**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    from chunkwise_lora.engines.vllm import manager
+
+    monkeypatch.setattr(manager, "additions_on", lambda device, dtype, *_: PartAdditions(device, dtype))
+    engine = new_engine()
+    for number, (prompt, adapter) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
+        engine.add(str(number), prompt, adapter, TOKENS, **({"chunkwise_preset": "balanced"} if adapter else {}))
+    expected = engine.run()
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected[str(number)] for number in range(len(PROMPTS))]

@@ -1,0 +1,210 @@
+"""What the plug-in refuses, leaves alone and switches off, and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from chunkwise_lora import EngineError, LadderError, RankLadder, embedded
+from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
+from chunkwise_lora.evaluation.shapes import random_adapter
+from conftest import OPTIONS, PROMPTS, WIKI, Engine
+
+
+def patched_names() -> list[Any]:
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    return [InputProcessor.process_inputs, LoRAModelRunnerMixin.load_lora_model]
+
+
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.chunkwise")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    return seen
+
+
+def test_an_unknown_version_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = patched_names(), messages(monkeypatch)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setattr("vllm.__version__", "0.99.0+cpu")
+    plugin.register()
+    assert patched_names() == before
+    assert not plugin._registered
+    assert "knows vLLM 0.32.0, not 0.99.0, and leaves it as it is" in seen[0]
+
+
+def test_a_vllm_without_a_part_that_is_needed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = patched_names(), messages(monkeypatch)
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.delattr("vllm.v1.core.kv_cache_utils._gen_prompt_embeds_extra_hash_keys")
+    plugin.register()
+    assert patched_names() == before
+    assert "leaves it as it is" in seen[0]
+
+
+def test_a_second_call_changes_nothing(engine: Engine) -> None:
+    before = patched_names()
+    plugin.register()
+    assert patched_names() == before
+
+
+def test_the_switch_leaves_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = patched_names()
+    monkeypatch.setattr(plugin, "_registered", False)
+    monkeypatch.setenv("CHUNKWISE_VLLM", "0")
+    plugin.register()
+    assert patched_names() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, enable_dbo=False)}, "pipeline parallelism"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_dbo=True)}, "dual-batch overlap"),
+        (
+            {"lora_config": SimpleNamespace(fully_sharded_loras=True, enable_tower_connector_lora=False)},
+            "fully_sharded_loras",
+        ),
+        ({"use_v2_model_runner": True}, "Model Runner V2"),
+    ],
+)
+def test_what_ladders_cannot_run_with_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
+    config: Any = SimpleNamespace(
+        lora_config=SimpleNamespace(fully_sharded_loras=False, enable_tower_connector_lora=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False),
+        speculative_config=None,
+        use_v2_model_runner=False,
+        additional_config={},
+    )
+    vars(config).update(changes)
+    with pytest.raises(EngineError, match=f"{says}.*CHUNKWISE_VLLM=0"):
+        frontend.prepare(config)
+
+
+def test_the_environment_is_settled_for_all_processes(engine: Engine) -> None:
+    config = engine.llm.llm_engine.vllm_config
+    assert settings.of_server(config.additional_config) == settings.Choice()
+    assert settings.KEY in config.additional_config
+
+
+def copy_adapter(folder: Path, **changes: Any) -> Path:
+    """The `wiki` adapter with another config."""
+    for file in Path(WIKI).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"use_dora": True}, "use_dora is set; DoRA is not supported"),
+        ({"r": 8}, "says rank 8"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused_before_the_engine_sees_it(
+    engine: Engine, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        engine.greedy(PROMPTS[:1], [copy_adapter(tmp_path, **changes)], 4)
+    assert engine.greedy(PROMPTS[:1], [WIKI], 4)
+
+
+def test_a_ladder_of_another_base_is_refused_by_name_and_shape(engine: Engine, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(embedded.BASE)
+    config.hidden_size, config.num_hidden_layers = 128, 1
+    narrow = random_adapter(config, 4, tmp_path / "narrow")
+    with pytest.raises(LadderError, match=r"qkv_proj takes 128 inputs .* 256 to 256 in the model"):
+        engine.llm.llm_engine.add_lora(engine.adapter(narrow))
+    config.hidden_size, config.num_hidden_layers = 256, 7
+    with pytest.raises(LadderError, match=r"adapts model\.layers\.6.* no linear layer"):
+        engine.llm.llm_engine.add_lora(engine.adapter(random_adapter(config, 4, tmp_path / "deep")))
+    assert engine.greedy(PROMPTS[:1], [WIKI], 4)
+
+
+def test_what_vllms_cache_cannot_do_is_said_once_per_ladder(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chunkwise_lora import ChunkWiseConfig
+
+    seen = messages(monkeypatch)
+    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
+    ChunkWiseConfig.preset("compact").save_pretrained(tmp_path)
+    for _ in range(2):
+        engine.greedy(PROMPTS[:1], [tmp_path], 2)
+    (said,) = seen
+    for undone in ("int8", "near-duplicate", "far past"):
+        assert undone in said
+
+
+def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engine, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(embedded.BASE)
+    ranks = [4, 8, 12, 16, 24, 32, 48, 64]
+    manager = engine.runner.lora_manager.ladders
+    requests = [engine.adapter(random_adapter(config, rank, tmp_path / str(rank))) for rank in ranks]
+    for request in requests:
+        engine.llm.llm_engine.add_lora(request)
+    loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
+    held = {  # by storage, so that what a layer shares with its loaded ladder counts once
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for layers in manager.additions.ladders.values()
+        for ladder in layers.values()
+        for _, factors in ladder.slices
+        for tensor in factors.slices[-1]
+    } | {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for ladder in loaded
+        for modules in ladder.modules.values()
+        for module in modules
+        for tensor in (module.up, module.down)
+    }
+    taken = sum(held.values())
+    assert taken == sum(ladder.nbytes for ladder in loaded)
+    padded = sum(
+        len(ranks) * stacked[0].numel() * stacked.element_size()
+        for module in manager.modules.values()
+        for pair in zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+        for stacked in (torch.empty(1, *one.shape[1:], dtype=one.dtype) for one in pair)
+    )
+    assert taken / padded == pytest.approx(sum(ranks) / (64 * len(ranks)))
+    assert taken < 0.5 * padded
+    for request in requests:
+        engine.llm.llm_engine.remove_lora(request.lora_int_id)
+    assert not manager.additions.adapters.keys() & {str(one.lora_int_id) for one in requests}
+
+
+def test_a_check_is_made_anew_only_when_files_change(tmp_path: Path) -> None:
+    loading._check.cache_clear()
+    server = settings.Choice()
+    for _ in range(2):
+        loading.check(str(copy_adapter(tmp_path)) if not list(tmp_path.iterdir()) else str(tmp_path), server)
+    assert loading._check.cache_info()[:2] == (1, 1)
+
+
+def test_without_lora_vllm_is_as_before(new_engine: Callable[..., Engine]) -> None:
+    """Last, since it takes the module's engine's place."""
+    from vllm import LLM, SamplingParams
+
+    expected = new_engine().greedy(PROMPTS, [None] * 4, 16)
+    llm = LLM(**{name: value for name, value in OPTIONS.items() if "lora" not in name})
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    assert not hasattr(runner, "chunkwise")
+    assert "chunkwise" not in llm.llm_engine.vllm_config.additional_config
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [list(one.outputs[0].token_ids) for one in outputs] == expected

@@ -1,0 +1,217 @@
+"""Overrides, the prefix cache, pieces, preemption, abort: whatever vLLM does with a request, its plan stays its own."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
+from chunkwise_lora.engines.vllm import settings
+from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine
+
+LONG = embedded.HELD_TEXT.read_text(encoding="utf-8")[:900]
+
+
+def ranks(engine: Engine, request: str) -> np.ndarray:
+    plan = engine.plans[request]
+    weights = plan.weights if plan.constant is None else plan.constant
+    return weights @ plan.adapter.rung_ranks
+
+
+def test_a_request_may_ask_for_a_preset_or_a_mean_rank(engine: Engine) -> None:
+    engine.add("default", PROMPTS[0], WIKI, 8)
+    engine.add("half", PROMPTS[0], WIKI, 8, chunkwise_mean_rank=0.5)
+    engine.add("balanced", PROMPTS[0], WIKI, 8, chunkwise_preset="balanced")
+    engine.run()
+    assert set(ranks(engine, "default")) == {16.0}
+    assert set(ranks(engine, "half")) == {8.0}
+    assert 8 < ranks(engine, "balanced").mean() < 16
+
+
+def test_a_request_at_rank_0_is_the_base_model(engine: Engine) -> None:
+    assert engine.greedy(PROMPTS, [E2E] * 4, 16, chunkwise_mean_rank=0.0) == engine.greedy(PROMPTS, [None] * 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"chunkwise_preset": "fast"}, "preset 'fast' is unknown; choose one of lossless, balanced, compact"),
+        ({"chunkwise_mean_rank": 2}, "mean_rank"),
+        ({"chunkwise_mean_rank": "half"}, "mean_rank"),
+        ({"chunkwise_rank": 4}, "unknown chunkwise_rank"),
+        ({"chunkwise_preset": "lossless", "chunkwise_mean_rank": 0.5}, "not several"),
+    ],
+)
+def test_an_impossible_override_is_refused(engine: Engine, extra: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        engine.greedy(PROMPTS[:1], [WIKI], 4, **extra)
+    assert engine.greedy(PROMPTS[:1], [WIKI], 4)
+
+
+def test_an_override_without_an_adapter_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="names no adapter"):
+        engine.greedy(PROMPTS[:1], [None], 4, chunkwise_preset="balanced")
+
+
+def test_a_damaged_ladder_is_refused_and_the_engine_lives(engine: Engine, tmp_path: Path) -> None:
+    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
+    tensors = next(tmp_path.glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"was cut off or altered"):
+        engine.greedy(PROMPTS[:1], [tmp_path], 4)
+    assert engine.greedy(PROMPTS[:1], [WIKI], 4)
+
+
+def test_the_config_beside_a_ladder_is_its_default(engine: Engine, tmp_path: Path) -> None:
+    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
+    ChunkWiseConfig.uniform(0.25).save_pretrained(tmp_path)
+    engine.add("quarter", PROMPTS[0], tmp_path, 4)
+    engine.run()
+    assert set(ranks(engine, "quarter")) == {4.0}
+
+
+def cached_tokens(engine: Engine, prompt: Any, tokens: int = 4, **extra: Any) -> tuple[int, list[int]]:
+    """How many prompt tokens were found in the prefix cache, and what was generated."""
+    output = engine.llm.generate(
+        prompt, engine.params(tokens, **extra), lora_request=engine.adapter(WIKI), use_tqdm=False
+    )[0]
+    return output.num_cached_tokens, list(output.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize("first", ["lossless", "balanced"])
+def test_kv_of_one_plan_is_not_found_by_another(engine: Engine, first: str) -> None:
+    engine.llm.reset_prefix_cache()
+    second = {"lossless": "balanced", "balanced": "lossless"}[first]
+    expected = cached_tokens(engine, LONG, chunkwise_preset=first)
+    assert expected[0] == 0
+    assert cached_tokens(engine, LONG, chunkwise_preset=second)[0] == 0
+    found, tokens = cached_tokens(engine, LONG, chunkwise_preset=first)
+    assert found >= BLOCK
+    assert tokens == expected[1]
+
+
+@pytest.mark.parametrize(("preset", "is_shared"), [("lossless", True), ("balanced", False)])
+def test_kv_of_generated_tokens_is_shared_only_if_no_entropy_made_it(
+    engine: Engine, preset: str, is_shared: bool
+) -> None:
+    engine.llm.reset_prefix_cache()
+    prompt = engine.llm.get_tokenizer()(LONG).input_ids[:40]
+    _, answer = cached_tokens(engine, {"prompt_token_ids": prompt}, 3 * BLOCK, chunkwise_preset=preset)
+    further = {"prompt_token_ids": prompt + answer}
+    found, tokens = cached_tokens(engine, further, chunkwise_preset=preset)
+    assert found == (len(prompt + answer) // BLOCK * BLOCK if is_shared else BLOCK)
+    engine.llm.reset_prefix_cache()
+    assert cached_tokens(engine, further, chunkwise_preset=preset) == (0, tokens)
+
+
+def test_a_prefix_found_in_the_cache_is_fed_to_the_scheduler(engine: Engine) -> None:
+    engine.llm.reset_prefix_cache()
+    for request in ("cold", "warm"):
+        engine.add(request, LONG, WIKI, 8, chunkwise_preset="balanced")
+        engine.run()
+    assert np.array_equal(engine.plans["cold"].weights, engine.plans["warm"].weights)
+
+
+def test_an_aborted_request_leaves_nothing(engine: Engine) -> None:
+    for number in range(4):
+        engine.add(f"abort{number}", PROMPTS[number], [WIKI, E2E][number % 2], 64, chunkwise_preset="balanced")
+    for _ in range(3):
+        engine.step()
+    assert len(engine.planner) == 4
+    engine.llm.llm_engine.abort_request(["abort0", "abort3"])
+    finished = engine.run()
+    assert finished.keys() == {"abort1", "abort2"}
+    assert len(engine.planner) == 0
+
+
+@pytest.fixture(scope="module")
+def pressed(new_engine: Callable[..., Engine]) -> Engine:
+    """An engine that takes prompts in pieces and runs out of KV space."""
+    return new_engine(max_num_batched_tokens=64, num_gpu_blocks_override=24)
+
+
+def preemptions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    scheduler, seen = engine.core.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def note(request: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(request.request_id)
+        return preempt(request, *rest, **options)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", note)
+    return seen
+
+
+def test_pieces_and_preemption_leave_plan_and_tokens_alone(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = pressed.llm.get_tokenizer()(LONG).input_ids
+    prompts = [{"prompt_token_ids": ids[start : start + 100]} for start in range(0, 80, 10)]
+    alone: dict[str, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        pressed.add(f"alone{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
+        alone |= pressed.run()
+    pressed.llm.reset_prefix_cache()
+    seen = preemptions(pressed, monkeypatch)
+    for number, prompt in enumerate(prompts):
+        pressed.add(f"together{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
+    together = pressed.run()
+    assert seen
+    for number in range(len(prompts)):
+        assert together[f"together{number}"] == alone[f"alone{number}"]
+        plans = [pressed.plans[f"{how}{number}"].weights for how in ("alone", "together")]
+        assert np.array_equal(*plans)
+    assert len(pressed.planner) == 0
+
+
+def test_soak(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CHUNKWISE_SOAK gives the number of requests."""
+    chance = random.Random(0)
+    ids = pressed.llm.get_tokenizer()(LONG).input_ids
+    kinds = [
+        ({"prompt_token_ids": ids[start : start + length]}, adapter, tokens)
+        for start, length, adapter, tokens in [
+            (0, 120, WIKI, 24),
+            (40, 150, E2E, 16),
+            (5, 60, None, 40),
+            (70, 100, WIKI, 60),
+            (20, 33, E2E, 48),
+            (90, 110, WIKI, 8),
+        ]
+    ]
+    expected = [pressed.greedy([prompt], [adapter], tokens)[0] for prompt, adapter, tokens in kinds]
+    pressed.llm.reset_prefix_cache()
+    seen = preemptions(pressed, monkeypatch)
+    wanted = int(os.environ.get("CHUNKWISE_SOAK", "60"))
+    waiting: dict[str, int] = {}
+    given: dict[str, list[int]] = {}
+    added = aborted = 0
+    while added < wanted or waiting:
+        while added < wanted and len(waiting) < 16:
+            kind = chance.randrange(len(kinds))
+            pressed.add(f"soak{added}", *kinds[kind])
+            waiting[f"soak{added}"] = kind
+            added += 1
+        if chance.random() < 0.03:
+            victim = chance.choice(list(waiting))
+            pressed.llm.llm_engine.abort_request([victim])
+            del waiting[victim]
+            aborted += 1
+        for request, tokens in pressed.step().items():
+            assert tokens == expected[waiting.pop(request)]
+            given[request] = tokens
+    pressed.settle()
+    assert aborted and seen and len(given) + aborted == wanted
+    assert len(pressed.planner) == 0
+    assert not pressed.runner.requests
+
+
+def test_the_salt_of_a_plan_reading_entropies_is_private() -> None:
+    lossless, balanced = (ChunkWiseConfig.preset(name) for name in ("lossless", "balanced"))
+    assert settings.salt(lossless) is None
+    assert settings.salt(balanced).endswith(settings.PRIVATE)
+    assert not settings.salt(ChunkWiseConfig.uniform(0.5)).endswith(settings.PRIVATE)
