@@ -227,9 +227,9 @@ class Planner:
             offset = end
         parts, tallies = [], {}
         for adapter_id, (adapter, of_requests, rows) in adapters.items():
-            weights, where = np.concatenate(of_requests), np.concatenate(rows)
-            parts += parts_of(adapter_id, weights, adapter.rung_ranks, None if len(where) == offset else where)
-            tallies[adapter.name] = Tally.of(weights, adapter.rung_ranks)
+            planned, where = np.concatenate(of_requests), np.concatenate(rows)
+            parts += parts_of(adapter_id, planned, adapter.rung_ranks, None if len(where) == offset else where)
+            tallies[adapter.name] = Tally.of(planned, adapter.rung_ranks)
         return parts, tallies
 
 
