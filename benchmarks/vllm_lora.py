@@ -66,9 +66,8 @@ class Engine:
 
     def add(self, tokens: int, prompt: int, seed: int, adapter: Path | None = None, preset: str | None = None) -> None:
         """Queue a request of random tokens."""
-        from vllm.lora.request import LoRARequest
-
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         ids = random.Random(seed).choices(range(self._vocabulary), k=prompt)
         extra = {"chunkwise_preset": preset} if preset else None
