@@ -10,7 +10,7 @@ test: check  ## Lint, types and tests
 	$(BIN)/pytest
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
-	$(BIN)/pytest -m vllm tests/vllm
+	$(BIN)/pytest -m vllm tests/vllm_engine
 
 check: .venv/ready
 	$(BIN)/ruff check .

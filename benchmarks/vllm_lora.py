@@ -66,9 +66,8 @@ class Engine:
 
     def add(self, tokens: int, prompt: int, seed: int, adapter: Path | None = None, preset: str | None = None) -> None:
         """Queue a request of random tokens."""
-        from vllm.lora.request import LoRARequest
-
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         ids = random.Random(seed).choices(range(self._vocabulary), k=prompt)
         extra = {"chunkwise_preset": preset} if preset else None
@@ -91,10 +90,12 @@ class Engine:
         return time.perf_counter() - begun
 
 
-def contestants(
-    folder: Path, options: argparse.Namespace
-) -> tuple[dict[str, tuple[Engine, Path | None, str | None]], list[Path]]:
-    """By name: an engine, its adapter and its preset; and all adapters."""
+Contestants = dict[str, tuple[Engine, Path | None, str | None]]
+"""By name: an engine, its adapter and its preset."""
+
+
+def contestants(folder: Path, options: argparse.Namespace) -> tuple[Contestants, list[Path]]:
+    """Who competes, and all adapters."""
     from chunkwise_lora.engines.vllm import plugin
     from chunkwise_lora.evaluation.shapes import SHAPES, random_adapter
 
@@ -105,7 +106,7 @@ def contestants(
     lora = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": max(8, options.rank)}
     model = folder / "model"
     os.environ["CHUNKWISE_VLLM"] = "0"
-    engines: dict[str, tuple[Engine, Path | None, str | None]] = {"base": (Engine(model, options), None, None)}
+    engines: Contestants = {"base": (Engine(model, options), None, None)}
     if "own" not in options.without:
         engines["vLLM's LoRA"] = (Engine(model, options, **lora), adapters[0], None)
     del os.environ["CHUNKWISE_VLLM"]
@@ -120,7 +121,7 @@ def contestants(
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
     engines, adapters = contestants(folder, options)
-    figures: dict[str, Any] = {"decode": {}, "prefill": {}, "tokens_per_second": {}}
+    figures: dict[str, Any] = {}
     # Two presets share an engine, so each runs its request to the end before the next begins.
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     planning: dict[str, list[float]] = {}
@@ -147,14 +148,23 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if turn >= 0:
                 seconds[name].append(taken)
     figures["prefill"] = seconds
-    for _ in range(options.throughput_rounds):
+    figures["tokens_per_second"] = throughput(engines, adapters, options.throughput_rounds)
+    return figures
+
+
+def throughput(engines: Contestants, adapters: list[Path], rounds: int) -> dict[str, list[float]]:
+    """New tokens per second of several requests at once, over several adapters."""
+    rates: dict[str, list[float]] = {}
+    for turn in range(-1, rounds):  # the first loads the adapters
         for name, (engine, adapter, preset) in engines.items():
             if name == "base, plug-in loaded":
                 continue
             for number in range(CONCURRENT):
                 engine.add(16, 32, number, adapter and adapters[number % ADAPTERS], preset)
-            figures["tokens_per_second"].setdefault(name, []).append(CONCURRENT * 16 / engine.drain())
-    return figures
+            taken = engine.drain()
+            if turn >= 0:
+                rates.setdefault(name, []).append(CONCURRENT * 16 / taken)
+    return rates
 
 
 def report(figures: dict[str, Any]) -> None:

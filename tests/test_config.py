@@ -23,6 +23,7 @@ from chunkwise_lora.config import (
     LevelKVPolicy,
     SelectionConfig,
 )
+from chunkwise_lora.engines.vllm.settings import Choice
 
 NAN, INFINITY = float("nan"), float("inf")
 NOT_A_WEIGHT = (-0.1, 1e7, NAN, INFINITY, "high", None)
@@ -75,6 +76,11 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
         "int8": (2, "perhaps", None),
         "seed": (-1, 2.5, "lucky", None),
+    },
+    Choice: {
+        "preset": ("fast", "", 3),
+        "mean_rank": (-0.1, 1.1, NAN, INFINITY, "half"),
+        "config": (),  # refused by its own name
     },
 }
 CASES = [

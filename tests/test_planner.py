@@ -209,7 +209,7 @@ def test_a_server_may_give_all_knobs() -> None:
 @pytest.mark.parametrize(
     ("additional", "says"),
     [
-        ({"chunkwise": {"preset": "fast"}}, r"--additional-config, 'chunkwise': preset 'fast' is unknown"),
+        ({"chunkwise": {"preset": "fast"}}, r"--additional-config, 'chunkwise': Choice: preset = 'fast'"),
         ({"chunkwise": {"speed": 1}}, r"speed"),
         ({"chunkwise": {"preset": "compact", "mean_rank": 0.5}}, r"not several"),
         ({"chunkwise": 3}, r"--additional-config"),

@@ -196,8 +196,11 @@ def _add_products(y: Tensor, x: Tensor, ladder: LayerLadder, part: Part) -> None
         hidden = nn.functional.linear(x, down)
         if part.weights is not None:
             hidden = (hidden * part.gates(factors)).to(x.dtype)
-        output = (hidden @ up).to(y.dtype)  # adding a wider one takes PyTorch twice as long
         target = y[:, columns.offset : columns.offset + columns.width]
+        if part.rows is None and hidden.dtype == y.dtype:
+            target.addmm_(hidden, up)
+            continue
+        output = (hidden @ up).to(y.dtype)  # adding a wider one takes PyTorch twice as long
         if part.rows is None:
             target += output
         else:

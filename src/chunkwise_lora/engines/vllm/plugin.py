@@ -22,9 +22,8 @@ def register() -> None:
     global _registered  # noqa: PLW0603
     if _registered or os.environ.get("CHUNKWISE_VLLM") == "0":
         return
-    from vllm.logger import init_logger
-
     import vllm
+    from vllm.logger import init_logger
 
     logger = init_logger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
     version = vllm.__version__.partition("+")[0]

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,7 +28,7 @@ PRIVATE = ":private"
 class Choice(Knobs):
     """One way to name a config, or none."""
 
-    preset: str | None = Field(None, description="`lossless`, `balanced` or `compact`.")
+    preset: Literal["lossless", "balanced", "compact"] | None = Field(None, description="A preset's name.")
     mean_rank: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Every token alike, at the rung nearest to this share of the full rank."
     )
@@ -37,9 +37,7 @@ class Choice(Knobs):
     @model_validator(mode="after")
     def _at_most_one(self) -> Self:
         if sum(value is not None for value in (self.preset, self.mean_rank, self.config)) > 1:
-            raise ConfigError("give one of preset, mean_rank and config, not several")
-        if self.preset is not None:
-            ChunkWiseConfig.preset(self.preset)
+            raise ConfigError("Choice: give one of preset, mean_rank and config, not several")
         return self
 
     @property

@@ -41,7 +41,7 @@ def test_a_request_at_rank_0_is_the_base_model(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"chunkwise_preset": "fast"}, "preset 'fast' is unknown; choose one of lossless, balanced, compact"),
+        ({"chunkwise_preset": "fast"}, "preset = 'fast': Input should be 'lossless', 'balanced' or 'compact'"),
         ({"chunkwise_mean_rank": 2}, "mean_rank"),
         ({"chunkwise_mean_rank": "half"}, "mean_rank"),
         ({"chunkwise_rank": 4}, "unknown chunkwise_rank"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 
 from chunkwise_lora import embedded
 from chunkwise_lora.engines.vllm.planner import PlannedRequest
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 os.environ.update(
     OMP_NUM_THREADS="1",
@@ -180,10 +184,13 @@ print("\\n" + json.dumps([list(one.outputs[0].token_ids) for one in outputs]))
 
 
 def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int = 64) -> list[list[int]]:
-    """What vLLM's own LoRA gives, in a process whose plug-in is switched off."""
+    """What vLLM's own LoRA gives, in a process whose plug-in is switched off.
+
+    It has more slots than adapters, since on a CPU a request without an adapter gets what the last slot holds.
+    """
     done = subprocess.run(
         [sys.executable, "-c", OWN_LORA],
-        input=json.dumps([{**OPTIONS, "max_loras": 2, "max_lora_rank": 16}, prompts, adapters, tokens]),
+        input=json.dumps([{**OPTIONS, "max_loras": 4, "max_lora_rank": 16}, prompts, adapters, tokens]),
         env={**os.environ, "CHUNKWISE_VLLM": "0"},
         capture_output=True,
         text=True,
