@@ -227,9 +227,7 @@ class CalibrationConfig(Knobs):
     )
     tokens: int = Field(160_000, ge=1, description="Most tokens of the text to use; more teach more about rare ids.")
     written: int = Field(
-        0,
-        ge=0,
-        description="Tokens to learn from beside the text, which the adapter writes itself, as much as is wanted.",
+        0, ge=0, description="Tokens beside the text to find the directions on, which the adapter writes itself."
     )
     block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
     rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")

@@ -125,15 +125,14 @@ def calibrate(
     fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
-    if pieces := knobs.written // length:
-        with ChunkWiseModel(model, ladder) as chunkwise:
-            own = written(chunkwise, fit, pieces, seed=knobs.seed, track=partial(track, description="writing text"))
-        fit = torch.cat([fit, own])[
-            torch.randperm(len(fit) + len(own), generator=torch.Generator().manual_seed(knobs.seed))
-        ]
-
     if not knobs.keep_directions:
-        ladder = _fisher_ladder(model, ladder, fit, knobs, batch, track)
+        lessons = fit
+        if pieces := knobs.written // length:
+            with ChunkWiseModel(model, ladder) as chunkwise:
+                own = written(chunkwise, fit, pieces, seed=knobs.seed, track=partial(track, description="writing text"))
+            shuffle = torch.Generator().manual_seed(knobs.seed)
+            lessons = torch.cat([fit, own])[torch.randperm(len(fit) + len(own), generator=shuffle)]
+        ladder = _fisher_ladder(model, ladder, lessons, knobs, batch, track)
     allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
     with ChunkWiseModel(model, ladder) as chunkwise:
         generator = np.random.default_rng(knobs.seed)
