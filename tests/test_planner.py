@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
 from chunkwise_lora.engines import native
 from chunkwise_lora.engines.gating import FEW_TOKENS, Part
 from chunkwise_lora.engines.vllm import addition, settings
-from chunkwise_lora.engines.vllm.addition import Columns, LayerLadder, PartAdditions, add_ladder
+from chunkwise_lora.engines.vllm.addition import Columns, PartAdditions
 from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
 from chunkwise_lora.ladder import LadderModule
 
@@ -117,8 +118,10 @@ def test_a_request_whose_adapter_is_replaced_is_planned_anew() -> None:
 # What a layer adds
 
 
-def modules_of(shapes: list[tuple[int, int]], width_in: int, rungs: list[list[int]]) -> list[LadderModule]:
-    generator = torch.Generator().manual_seed(0)
+def modules_of(
+    shapes: list[tuple[int, int]], width_in: int, rungs: list[list[int]], seed: int = 0
+) -> list[LadderModule]:
+    generator = torch.Generator().manual_seed(seed)
     return [
         LadderModule(
             torch.randn(width_out, rank, generator=generator),
@@ -132,34 +135,74 @@ def modules_of(shapes: list[tuple[int, int]], width_in: int, rungs: list[list[in
 
 @pytest.mark.parametrize("tokens", [1, 5, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["one rung", "a weight per rung"])
-@pytest.mark.parametrize("some", [False, True], ids=["all tokens", "some tokens"])
+@pytest.mark.parametrize("adapters", [0, 1, 3], ids=["all tokens", "some tokens", "several adapters"])
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_adds_the_gate_form_of_each_module(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, weighted: bool, some: bool, kernels: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, tokens: int, weighted: bool, adapters: int, kernels: bool, dtype: torch.dtype
 ) -> None:
     if not kernels:
         monkeypatch.setattr(addition.native, "kernels", lambda dtype: None)
     elif native.kernels(dtype) is None:
         pytest.skip("no C compiler here")
     width_in = 12
-    modules = modules_of([(8, 6), (300, 5), (4, 2)], width_in, [[0, 3, 6], [1, 1, 5], [0, 0, 2]])
-    columns = [Columns(0, 8), Columns(8, 300), Columns(310, 4)]
-    ladder = LayerLadder([*modules[:2], None, modules[2]], [*columns[:2], Columns(308, 2), columns[2]],
-                         torch.device("cpu"), dtype)  # fmt: skip
+    columns = [Columns(0, 8), Columns(8, 300), Columns(308, 2), Columns(310, 4)]
+    additions = PartAdditions(torch.device("cpu"), dtype)
+    additions.layer("layer", width_in, columns)
     x, y = torch.randn(tokens, width_in).to(dtype), torch.randn(tokens, 314).to(dtype)
-    rows = torch.arange(tokens) if not some else torch.arange(0, tokens, 2)
-    weights = torch.tensor([[0.0, 0.0, 1.0], [0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])[torch.arange(len(rows)) % 3]
-    given_weights = weights if weighted else torch.tensor([[0.0, 1.0, 0.0]]).expand(len(rows), 3)
     expected = y.float().clone()
-    for module, where in zip(modules, columns, strict=True):
-        gates = given_weights @ module.gate_table()
-        down, up = module.down.to(dtype).float(), module.up.to(dtype).float()
-        expected[rows, where.offset : where.offset + where.width] += (x[rows].float() @ down.T * gates) @ up.T
-    part = Part("1", 2 if weighted else 1, weights if weighted else None, rows if some else None)
-    add_ladder(y, x, ladder, part)
+    parts = [Part("not there", 0, None, torch.arange(tokens)[3::4])]
+    for number in range(max(1, adapters)):
+        q, k, v = modules_of([(8, 6), (300, 5), (4, 2)], width_in, [[0, 3, 6], [1, 1, 5], [0, 0, 2]], number)
+        of_layer = [q, k, None, v]
+        additions.put(str(number), {"layer": of_layer})
+        rows = torch.arange(tokens)[number :: 4 if adapters else 1].clone()
+        weights = torch.tensor([[0.0, 0.0, 1.0], [0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])[torch.arange(len(rows)) % 3]
+        given_weights = weights if weighted else torch.tensor([[0.0, 1.0, 0.0]]).expand(len(rows), 3)
+        for module, where in zip(of_layer, columns, strict=True):
+            if module is not None:
+                gates = given_weights @ module.gate_table()
+                down, up = module.down.to(dtype).float(), module.up.to(dtype).float()
+                expected[rows, where.offset : where.offset + where.width] += (x[rows].float() @ down.T * gates) @ up.T
+        if len(rows):
+            top, rows_given = 2 if weighted else 1, rows if adapters else None
+            parts.append(Part(str(number), top, weights if weighted else None, rows_given))
+    additions.begin(tokens)
+    additions.plan(parts)
+    additions.add("layer", y, x)
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     assert torch.allclose(y.float(), expected, atol=tolerance, rtol=tolerance / 5)
+
+
+@pytest.mark.parametrize("tokens", [2, FEW_TOKENS + 1])
+def test_adapters_that_come_and_go_add_what_the_pass_says(tokens: int) -> None:
+    modules = {name: modules_of([(8, 3)], 12, [[0, 3]], seed) for seed, name in enumerate("abc")}
+    additions = PartAdditions(torch.device("cpu"), torch.float32)
+    additions.layer("layer", 12, [Columns(0, 8)])
+    x = torch.randn(tokens, 12)
+
+    def added(*adapters: str) -> Tensor:
+        rows = [torch.arange(tokens)[n :: len(adapters)].clone() for n in range(len(adapters))]
+        additions.begin(tokens)
+        additions.plan([Part(name, 1, None, of_adapter) for name, of_adapter in zip(adapters, rows, strict=True)])
+        additions.add("layer", y := torch.zeros(tokens, 8), x)
+        return y
+
+    def product(name: str) -> Tensor:
+        (module,) = modules[name]
+        return x @ module.down.T @ module.up.T
+
+    additions.put("1", {"layer": modules["a"]})
+    additions.put("2", {"layer": modules["b"]})
+    assert torch.allclose(added("1"), product("a"), atol=1e-4)
+    assert torch.allclose(added("2", "1")[::2], product("b")[::2], atol=1e-4)
+    additions.put("2", {"layer": modules["c"]})
+    assert torch.allclose(added("2", "1")[::2], product("c")[::2], atol=1e-4)
+    additions.drop("1")
+    assert not added("2", "1")[1::2].any()
+    additions.begin(tokens)
+    additions.add("layer", y := torch.zeros(tokens, 8), x)
+    assert not y.any(), "not planned yet"
 
 
 @pytest.mark.parametrize("reason", ["a CPU", "no Triton", "switched off"])

@@ -104,52 +104,86 @@ INLINE float gate_of(const float *weights, const int64_t *ranks, int64_t top, in
   return gate;
 }
 
-// Adds the modules of one layer: y (tokens, width) += up^T (g_t * (down x_t)) in every slice's columns, for the tokens that
-// `rows` lists or for all. With `weights` (tokens, rungs) directions are gated by them, and no token reads past its own
-// highest rung; without, all take `rung` whole. Threads share the directions, then the columns.
-void add_slices(element *y, const element *x, const Slice *slices, int64_t count, int64_t rung, const float *weights,
-                int64_t rungs, const int64_t *rows, int64_t tokens, int64_t in, int64_t width, int threads) {
-  int64_t directions = 0, work = 0, blocks = 0, most = 0;
-  for (int64_t s = 0; s < count; s++) {
-    const int64_t rank = slices[s].ranks[rung], columns = (slices[s].out + COLUMNS - 1) / COLUMNS;
-    directions += rank;
-    work += tokens * rank * (in + slices[s].out);
-    blocks += columns;
-    most = rank > most ? rank : most;
+// What one adapter has in a layer.
+typedef struct {
+  const Slice *slices;
+  int64_t count;
+} Layer;
+
+// The tokens of a pass that one adapter runs for: those that `rows` lists, or all. With `weights` (tokens, rungs) their
+// directions are gated by them, and no token reads past its own highest rung; without, all take `rung` whole.
+typedef struct {
+  const float *weights;
+  const int64_t *rows;
+  int64_t rung, rungs, tokens;
+} Part;
+
+// Adds to one layer what a pass runs: y (all tokens, width) += up^T (g_t * (down x_t)) in every slice's columns, for the
+// tokens of every part, which share none. Threads share the directions of all parts, then the columns.
+void add_parts(element *y, const element *x, const Layer *layers, const Part *parts, int64_t count, int64_t in,
+               int64_t width, int threads) {
+  int64_t directions[count], groups[count], blocks[count], all_z = 0, all_tokens = 0, work = 0;
+  for (int64_t p = 0; p < count; p++) {
+    int64_t most = 0;
+    directions[p] = blocks[p] = 0;
+    for (int64_t s = 0; s < layers[p].count; s++) {
+      const Slice slice = layers[p].slices[s];
+      const int64_t rank = slice.ranks[parts[p].rung];
+      directions[p] += rank;
+      blocks[p] += (slice.out + COLUMNS - 1) / COLUMNS;
+      most = rank > most ? rank : most;
+      work += parts[p].tokens * rank * (in + slice.out);
+    }
+    groups[p] = (most + DIRECTIONS - 1) / DIRECTIONS;
+    all_z += parts[p].tokens * directions[p];
+    all_tokens += parts[p].tokens;
   }
-  const int64_t groups = (most + DIRECTIONS - 1) / DIRECTIONS;
-  float z[tokens * directions];
-  int64_t tops[tokens];
-  for (int64_t t = 0; t < tokens; t++) {
-    tops[t] = rung;
-    while (weights && tops[t] > 0 && weights[t * rungs + tops[t]] == 0) tops[t]--;
+  float all[all_z + 1], *z[count + 1];
+  int64_t highest[all_tokens + 1], *tops[count + 1];
+  z[0] = all, tops[0] = highest;
+  for (int64_t p = 0; p < count; p++) {
+    const Part part = parts[p];
+    z[p + 1] = z[p] + part.tokens * directions[p], tops[p + 1] = tops[p] + part.tokens;
+    for (int64_t t = 0; t < part.tokens; t++) {
+      tops[p][t] = part.rung;
+      while (part.weights && tops[p][t] > 0 && part.weights[t * part.rungs + tops[p][t]] == 0) tops[p][t]--;
+    }
   }
 #pragma omp parallel num_threads(threads) if (work > 100000)
   {
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
-      for (int64_t g = 0; g < groups; g++) {
-        float *z_s = z + t * directions;
-        for (int64_t s = 0; s < count; z_s += slices[s++].ranks[rung]) {
-          const int64_t from = g * DIRECTIONS, left = slices[s].ranks[tops[t]] - from;
-          if (left <= 0) continue;
-          const int64_t some = left < DIRECTIONS ? left : DIRECTIONS;
-          project(z_s + from, x + (rows ? rows[t] : t) * in, slices[s].down + from * in, in, some);
-          for (int64_t j = from; weights && j < from + some; j++)
-            z_s[j] *= gate_of(weights + t * rungs, slices[s].ranks, tops[t], j);
+    for (int64_t p = 0; p < count; p++) {
+      const Part part = parts[p];
+      const Slice *slices = layers[p].slices;
+#pragma omp for collapse(2) schedule(static) nowait
+      for (int64_t t = 0; t < part.tokens; t++) {
+        for (int64_t g = 0; g < groups[p]; g++) {
+          float *z_s = z[p] + t * directions[p];
+          for (int64_t s = 0; s < layers[p].count; z_s += slices[s++].ranks[part.rung]) {
+            const int64_t from = g * DIRECTIONS, left = slices[s].ranks[tops[p][t]] - from;
+            if (left <= 0) continue;
+            const int64_t some = left < DIRECTIONS ? left : DIRECTIONS;
+            project(z_s + from, x + (part.rows ? part.rows[t] : t) * in, slices[s].down + from * in, in, some);
+            for (int64_t j = from; part.weights && j < from + some; j++)
+              z_s[j] *= gate_of(part.weights + t * part.rungs, slices[s].ranks, tops[p][t], j);
+          }
         }
       }
     }
-#pragma omp for collapse(2) schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
-      for (int64_t b = 0; b < blocks; b++) {
-        int64_t s = 0, from = b * COLUMNS;
-        const float *z_s = z + t * directions;
-        for (; from >= slices[s].out; z_s += slices[s++].ranks[rung])
-          from -= (slices[s].out + COLUMNS - 1) / COLUMNS * COLUMNS;
-        const int64_t left = slices[s].out - from;
-        expand(y + (rows ? rows[t] : t) * width + slices[s].offset + from, z_s, slices[s].up + from,
-               left < COLUMNS ? left : COLUMNS, slices[s].out, slices[s].ranks[tops[t]]);
+#pragma omp barrier
+    for (int64_t p = 0; p < count; p++) {
+      const Part part = parts[p];
+      const Slice *slices = layers[p].slices;
+#pragma omp for collapse(2) schedule(static) nowait
+      for (int64_t t = 0; t < part.tokens; t++) {
+        for (int64_t b = 0; b < blocks[p]; b++) {
+          int64_t s = 0, from = b * COLUMNS;
+          const float *z_s = z[p] + t * directions[p];
+          for (; from >= slices[s].out; z_s += slices[s++].ranks[part.rung])
+            from -= (slices[s].out + COLUMNS - 1) / COLUMNS * COLUMNS;
+          const int64_t left = slices[s].out - from;
+          expand(y + (part.rows ? part.rows[t] : t) * width + slices[s].offset + from, z_s, slices[s].up + from,
+                 left < COLUMNS ? left : COLUMNS, slices[s].out, slices[s].ranks[tops[p][t]]);
+        }
       }
     }
   }
@@ -297,7 +331,7 @@ int attend(element *output, const element *query, const Pools *keys, const Pools
   float *sums = malloc(cells * parts * (span + 2 * s->group) * sizeof(float));
   if (!sums) return 1;
   float *peaks = sums + cells * parts * span, *totals = peaks + cells * parts * s->group;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t task = 0; task < cells * parts; task++) {
     const int64_t cell = task / parts, part = task % parts, b = cell / s->heads;
 #define ATTEND(width)                                                                                                 \

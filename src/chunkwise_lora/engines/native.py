@@ -53,6 +53,21 @@ class Slice(Structure):
     _fields_ = [*((name, c_void_p) for name in ("down", "up", "ranks")), ("out", c_int64), ("offset", c_int64)]
 
 
+class Layer(Structure):
+    """What one adapter has in a layer; see `kernels.c`."""
+
+    _fields_ = [("slices", POINTER(Slice)), ("count", c_int64)]
+
+
+class Part(Structure):
+    """The tokens of a pass that one adapter runs for; see `kernels.c`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weights", "rows")),
+        *((name, c_int64) for name in ("rung", "rungs", "tokens")),
+    ]
+
+
 class Kernels:
     """The kernels for one element type. All tensors are contiguous and on the CPU."""
 
@@ -60,12 +75,9 @@ class Kernels:
         self._add_adapter = library.add_adapter
         self._add_adapter.argtypes = [*[c_void_p] * 6, *[c_int64] * 4, c_int]
         self._add_adapter.restype = None
-        self._add_slices = library.add_slices
-        self._add_slices.argtypes = [
-            *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p),
-            *(c_int64, c_int64, c_int64, c_int),
-        ]
-        self._add_slices.restype = None
+        self._add_parts = library.add_parts
+        self._add_parts.argtypes = [c_void_p, c_void_p, POINTER(Layer), POINTER(Part), *[c_int64] * 3, c_int]
+        self._add_parts.restype = None
         self._multiply = library.multiply
         self._multiply.argtypes = [*[c_void_p] * 4, *[c_int64] * 3, c_int]
         self._multiply.restype = None
@@ -98,34 +110,13 @@ class Kernels:
             torch.get_num_threads(),
         )
 
-    def add_slices(
-        self,
-        y: Tensor,
-        x: Tensor,
-        slices: Array[Slice],
-        rung: int,
-        weights: Tensor | None,
-        rows: Tensor | None,
-    ) -> None:
-        """In place, y (tokens, width) += what the modules of one layer add for x (tokens, in).
+    def add_parts(self, y: Tensor, x: Tensor, layers: Array[Layer], parts: Array[Part]) -> None:
+        """In place, y (tokens, width) += what the adapters of a pass add to one layer for x (tokens, in).
 
-        Tokens get `rung` whole, or `weights` (tokens, rungs) in float32, none above `rung`; `rows` (tokens,) in int64
-        says which tokens, None means all.
+        `layers` says what the adapter of each part has there. No token is in two parts.
         """
-        tokens, width_in = x.shape
-        self._add_slices(
-            y.data_ptr(),
-            x.data_ptr(),
-            slices,
-            len(slices),
-            rung,
-            None if weights is None else weights.data_ptr(),
-            0 if weights is None else weights.shape[1],
-            None if rows is None else rows.data_ptr(),
-            tokens if rows is None else len(rows),
-            width_in,
-            y.shape[1],
-            torch.get_num_threads(),
+        self._add_parts(
+            y.data_ptr(), x.data_ptr(), layers, parts, len(parts), x.shape[1], y.shape[1], torch.get_num_threads()
         )
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -104,6 +104,11 @@ class PartAdditions(Additions):
         """By adapter and layer."""
         self._columns: dict[str, Sequence[Columns]] = {}
         self._device, self._dtype = device, dtype
+        self._kernels = native.kernels(dtype) if device.type == "cpu" else None
+        self._native_parts: Array[native.Part] = (native.Part * 0)()
+        self._native_layers: dict[str, Array[native.Layer]] = {}
+        """Per layer what the adapters of `_mixed` have there, one after the other."""
+        self._mixed: list[str] = []
 
     @property
     def adapters(self) -> Mapping[str, object]:
@@ -120,16 +125,58 @@ class PartAdditions(Additions):
             layer: LayerLadder(of_layer, self._columns[layer], self._device, self._dtype)
             for layer, of_layer in modules.items()
         }
+        self._native_layers.clear()
 
     def drop(self, adapter: str) -> None:
         """Free an adapter."""
         self.ladders.pop(adapter, None)
+        self._native_layers.clear()
+
+    def plan(self, parts: Sequence[Part]) -> None:
+        """Say what all layers add from now on in this pass."""
+        super().plan(parts)
+        if self._kernels is not None and self.tokens <= FEW_TOKENS:
+            self._native_parts = (native.Part * len(parts))(*(native_part(part, self.tokens) for part in parts))
+            mixed = [part.adapter for part in parts]
+            if mixed != self._mixed:
+                self._mixed = mixed
+                self._native_layers.clear()
 
     def _add(self, layer: str, y: Tensor, x: Tensor) -> None:
+        if (
+            self._kernels is not None
+            and len(x) == self.tokens <= FEW_TOKENS
+            and x.dtype == y.dtype == self._dtype
+            and x.is_contiguous()
+            and y.is_contiguous()
+        ):
+            self._kernels.add_parts(y, x, self._native_layer(layer), self._native_parts)
+            return
         for part in self.parts:
-            ladder = self.ladders.get(part.adapter, {}).get(layer)
-            if ladder is not None:
-                add_ladder(y, x, ladder, part)
+            if (ladder := self.ladders.get(part.adapter, {}).get(layer)) is not None:
+                _add_products(y, x, ladder, part.on(x.device))
+
+    def _native_layer(self, layer: str) -> Array[native.Layer]:
+        found = self._native_layers.get(layer)
+        if found is None:
+            ladders = [self.ladders.get(adapter, {}).get(layer) for adapter in self._mixed]
+            found = (native.Layer * len(ladders))(
+                *(native.Layer(one.native, len(one.native)) if one else native.Layer() for one in ladders)
+            )
+            self._native_layers[layer] = found
+        return found
+
+
+def native_part(part: Part, tokens: int) -> native.Part:
+    """A part of a pass over so many tokens as the C kernels read it; its tensors are contiguous and must live on."""
+    weights, rows = part.weights, part.rows
+    return native.Part(
+        None if weights is None else weights.data_ptr(),
+        None if rows is None else rows.data_ptr(),
+        part.rung,
+        0 if weights is None else weights.shape[1],
+        tokens if rows is None else len(rows),
+    )
 
 
 class LayerLadder:
@@ -147,44 +194,24 @@ class LayerLadder:
             for where, module in zip(columns, modules, strict=True)
             if module is not None
         ]
-        self.native: Array[native.Slice] | None = None
-        """The same for the C kernels, where they run."""
-        if device.type == "cpu" and native.kernels(dtype) is not None:
-            self._ranks = [torch.tensor(factors.ranks) for _, factors in self.slices]
-            self.native = (native.Slice * len(self.slices))(
-                *(
-                    native.Slice(
-                        factors.slices[-1][0].data_ptr(),
-                        factors.slices[-1][1].data_ptr(),
-                        ranks.data_ptr(),
-                        where.width,
-                        where.offset,
-                    )
-                    for (where, factors), ranks in zip(self.slices, self._ranks, strict=True)
+        self._ranks = [torch.tensor(factors.ranks) for _, factors in self.slices]
+        self.native = (native.Slice * len(self.slices))(
+            *(
+                native.Slice(
+                    factors.slices[-1][0].data_ptr(),
+                    factors.slices[-1][1].data_ptr(),
+                    ranks.data_ptr(),
+                    where.width,
+                    where.offset,
                 )
+                for (where, factors), ranks in zip(self.slices, self._ranks, strict=True)
             )
-
-
-def add_ladder(y: Tensor, x: Tensor, ladder: LayerLadder, part: Part) -> None:
-    """In place, y (tokens, width) += up (g * (down x)) for x (tokens, in), in the columns of each module.
-
-    Chooses by device, type and number of tokens; all ways give the same up to rounding.
-    """
-    if (
-        ladder.native is not None
-        and len(x) <= FEW_TOKENS
-        and x.dtype == y.dtype
-        and x.is_contiguous()
-        and y.is_contiguous()
-        and (kernels := native.kernels(x.dtype)) is not None
-    ):
-        kernels.add_slices(y, x, ladder.native, part.rung, part.weights, part.rows)
-    else:
-        _add_products(y, x, ladder, part.on(x.device))
+        )
+        """The same for the C kernels."""
 
 
 def _add_products(y: Tensor, x: Tensor, ladder: LayerLadder, part: Part) -> None:
-    """`add_ladder` as two matrix products per module, on any device."""
+    """What a part adds, as two matrix products per module, on any device."""
     if part.rows is not None:
         x = x[part.rows]
     if ladder.slices[0][1].emulated:
