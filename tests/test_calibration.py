@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
 from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.config import CalibrationConfig, ComplexityConfig
+from chunkwise_lora.engines.transformers.calibration import calibrate as module_under_test
 from chunkwise_lora.engines.transformers.calibration.calibrate import (
     BOOSTS,
     LEAST_BLOCKS,
@@ -150,7 +153,7 @@ def test_sorted_rungs_spend_their_share_and_full_rank_stays(seed: int, steps: in
         assert (module.sigma.diff() <= 0).all()
 
 
-def test_directions_that_matter_by_fisher_matter_when_switched_off() -> None:
+def test_modules_that_matter_by_fisher_matter_when_turned_down() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tokens = torch.tensor(text()).view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), ladder) as model:
@@ -225,7 +228,7 @@ def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_p
     assert len(set(planned)) > 1
 
 
-def test_a_loss_budget_is_spent_and_kept() -> None:
+def test_a_tighter_loss_budget_takes_more_rank_and_loses_less() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tight, loose = (
         calibrate(
@@ -237,6 +240,37 @@ def test_a_loss_budget_is_spent_and_kept() -> None:
         for budget in (0.0001, 0.9)
     )
     assert tight.check.mean_rank > loose.check.mean_rank
+    assert tight.check.loss_increase < loose.check.loss_increase
+
+
+def test_what_an_adapter_writes_teaches_directions_and_no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    lessons, observed = [], []
+    fisher, explore = module_under_test._fisher_ladder, module_under_test._explore
+
+    def note_lessons(model: Any, ladder: RankLadder, fit: Tensor, *rest: Any) -> RankLadder:
+        lessons.append(fit)
+        return fisher(model, ladder, fit, *rest)
+
+    def note_observed(model: Any, tokens: Tensor, *rest: Any) -> Any:
+        observed.append(tokens)
+        return explore(model, tokens, *rest)
+
+    monkeypatch.setattr(module_under_test, "_fisher_ladder", note_lessons)
+    monkeypatch.setattr(module_under_test, "_explore", note_observed)
+    knobs = KNOBS.model_copy(update={"written": 4 * BLOCK, "refinements": 1})
+    calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+    given = {tuple(row) for row in torch.tensor(text()).view(-1, BLOCK).tolist()}
+    taught = [tuple(row) for row in lessons[0].tolist()]
+    assert len([row for row in taught if row not in given]) == 4
+    assert {row for row in taught if row in given} == {tuple(row) for row in observed[0].tolist()}
+    assert all(tuple(row) in given for part in observed for row in part.tolist())
+
+
+def test_a_long_text_is_not_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "HELD_TOKENS", 6 * BLOCK)
+    knobs = KNOBS.model_copy(update={"refinements": 0, "held_share": 0.4})
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+    assert found.check.tokens == 3 * (BLOCK - 1)
 
 
 def test_too_little_text_is_refused() -> None:

@@ -102,6 +102,11 @@ def test_entropies_reach_the_next_token_only() -> None:
     assert len(planner) == 0
 
 
+def test_tokens_without_a_rung_count_on_the_lowest() -> None:
+    weights = np.array([[0, 0, 0], [0.5, 0.5, 0], [0, 0, 1]], np.float32)
+    assert Tally.of(weights, np.array([0.0, 2.0, 4.0])).tokens.tolist() == [1, 1, 1]
+
+
 def test_a_request_whose_adapter_is_replaced_is_planned_anew() -> None:
     planner = Planner(VOCABULARY)
     other = AdapterPlan("a", np.arange(5.0))

@@ -82,6 +82,7 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
     ids, block = data.packed(examples, Letters(), longest)
     assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
     starts = [chr(first) for first in ids[::block]]
+    assert starts[::2] == starts[1::2], "what tells about each other stays together"
     assert sorted(starts) == sorted(2 * [example.prompt[0] for example in examples])
 
 

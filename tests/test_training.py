@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from chunkwise_lora import LadderError, RankLadder
+from chunkwise_lora import ConfigError, LadderError, RankLadder
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
 from chunkwise_lora.training import NestedRank
@@ -70,6 +71,14 @@ def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) ->
     now, before = changed["logits"].log_softmax(-1), peft_model("llama")(ids).logits.log_softmax(-1)
     divergence = (before.exp() * (before - now)).sum(-1)[:, :-1].mean()
     assert nested.loss(changed, ids).item() == pytest.approx(divergence.item(), rel=1e-3)
+    summed_up = nested.loss(changed, ids, num_items_in_batch=2 * ids[:, 1:].numel()).item()
+    assert summed_up == pytest.approx(divergence.item() / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("impossible", [{"lowest": 0.8, "highest": 0.5}, {"chunk": 0}, {"full": 1.5}])
+def test_an_impossible_argument_is_refused(impossible: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"NestedRank needs"):
+        NestedRank(**impossible)
 
 
 def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:

@@ -330,11 +330,12 @@ def evaluate(
     config: Annotated[
         list[str] | None, typer.Option(help="Knobs of your own beside the presets, as name=file.json; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many windows of text, or examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows of text, or examples.")] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens between the starts of two windows; by default they do not overlap.")
+        int | None,
+        typer.Option(min=1, help="Tokens from one window's start to the next; by default they do not overlap."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
     json_file: JsonOption = None,
@@ -364,7 +365,7 @@ def evaluate(
             tokenizer,
             adapter,
             calibrated=calibrated,
-            presets=[one for one in presets if one and (calibrated or one != "calibrated")],
+            presets=[one for one in presets if one and (calibrated or presets != EVALUATED or one != "calibrated")],
             rivals=[one for one in rivals if one],
             peft=_named("--peft", peft),
             configs=configs,

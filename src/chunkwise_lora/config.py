@@ -225,13 +225,15 @@ class CalibrationConfig(Knobs):
     max_loss_increase: float | None = Field(
         None, gt=0, le=1, description="Budget: how much the loss (nats per token) may rise, as a share of it."
     )
-    tokens: int = Field(160_000, ge=1, description="Most tokens of the text to use; more teach more about rare ids.")
+    tokens: int = Field(
+        160_000, ge=1, description="Most tokens of the text to learn from; more teach more of rare ids."
+    )
     written: int = Field(
         0, ge=0, description="Tokens beside the text to find the directions on, which the adapter writes itself."
     )
     block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
     rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
-    lowest_share: Share = Field(0.25, description="Lowest rung to try, as a share of the full rank.")
+    lowest_share: float = Field(0.25, ge=0, lt=1, description="Lowest rung to try, as a share of the full rank.")
     refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
     keep_directions: bool = Field(
         False, description="Fit the policy alone, to the directions and rungs of a ladder as they are."

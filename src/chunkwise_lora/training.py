@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chunkwise_lora.errors import LadderError
+from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
 
 PREFIX = "base_model.model."
@@ -40,6 +40,7 @@ class NestedRank(TrainerCallback):
         seed: Of the rungs.
 
     Raises:
+        ConfigError: An argument is impossible.
         LadderError: The ladder and the model's LoRA layers do not fit together.
     """
 
@@ -53,6 +54,11 @@ class NestedRank(TrainerCallback):
         chunk: int = 16,
         seed: int = 0,
     ) -> None:
+        if not (0 <= lowest <= highest <= 1 and 0 <= full <= 1 and chunk >= 1):
+            raise ConfigError(
+                f"NestedRank needs 0 <= lowest <= highest <= 1, full from 0 to 1 and chunk of at least 1, not "
+                f"{lowest=}, {highest=}, {full=}, {chunk=}"
+            )
         self.ladder = ladder
         self.lowest = lowest
         self.highest = highest
@@ -116,7 +122,10 @@ class NestedRank(TrainerCallback):
         return replace(self.ladder, modules=modules, learned=None)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels."""
+        """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels.
+
+        `num_items_in_batch` counts those of all the passes whose gradients are summed up; by default, of this one.
+        """
         log_p = outputs["logits"][:, :-1].float().log_softmax(-1)
         targets = labels[:, 1:]
         learned = (targets != -100).float()
@@ -127,7 +136,8 @@ class NestedRank(TrainerCallback):
             if taught.any():
                 full = self._full_rank(taught)
                 losses = losses.masked_scatter(taught[:, None], (full.exp() * (full - log_p[taught])).sum(-1))
-        return (losses * learned).sum() / learned.sum().clamp_min(1)
+        count = learned.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        return (losses * learned).sum() / count
 
     @torch.no_grad()
     def _full_rank(self, rows: Tensor) -> Tensor:

@@ -60,9 +60,7 @@ def test_the_plan_is_that_of_the_transformers_engine(
     given = engine.run()
     for number, (prompt, adapter) in enumerate(zip(PROMPTS, [WIKI, E2E, WIKI, E2E], strict=True)):
         plan = engine.plans[f"{preset}{number}"]
-        config = ChunkWiseConfig.preset(preset).model_copy(
-            update={"kv_cache": ChunkWiseConfig.preset("lossless").kv_cache} if preset == "lossless" else {}
-        )
+        config = ChunkWiseConfig.preset(preset)
         ids = AutoTokenizer.from_pretrained(embedded.BASE)(prompt).input_ids
         tokens = ids + given[f"{preset}{number}"]
         # The transformers engine runs the very tokens that vLLM gave, one by one after the prompt.

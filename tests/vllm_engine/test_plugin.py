@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from chunkwise_lora import EngineError, LadderError, RankLadder, embedded
+from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder, embedded
+from chunkwise_lora.complexity import LearnedComplexity
+from chunkwise_lora.config import ComplexityConfig
 from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
 from chunkwise_lora.evaluation.shapes import random_adapter
 from conftest import OPTIONS, PROMPTS, WIKI, Engine
@@ -102,6 +106,7 @@ def test_the_environment_is_settled_for_all_processes(engine: Engine) -> None:
 
 def copy_adapter(folder: Path, **changes: Any) -> Path:
     """The `wiki` adapter with another config."""
+    folder.mkdir(exist_ok=True)
     for file in Path(WIKI).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -125,6 +130,51 @@ def test_an_adapter_that_is_no_plain_lora_is_refused_before_the_engine_sees_it(
     assert engine.greedy(PROMPTS[:1], [WIKI], 4)
 
 
+def test_an_adapter_that_replaces_modules_is_refused_before_the_engine_sees_it(engine: Engine, tmp_path: Path) -> None:
+    folder = copy_adapter(tmp_path, modules_to_save=["lm_head"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"replaces lm_head\.weight \(modules_to_save\)"):
+        engine.greedy(PROMPTS[:1], [folder], 4)
+
+
+def test_a_path_from_home_is_salted_by_its_own_config(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    RankLadder.from_peft(WIKI).save_pretrained(tmp_path / "ladder")
+    ChunkWiseConfig.preset("balanced").save_pretrained(tmp_path / "ladder")
+    salts = []
+    for path in ("~/ladder", str(tmp_path / "ladder")):
+        request = SimpleNamespace(
+            sampling_params=engine.params(4),
+            lora_request=engine.adapter(path),
+            prompt_token_ids=[1],
+            prompt_embeds=None,
+            cache_salt=None,
+        )
+        frontend.accept(engine.llm.llm_engine.vllm_config, request)
+        salts.append(request.cache_salt)
+    assert salts[0] == salts[1] == settings.salt(ChunkWiseConfig.preset("balanced"))
+
+
+def test_a_request_is_planned_by_the_config_that_its_kv_is_salted_with(engine: Engine, tmp_path: Path) -> None:
+    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
+    for name, share in {"first": 1.0, "changed": 0.5}.items():  # beside a ladder that is loaded
+        ChunkWiseConfig.uniform(share).save_pretrained(tmp_path)
+        engine.add(name, PROMPTS[0], tmp_path, 2)
+        engine.run()
+        weights = engine.plans[name].constant
+        assert weights is not None and weights.argmax() == round(share * (weights.shape[1] - 1))
+    learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
+    folder = copy_adapter(tmp_path / "later")
+    engine.greedy(PROMPTS[:1], [folder], 2)
+    ladder = RankLadder.from_pretrained(tmp_path)
+    replace(ladder, learned=LearnedComplexity.neutral()).save_pretrained(folder)
+    learned.save_pretrained(folder)
+    assert engine.greedy(PROMPTS[:1], [folder], 8) == engine.greedy(PROMPTS[:1], [WIKI], 8), "full rank till reloaded"
+
+
 def test_a_ladder_of_another_base_is_refused_by_name_and_shape(engine: Engine, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(embedded.BASE)
     config.hidden_size, config.num_hidden_layers = 128, 1
@@ -140,8 +190,6 @@ def test_a_ladder_of_another_base_is_refused_by_name_and_shape(engine: Engine, t
 def test_what_vllms_cache_cannot_do_is_said_once_per_ladder(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from chunkwise_lora import ChunkWiseConfig
-
     seen = messages(monkeypatch)
     RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
     ChunkWiseConfig.preset("compact").save_pretrained(tmp_path)

@@ -84,13 +84,18 @@ class Part:
         return self._tails[columns]
 
 
+def highest_rungs(weights: np.ndarray) -> np.ndarray:
+    """(tokens,) the highest rung that each token's weights (tokens, rungs) use; 0 where they use none."""
+    active = weights != 0
+    return np.where(active.any(axis=1), weights.shape[1] - 1 - np.argmax(active[:, ::-1], axis=1), 0)
+
+
 def parts_of(adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None) -> list[Part]:
     """Choose how an adapter runs: one slice, one gated product, or tokens grouped by rung.
 
     `weights` is (tokens, rungs), `ranks` (rungs,) the rung's mean ranks, `rows` where the tokens stand in the pass.
     """
-    top = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] != 0, axis=1)
-    top[~weights.any(axis=1)] = 0
+    top = highest_rungs(weights)
     highest = int(top.max())
     if len(weights) > 1 and ranks[highest] - ranks[top].mean() > GROUPING_GAIN:
         groups = [np.flatnonzero(top == rung) for rung in np.unique(top)]

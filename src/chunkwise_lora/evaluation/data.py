@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Example:
 
     prompt: str
     references: tuple[str, ...]
+    topic: str = ""
+    """Examples of one topic tell about each other; by default, the prompt's own."""
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -31,17 +33,22 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
 def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], int]:
     """Token ids of all prompts with all of their answers, to be cut into blocks of the length that is given too.
 
-    Every block begins with another example and goes on with the ones after it, so that examples stand where
-    generation meets them, at the beginning. Four of five fit whole, if no block is to be over `longest` tokens.
+    Every block begins with another example and goes on with the ones after it, or at the end with those before, so that
+    examples stand where generation meets them, at the beginning. Four of five fit whole, if no block is to be over
+    `longest` tokens. Topics are shuffled and kept together, so that the last blocks are of others than the first.
     """
-    pairs = [encode(tokenizer, one.prompt, answer) for one in examples for answer in one.references]
-    sequences = [[*prompt, *answer] for prompt, answer in pairs]
-    random.Random(0).shuffle(sequences)
+    topics: dict[str, list[list[int]]] = {}
+    for one in examples:
+        for answer in one.references:
+            topics.setdefault(one.topic or one.prompt, []).append(list(chain(*encode(tokenizer, one.prompt, answer))))
+    shuffled = list(topics.values())
+    random.Random(0).shuffle(shuffled)
+    sequences = list(chain(*shuffled))
     length = min(longest, sorted(map(len, sequences))[len(sequences) * 4 // 5])
     ids: list[int] = []
     for i in range(len(sequences)):
-        following = itertools.chain.from_iterable(itertools.islice(itertools.cycle(sequences), i, None))
-        ids += itertools.islice(following, length)
+        around = chain(sequences[i:], reversed(sequences[:i]))
+        ids += islice(chain.from_iterable(around), length)
     return ids, length
 
 
@@ -56,7 +63,11 @@ def squad(source: str) -> list[Example]:
     """The questions of SQuAD v1.1 JSON, or of a data set on the hub laid out like `rajpurkar/squad`."""
     if not Path(source).is_file():
         return [
-            Example(squad_prompt(row["context"], row["question"]), tuple(dict.fromkeys(row["answers"]["text"])))
+            Example(
+                squad_prompt(row["context"], row["question"]),
+                tuple(dict.fromkeys(row["answers"]["text"])),
+                row["context"],
+            )
             for row in _from_hub(source, "validation")
         ]
     try:
@@ -71,6 +82,7 @@ def squad_rows(content: Mapping[str, Any]) -> list[Example]:
         Example(
             squad_prompt(paragraph["context"], question["question"]),
             tuple(dict.fromkeys(answer["text"] for answer in question["answers"])),
+            paragraph["context"],
         )
         for article in content["data"]
         for paragraph in article["paragraphs"]

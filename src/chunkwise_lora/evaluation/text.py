@@ -64,8 +64,8 @@ def evaluate_text(
 ) -> tuple[list[TextResult], Sample | None]:
     """Score every contender on `windows` (windows, tokens); one of them must be the full rank.
 
-    Every window begins with an empty context; its first tokens are scored only in the first window, the last
-    `stride` of it in all. Ours runs token by token with plan, cross-fades and KV policy in force; for those without
+    Every window begins with an empty context, and its last `stride` tokens are scored, all but the first where windows
+    do not overlap. Ours runs token by token with plan, cross-fades and KV policy in force; for those without
     any of these, one pass gives the same. `advance` is called once per contender and batch of windows.
     """
     scored_from = max(0, windows.shape[1] - 1 - stride)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.utils import get_adapter_absolute_path
 
 from chunkwise_lora.engines.vllm import loading, metrics, settings
-from chunkwise_lora.errors import ChunkWiseError, EngineError
+from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError
 
 OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
@@ -46,7 +48,7 @@ def prepare(config: VllmConfig) -> None:
 
 
 def accept(config: VllmConfig, request: Any) -> None:
-    """Check a request's adapter and extra arguments, and salt its KV with its plan.
+    """Check a request's adapter and extra arguments, settle its config, and salt its KV with that.
 
     Raises:
         RefusedRequest: The adapter or an extra argument cannot work.
@@ -60,15 +62,24 @@ def accept(config: VllmConfig, request: Any) -> None:
             return
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             raise EngineError("plans are made from token ids; give a prompt of tokens or text, not of embeddings")
-        path = request.lora_request.lora_path
-        if os.path.isdir(path):
-            default = loading.check(path, settings.of_server(config.additional_config))
-        else:
-            default = settings.of_adapter(path, settings.of_server(config.additional_config))
+        path = _folder_of(request.lora_request.lora_path)
+        default = loading.check(path, settings.of_server(config.additional_config))
     except ChunkWiseError as error:
         raise RefusedRequest(str(error)) from None
-    if salt := settings.salt(wanted or default):
+    chosen = wanted or default
+    if request.sampling_params is not None:
+        request.sampling_params.extra_args = settings.carrying(chosen, extra_args)
+    if salt := settings.salt(chosen):
         request.cache_salt = f"{request.cache_salt or ''}{salt}"
+
+
+@lru_cache(maxsize=1024)
+def _folder_of(path: str) -> str:
+    """Where vLLM's workers look for an adapter. A name on the hub is looked up there until it is found."""
+    folder = get_adapter_absolute_path(path)
+    if not os.path.isdir(folder):
+        raise LadderError(f"{path}: is neither a folder nor a name on the hub; give a ladder's or a PEFT adapter's")
+    return folder
 
 
 def private_key(request: Any, end: int) -> list[tuple[str, str]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
+from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder
@@ -26,16 +26,19 @@ def load(path: str) -> RankLadder:
         LadderError: It cannot be read, is not plain LoRA, or replaces modules whole, which vLLM cannot do per request.
     """
     ladder = RankLadder.load(path)
-    if ladder.saved_modules:
-        names = ", ".join(sorted(ladder.saved_modules))
-        raise LadderError(
-            f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for one request and not the next; merge "
-            "these into the base model, or train the adapter without modules_to_save"
-        )
+    _refuse_saved(ladder.saved_modules, path)
     for name, module in ladder.modules.items():
         if not (module.up.isfinite().all() and module.down.isfinite().all()):
             raise LadderError(f"{path}: {name} holds NaN or infinity; build the ladder anew")
     return ladder
+
+
+def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
+    if names := ", ".join(sorted(saved_modules)):
+        raise LadderError(
+            f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for one request and not the next; merge "
+            "these into the base model, or train the adapter without modules_to_save"
+        )
 
 
 def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
@@ -62,7 +65,7 @@ def _check(path: str, server: settings.Choice, *stamps: int) -> ChunkWiseConfig:
     if (Path(path) / LADDER_NAME).is_file():
         check_config(load(path), config, path)
     else:
-        PeftAdapter.load(path)
+        _refuse_saved(PeftAdapter.load(path).saved_modules, path)
         check_config(None, config, path)
     return config
 
@@ -95,11 +98,11 @@ def kv_left_undone(config: KVCacheConfig) -> list[str]:
     return [what for what, is_wanted in wanted.items() if is_wanted]
 
 
-def note_kv_policy(name: str, config: ChunkWiseConfig) -> None:
-    """Say once per adapter what of its KV policy is left undone."""
-    if config.kv_cache.levels != (LevelKVPolicy(),) * config.levels:
+def note_kv_policy(name: str, config: KVCacheConfig) -> None:
+    """Say what of an adapter's KV policy is left undone, if anything."""
+    if undone := kv_left_undone(config):
         logger.warning(
             "ChunkWise LoRA: %s: vLLM keeps every entry of its KV cache, so these are left undone: %s",
             name,
-            "; ".join(kv_left_undone(config.kv_cache)),
+            "; ".join(undone),
         )

@@ -38,7 +38,7 @@ class LoadedLadder:
     id: int
     plan: AdapterPlan
     config: ChunkWiseConfig
-    """For requests that ask for nothing else."""
+    """For requests that carry none."""
     modules: dict[str, list[LadderModule | None]]
     """Per layer of the model, this rank's share of the modules that the layer holds."""
 
@@ -199,6 +199,5 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         path = get_adapter_absolute_path(lora_request.lora_path)
         ladder, config = loading.load(path), settings.of_adapter(path, self._server)
         loading.check_config(ladder, config, path)
-        loading.note_kv_policy(lora_request.lora_name, config)
         plan = AdapterPlan(lora_request.lora_name, np.array(ladder.rung_ranks), ladder.learned)
         return LoadedLadder(lora_request.lora_int_id, plan, config, self.ladders.share_of(ladder, path))

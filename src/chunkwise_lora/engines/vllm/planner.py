@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.gating import Part, entropies_of, parts_of
+from chunkwise_lora.engines.gating import Part, entropies_of, highest_rungs, parts_of
 from chunkwise_lora.scheduler import RuntimeScheduler
 
 
@@ -44,8 +44,7 @@ class Tally:
     @classmethod
     def of(cls, weights: np.ndarray, rung_ranks: np.ndarray) -> Tally:
         """That of tokens with these weights (tokens, rungs)."""
-        top = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] != 0, axis=1)
-        return cls(np.bincount(top, minlength=weights.shape[1]), float((weights @ rung_ranks).sum()))
+        return cls(np.bincount(highest_rungs(weights), minlength=weights.shape[1]), float((weights @ rung_ranks).sum()))
 
 
 class PlannedRequest:
@@ -170,12 +169,14 @@ class Planner:
         `read_ids` gives the ids of all tokens of the pass. It is called only if some plan depends on them, since they
         may have to be waited for.
         """
-        begun = time.perf_counter()
         self._learn()
+        is_constant = self._is_constant(scheduled)
+        ids = [] if is_constant else read_ids()
+        begun = time.perf_counter()  # a device has been waited for
         shape = [(one.request, one.count) for one in scheduled]
         if self._constant is None or self._constant.shape != shape:
-            parts, tallies = self._planned(scheduled, read_ids)
-            self._constant = _ConstantPass(shape, parts, tallies) if self._is_constant(scheduled) else None
+            parts, tallies = self._planned(scheduled, ids)
+            self._constant = _ConstantPass(shape, parts, tallies) if is_constant else None
         else:
             parts, tallies = self._constant.parts, self._constant.tallies
         seconds = (time.perf_counter() - begun) / max(len(tallies), 1)
@@ -207,10 +208,7 @@ class Planner:
         planned = (self._requests.get(one.request) for one in scheduled)
         return all(one is None or one.constant is not None for one in planned)
 
-    def _planned(
-        self, scheduled: Sequence[Scheduled], read_ids: Callable[[], list[int]]
-    ) -> tuple[list[Part], dict[str, Tally]]:
-        ids = [] if self._is_constant(scheduled) else read_ids()
+    def _planned(self, scheduled: Sequence[Scheduled], ids: list[int]) -> tuple[list[Part], dict[str, Tally]]:
         adapters: dict[str, tuple[AdapterPlan, list[np.ndarray], list[np.ndarray]]] = {}
         offset = 0
         for one in scheduled:

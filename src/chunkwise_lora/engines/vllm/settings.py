@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -84,6 +85,21 @@ def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
     if unknown := given.keys() - {f"{prefix}preset", f"{prefix}mean_rank"}:
         raise ConfigError(f"unknown {', '.join(sorted(unknown))}; give {prefix}preset or {prefix}mean_rank")
     return Choice.model_validate({name.removeprefix(prefix): value for name, value in given.items()}).chosen
+
+
+def carrying(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A request's extra arguments with the config that it runs by, the one that its KV is salted with."""
+    return {**(extra_args or {}), KEY: config.to_json()}
+
+
+def carried(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
+    """The config that `carrying` put into a request's extra arguments."""
+    return _parsed(extra_args[KEY]) if extra_args and KEY in extra_args else None
+
+
+@lru_cache(maxsize=256)
+def _parsed(config: str) -> ChunkWiseConfig:
+    return ChunkWiseConfig.from_json(config)
 
 
 def of_adapter(path: str | Path, server: Choice) -> ChunkWiseConfig:

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chunkwise_lora.engines.gating import highest_rungs
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
 
@@ -137,9 +138,8 @@ def plan_blocks(slots: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.n
     Returns:
         `order` (m,) and `blocks` (b, 4), as in `Schedule`.
     """
-    active = weights != 0
-    rows = np.flatnonzero((slots >= 0) & active.any(axis=1))
-    top = weights.shape[1] - 1 - np.argmax(active[:, ::-1], axis=1)
+    rows = np.flatnonzero((slots >= 0) & weights.any(axis=1))
+    top = highest_rungs(weights)
     order = rows[np.lexsort((-top[rows], slots[rows]))]
     slots, top = slots[order], top[order]
     _, first, members = np.unique(slots, return_index=True, return_counts=True)

@@ -11,7 +11,8 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from chunkwise_lora.engines.vllm import metrics, settings
+from chunkwise_lora.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
 from chunkwise_lora.engines.vllm.planner import Planner, Scheduled
 
@@ -35,6 +36,8 @@ class RunnerPlanner:
         self.planner = Planner(vllm_config.model_config.get_vocab_size())
         self._runner = runner
         self._manager = manager
+        self._noted: set[tuple[str, KVCacheConfig]] = set()
+        """Adapters and KV policies about which the log has said what is left undone."""
         self._recorder: metrics.Recorder | None = None
         folder = os.environ.get(metrics.FOLDER, "")
         if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
@@ -80,7 +83,12 @@ class RunnerPlanner:
         ladder = self._manager.loaded(request.lora_request.lora_int_id)
         if self.planner.follows(request_id, ladder.plan):
             return
-        config = settings.of_request(getattr(request.sampling_params, "extra_args", None)) or ladder.config
+        config = settings.carried(getattr(request.sampling_params, "extra_args", None)) or ladder.config
+        if config.complexity.learned and ladder.plan.learned is None:  # written after the ladder was loaded
+            config = ChunkWiseConfig.preset("lossless")
+        if (undone := (ladder.plan.name, config.kv_cache)) not in self._noted:
+            self._noted.add(undone)
+            loading.note_kv_policy(*undone)
         self.planner.open(
             request_id, str(ladder.id), ladder.plan, config, request.prompt_token_ids, request.output_token_ids
         )

@@ -42,6 +42,8 @@ from chunkwise_lora.ladder import RankLadder
 
 LEAST_BLOCKS = 24
 """Sequences of text below which nothing can be learned and checked."""
+HELD_TOKENS = 131_072
+"""Most that is kept for choice and check together."""
 LADDER_BLOCKS = 48
 """Sequences that moments and sensitivities are gathered on: a few thousand numbers need no more."""
 REFINE_TOKENS = 1024
@@ -111,11 +113,13 @@ def calibrate(
     leaves open, its second half is for the check alone.
 
     Raises:
-        ChunkWiseError: The text is too short.
+        ChunkWiseError: The text is too short, or the model not on a CPU.
     """
+    if model.device.type != "cpu":
+        raise ChunkWiseError(f"calibration runs on a CPU, and the model is on {model.device}; move it: model.cpu()")
     length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
     text = blocks(tokens, length)
-    held = max(4, round(len(text) * knobs.held_share))
+    held = max(4, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
     if len(text) < LEAST_BLOCKS:
         raise ChunkWiseError(
             f"{len(tokens)} tokens are too few to calibrate on; give at least {LEAST_BLOCKS * length}, better several "
@@ -161,7 +165,7 @@ def calibrate(
         )
         policy = policy_for(share)
         config, searched = _search(chunkwise, choice, config_of(policy), policy.price, batch, track)
-        if knobs.int8 and _int8_is_harmless(chunkwise, choice, _with_int8(config), batch, track):
+        if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
             config = _with_int8(config)
         return Calibration(ladder, config, _check(chunkwise, check, config, batch, track), explained, searched)
 
@@ -326,10 +330,10 @@ def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
 def _int8_is_harmless(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> bool:
     rise = total = 0.0
     for tokens in track(text.split(batch), description="trying INT8 keys and values"):
-        full, _ = log_probabilities_planned(model, tokens, config)
-        log_p, *_ = log_probabilities_stream(model, tokens, config)
-        total += float(losses(full, tokens).sum())
-        rise += float((losses(log_p, tokens) - losses(full, tokens)).sum())
+        before, *_ = log_probabilities_stream(model, tokens, config)
+        after, *_ = log_probabilities_stream(model, tokens, _with_int8(config))
+        total += float(losses(before, tokens).sum())
+        rise += float((losses(after, tokens) - losses(before, tokens)).sum())
     return rise <= INT8_ALLOWANCE * total
 
 
