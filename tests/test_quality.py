@@ -21,7 +21,7 @@ from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1
 from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation, markdown, page
-from chunkwise_lora.evaluation.statistics import bootstrap
+from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
 from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
 from models import VOCABULARY, adapter, build
 
@@ -128,7 +128,7 @@ def test_a_bootstrap_interval_is_about_as_wide_as_theory_says(seed: int) -> None
 
 
 @given(tokens=st.integers(8, 60), length=st.integers(2, 8), stride=st.integers(1, 8))
-def test_every_token_is_scored_at_most_once(tokens: int, length: int, stride: int) -> None:
+def test_no_token_is_scored_twice_or_left_out_between_windows(tokens: int, length: int, stride: int) -> None:
     stride = min(stride, length)
     windows = windows_of(list(range(tokens)), length, stride)
     seen: list[int] = []
@@ -138,6 +138,16 @@ def test_every_token_is_scored_at_most_once(tokens: int, length: int, stride: in
 
     evaluate_text([Contender(FULL, build("llama"), {}, score)], windows, stride, lambda ids: seen.extend(ids) or 1)
     assert len(seen) == len(set(seen))
+    if stride < length:
+        assert seen == list(range(length - stride, int(windows[-1, -1]) + 1))
+
+
+@given(rows=st.integers(1, 4), tokens=st.integers(1, 200), seed=st.integers(0, 1000))
+def test_segments_leave_no_token_out_of_the_mean(rows: int, tokens: int, seed: int) -> None:
+    values = np.random.default_rng(seed).exponential(size=(rows, tokens))
+    pieces = segments(values)
+    assert pieces[:, 1].sum() == values.size
+    assert per_token(pieces.mean(0)) == pytest.approx(values.mean())
 
 
 def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary() -> None:

@@ -35,7 +35,13 @@ def bootstrap(
 
 
 def segments(values: np.ndarray) -> np.ndarray:
-    """(n,) means over segments of the tokens of every row of (rows, tokens)."""
-    width = min(SEGMENT, values.shape[1])
-    kept = values[:, : values.shape[1] // width * width]
-    return kept.reshape(-1, width).mean(1)
+    """(n, 2) sums over segments of the tokens of every row of (rows, tokens), and how many tokens these are."""
+    starts = np.arange(0, values.shape[1], SEGMENT)
+    sums = np.add.reduceat(values, starts, axis=1)
+    sizes = np.broadcast_to(np.diff(starts, append=values.shape[1]), sums.shape)
+    return np.stack([sums, sizes], axis=-1).reshape(-1, 2)
+
+
+def per_token(means: np.ndarray) -> np.ndarray:
+    """(...,) the mean over tokens, of means (..., 2) over `segments`."""
+    return means[..., 0] / means[..., 1]

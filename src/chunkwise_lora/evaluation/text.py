@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chunkwise_lora.engines.transformers.calibration.costs import divergence, losses
 from chunkwise_lora.evaluation.contenders import FULL, Contender
-from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, segments
+from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ def evaluate_text(
             TextResult(
                 name,
                 float(np.average([one[2] for one in tally], weights=sizes)),
-                bootstrap(segments(of_loss)[:, None], lambda means: np.exp(means[..., 0])),
+                bootstrap(segments(of_loss), lambda means: np.exp(per_token(means))),
                 float(np.exp(of_loss.sum() / count)),
-                bootstrap(segments(of_loss - full_loss)[:, None], lambda means: np.expm1(means[..., 0])),
-                bootstrap(segments(of_kl)[:, None]),
+                bootstrap(segments(of_loss - full_loss), lambda means: np.expm1(per_token(means))),
+                bootstrap(segments(of_kl), per_token),
                 float(np.average([one[3] for one in tally], weights=sizes)),
                 speeds.get(name),
             )

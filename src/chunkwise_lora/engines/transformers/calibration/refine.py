@@ -17,7 +17,7 @@ CHUNK = 16
 """Tokens that share a random rung: a mixture, as plans will make it."""
 SOFTNESS = 0.5
 """Width, in the log of a direction's worth, over which a threshold's gradient is felt."""
-BASIS_RATE, WORTH_RATE = 8e-3, 1e-2
+BASIS_RATE, WORTH_RATE = 4e-3, 5e-3
 
 
 def refine(
