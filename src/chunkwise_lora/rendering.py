@@ -112,7 +112,7 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
             table.add_row(f"[bold]context {result.context:,}, batch {result.batch}[/]")
         row = [f"{result.decode_ms:.2f}", f"{result.decode_ratio:.2f}"]
         row += [_number(result.prefill_ms, ",.1f"), _number(result.prefill_ratio, ".2f")] if prefills else []
-        row += [f"{result.adapter_bytes_per_token / 1024:,.0f}", f"{result.kv_bytes / 1024:,.0f}"]
+        row += [f"{result.adapter_bytes_per_pass / 1024:,.0f}", f"{result.kv_bytes / 1024:,.0f}"]
         if perplexities is not None:
             row.append(f"{perplexities[result.name]:.2f}")
         elif peaks:

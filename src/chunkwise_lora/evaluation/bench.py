@@ -67,7 +67,7 @@ class Measurement:
     """Median ratio to the base model, where it takes part."""
     prefill_ratio: float | None
     prefill_over_base: float | None
-    adapter_bytes_per_token: float
+    adapter_bytes_per_pass: float
     """Adapter bytes read per forward pass, averaged over passes."""
     kv_bytes: int
     """KV-cache storage after the first few decode steps, counted from the tensors."""
@@ -298,7 +298,7 @@ def measure(
                 decode_over_base=_median_ratio(decodes, name, BASE),
                 prefill_ratio=_median_ratio(prefills, name, UNMERGED) if compared else None,
                 prefill_over_base=_median_ratio(prefills, name, BASE) if compared else None,
-                adapter_bytes_per_token=run.adapter_bytes,
+                adapter_bytes_per_pass=run.adapter_bytes,
                 kv_bytes=kv_bytes[name],
                 peak_bytes=peaks[name] if compared else None,
                 scheduler_ms=(run.scheduler_seconds - planned[name]) * 1e3 / (rounds * new_tokens),
