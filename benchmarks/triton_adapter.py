@@ -36,13 +36,13 @@ def gate_form(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], rows: 
 
 def compare(weight: Tensor, rank: int, tokens: int, adapters: int) -> tuple[list[Callable[[], Any]], float]:
     """The base product, plain PyTorch, Triton, Triton at half the rank and idle, ready to run; and Triton's error."""
-    from chunkwise_lora.engines.vllm.triton_kernels import AdapterTable, Factors, Schedule
+    from chunkwise_lora.engines.vllm.triton_kernels import AdapterTable, Directions, Schedule
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).to(weight.dtype)
 
     outputs, inputs = weight.shape
-    ladders = [Factors(normal(rank, inputs), normal(outputs, rank), (rank // 2, rank)) for _ in range(adapters)]
+    ladders = [Directions(normal(rank, inputs), normal(outputs, rank), (rank // 2, rank)) for _ in range(adapters)]
     table = AdapterTable.of([[ladder] for ladder in ladders], device=DEVICE, dtype=weight.dtype)
     factors = [(ladder.down, ladder.up.T.contiguous()) for ladder in ladders]
     slots = np.arange(tokens) % adapters

@@ -27,13 +27,13 @@ def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: py
     assert [one["adapter"] for one in result["generations"]] == ["wiki", "wiki", "e2e"]
     rows = {row["name"]: row for row in result["comparison"]}
     assert list(rows)[:3] == ["base, no adapter", "PEFT merged", "PEFT unmerged"]
-    assert rows["base, no adapter"]["adapter_bytes_per_pass"] == rows["PEFT merged"]["adapter_bytes_per_token"] == 0
+    assert rows["base, no adapter"]["adapter_bytes_per_pass"] == rows["PEFT merged"]["adapter_bytes_per_pass"] == 0
     unmerged, lossless = rows["PEFT unmerged"], rows["ChunkWise lossless"]
-    assert lossless["adapter_bytes_per_pass"] == unmerged["adapter_bytes_per_token"]
+    assert lossless["adapter_bytes_per_pass"] == unmerged["adapter_bytes_per_pass"]
     assert lossless["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-4)
     for preset in ("balanced", "compact"):
         ours = rows[f"ChunkWise {preset}"]
-        assert 0 < ours["adapter_bytes_per_pass"] < unmerged["adapter_bytes_per_token"]
+        assert 0 < ours["adapter_bytes_per_pass"] < unmerged["adapter_bytes_per_pass"]
 
 
 def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:

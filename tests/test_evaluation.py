@@ -50,8 +50,8 @@ def test_a_measurement_counts_real_bytes(entrants: list[Contestant], text: torch
     results = measure(entrants, text, new_tokens=4, rounds=2, prefill_rounds=3, advance=lambda: advances.append(1))
     assert len(advances) == len(entrants) * (2 + 3)
     base, merged, unmerged, lossless = results
-    assert base.adapter_bytes_per_pass == merged.adapter_bytes_per_token == 0
-    assert unmerged.adapter_bytes_per_pass == lossless.adapter_bytes_per_token > 0
+    assert base.adapter_bytes_per_pass == merged.adapter_bytes_per_pass == 0
+    assert unmerged.adapter_bytes_per_pass == lossless.adapter_bytes_per_pass > 0
     # 2 layers, 2 sides, 2 key-value heads of 8 numbers in float32, after 3 tokens of warming up.
     slot = 2 * 2 * 2 * 8 * 4
     assert base.kv_bytes == unmerged.kv_bytes == slot * (24 + 3)

@@ -22,18 +22,18 @@ from chunkwise_lora.ladder import LadderModule
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from chunkwise_lora.engines.vllm import triton_kernels
-from chunkwise_lora.engines.vllm.triton_kernels import AdapterTable, Factors, Schedule, most_blocks, plan_blocks
+from chunkwise_lora.engines.vllm.triton_kernels import AdapterTable, Directions, Schedule, most_blocks, plan_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [0, 1, 3, 16, 17, 40, 64]
 
 
-def factors(rank: int, inputs: int, width: int, rungs: int, dtype: torch.dtype = torch.float32) -> Factors:
+def factors(rank: int, inputs: int, width: int, rungs: int, dtype: torch.dtype = torch.float32) -> Directions:
     """Random directions, on rungs that rise to the full rank."""
     ranks = sorted(torch.randint(rank + 1, (rungs - 1,)).tolist())
     down, up = torch.randn(rank, inputs) / inputs**0.5, torch.randn(width, rank) / max(rank, 1) ** 0.5
-    return Factors(down.to(DEVICE, dtype), up.to(DEVICE, dtype), (*ranks, rank))
+    return Directions(down.to(DEVICE, dtype), up.to(DEVICE, dtype), (*ranks, rank))
 
 
 def batch(kinds: list[str], slots: int, rungs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +111,7 @@ def test_a_mixed_batch_gets_the_gate_form(
     x, y = torch.randn(len(kinds), inputs), torch.randn(len(kinds), sum(widths))
     x, y = x.to(DEVICE, dtype), y.to(DEVICE, dtype)
     expected = gate_form(y, x, table, slots, weights)
-    with patch.object(triton_kernels, "FEW_TOKENS", 256 if few else 0):
+    with patch.object(triton_kernels, "SMALL_BLOCKS_UP_TO", 256 if few else 0):
         table.add(y, x, scheduled(slots, weights, table))
     assert_close(y, expected)
 
@@ -160,7 +160,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_exactly_the_directions_and_tokens_in_use_are_read(
     few: bool, read: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "FEW_TOKENS", 256 if few else 0)
+    monkeypatch.setattr(triton_kernels, "SMALL_BLOCKS_UP_TO", 256 if few else 0)
     adapters = [
         [factors(70, 64, 48, 3)._replace(ranks=(0, 5, 70))],
         [factors(33, 64, 48, 3)._replace(ranks=(1, 33, 33))],
@@ -268,10 +268,10 @@ def test_slots_are_set_replaced_and_emptied_in_place() -> None:
 
 def test_factors_in_the_table_s_layout_are_not_copied_unless_misaligned() -> None:
     down, up = torch.randn(9, 32, device=DEVICE), torch.randn(9, 16, device=DEVICE)
-    table = AdapterTable.of([[Factors(down[1:], up[1:].T, (8,))]], device=DEVICE, dtype=torch.float32)
+    table = AdapterTable.of([[Directions(down[1:], up[1:].T, (8,))]], device=DEVICE, dtype=torch.float32)
     assert [factor.data_ptr() for factor in table.factors[0][0]] == [down[1:].data_ptr(), up[1:].data_ptr()]
     shifted = torch.randn(9 * 32 + 1, device=DEVICE)[1:].view(9, 32)
-    table.set(0, [Factors(shifted[:8], up[1:].T, (8,))])
+    table.set(0, [Directions(shifted[:8], up[1:].T, (8,))])
     assert table.factors[0][0][0].data_ptr() % 16 == 0
 
 

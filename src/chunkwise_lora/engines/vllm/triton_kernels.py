@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
     """Up to so many programs share the sum over a layer's inputs."""
 
 
-FEW_TOKENS = 256
+SMALL_BLOCKS_UP_TO = 256
 """Up to so many tokens a pass is taken for decode: small blocks, and inputs split so that all of the GPU reads."""
 
 FEW = Tiles(tokens=16, directions=16, inputs=128, outputs=128, splits=16)
@@ -63,7 +63,7 @@ MANY = Tiles(tokens=64, directions=32, inputs=64, outputs=128, splits=1)
 
 def tiles_of(tokens: int) -> Tiles:
     """The tiles of a pass, by its number of tokens alone."""
-    return FEW if tokens <= FEW_TOKENS else MANY
+    return FEW if tokens <= SMALL_BLOCKS_UP_TO else MANY
 
 
 def most_blocks(tokens: int, slots: int) -> int:
@@ -83,7 +83,7 @@ class Schedule:
         """Rows of x in the coming pass, padding included."""
         self.idle = True
         """Whether no token of the coming pass has an adapter, so that all layers may be skipped."""
-        most = max(most_blocks(min(max_tokens, FEW_TOKENS), slots), most_blocks(max_tokens, slots))
+        most = max(most_blocks(min(max_tokens, SMALL_BLOCKS_UP_TO), slots), most_blocks(max_tokens, slots))
         self.order = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         """(max_tokens,) int32 rows of x, sorted by slot, then highest rung first."""
         self.weights = torch.zeros(max_tokens, rungs, device=device)
@@ -149,7 +149,7 @@ def plan_blocks(slots: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.n
     return order, np.stack([starts, counts, slots[starts], top[starts]], axis=1)
 
 
-class Factors(NamedTuple):
+class Directions(NamedTuple):
     """The directions of one slice, as a `LadderModule` holds them, where there is no such module: a shard of one."""
 
     down: Tensor
@@ -213,7 +213,7 @@ class AdapterTable:
     @classmethod
     def of(
         cls,
-        adapters: Sequence[Sequence[LadderModule | Factors | None] | None],
+        adapters: Sequence[Sequence[LadderModule | Directions | None] | None],
         *,
         rungs: int | None = None,
         device: torch.device | str,
@@ -260,7 +260,7 @@ class AdapterTable:
         factors = [tensor for slot in self.factors for pair in slot if pair for tensor in pair]
         return sum(tensor.nbytes for tensor in (*factors, self.addresses, self.ranks, self._spans))
 
-    def set(self, slot: int, adapter: Sequence[LadderModule | Factors | None]) -> None:
+    def set(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
         """Put an adapter in a slot, in place of what was there.
 
         Factors that already lie on the device in the table's dtype and layout (`down` contiguous, `up` the transpose
@@ -368,7 +368,7 @@ class AdapterTable:
             WIDEN=interpreted,
         )
 
-    def _check(self, slot: int, adapter: Sequence[LadderModule | Factors | None]) -> None:
+    def _check(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
         if not 0 <= slot < self.slots:
             raise EngineError(f"slot {slot} is not one of 0 to {self.slots - 1}")
         if len(adapter) != len(self.widths):
