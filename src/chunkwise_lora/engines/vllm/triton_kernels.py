@@ -17,8 +17,8 @@ above the block's highest rank. A gate of zero below that rank is multiplied, as
 
 CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), nothing
 waits for the GPU, and `Schedule.update`, `AdapterTable.set` and `AdapterTable.remove` write in place. So a captured
-pass stays valid for every content of its schedule and its tables. Sums run in a fixed order: the same pass gives the
-same bits.
+pass stays valid for every content of its schedule and its tables until a table grows; the plug-in leaves graphs off.
+Sums run in a fixed order: the same pass gives the same bits.
 
 This module needs Triton, which CUDA builds of PyTorch bring. On CPU tensors it runs in Triton's interpreter
 (`TRITON_INTERPRET=1`, set before Triton is first imported), for tests.
