@@ -112,11 +112,11 @@ def test_a_plot_is_a_picture(entrants: list[Contestant], text: torch.Tensor, tmp
 
 def test_a_peak_is_what_was_held_at_once() -> None:
     with PeakMemory(torch.device("cpu")) as peak:
-        for _ in range(3):
+        for _ in range(10):
             torch.ones(10_000_000)
     if peak.bytes is None:
         pytest.skip("this system tells no peak")
-    assert 35e6 < peak.bytes < 80e6
+    assert 35e6 < peak.bytes < 200e6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
