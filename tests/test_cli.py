@@ -85,6 +85,7 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
         (("ladder", "build", "x" * 300, "-o", "y"), "no such folder"),
         (("ladder", "build", "wiki", "-o", "x", "--base", "y"), "--calibration-text"),
         (("ladder", "build", "wiki", "-o", "x", "--dtype", "int4"), "bfloat16"),
+        (("ladder", "build", "wiki", "-o", "x", "--as-trained", "--base", "y", "--calibration-text", "z"), "give one"),
     ],
 )
 def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from chunkwise_lora import ChunkWiseModel, LadderError, RankLadder
 from chunkwise_lora.engines.transformers.calibration.moments import second_moments
 from chunkwise_lora.ladder import LadderModule, describe, even_ranks
+from chunkwise_lora.peft_adapter import PeftAdapter
 from models import ADAPTERS, adapter, build, linear_outputs_plus, peft_model, prompts
 
 
@@ -93,6 +94,14 @@ def test_every_rank_errs_exactly_as_numpys_svd_does(
         error = np.linalg.norm(delta - (module.up[:, :k].double() @ module.down[:k].double()).numpy())
         assert error == pytest.approx(np.linalg.norm(sigma[k:]), abs=10 * tolerance)
         assert module.energy(k) == pytest.approx((sigma[:k] ** 2).sum() / (sigma**2).sum(), abs=1e-5)
+
+
+def test_as_trained_a_ladder_keeps_the_adapters_own_first_directions() -> None:
+    source, ladder = PeftAdapter.load(adapter("llama")), RankLadder.from_peft(adapter("llama"), as_trained=True)
+    for name, (a, b, scale) in source.factors.items():
+        module = ladder.modules[name]
+        for k in (1, module.rank):
+            assert torch.allclose(module.up[:, :k] @ module.down[:k], scale * b[:, :k] @ a[:k], atol=1e-6)
 
 
 def test_an_adapter_that_does_nothing_makes_a_ladder_that_does_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@
 `wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
 paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
 layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
-rank, ``--steps`` shortens a run, and ``--ladder`` goes on from a calibrated ladder with nested ranks.
+rank, ``--steps`` shortens a run, ``--ladder`` goes on from a calibrated ladder with nested ranks, and ``--grow`` adds
+directions to an adapter of a lower rank.
 """
 
 from __future__ import annotations
@@ -70,12 +71,16 @@ class Recipe:
     """AdaLoRA: starts at 1.5 times the rank and prunes down to it on average."""
     ladder: Path | None = None
     """Goes on from a calibrated ladder, for truncation."""
+    grow: Path | None = None
+    """An adapter of a lower rank, which stays as it is: the first directions of the new one."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
 NESTED = {"batch": 2, "steps": 400, "learning_rate": 5e-4}
 """What changes where training goes on from a calibrated ladder."""
+GROWN = {"steps": 100, "learning_rate": 1e-3}
+"""What changes where directions are added to an adapter."""
 RUNGS = {"lowest": 5 / 16, "highest": 0.75, "full": 0.2}
 """Those that a plan at half of the rank uses."""
 WRITTEN = 640
@@ -182,7 +187,29 @@ def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
         config = AdaLoraConfig(init_r=recipe.rank * 3 // 2, target_r=recipe.rank, **schedule, **shared)
     else:
         config = LoraConfig(r=recipe.rank, **shared)
-    return get_peft_model(model, config)
+    peft_model = get_peft_model(model, config)
+    if recipe.grow:
+        grow(peft_model, load_file(recipe.grow / "adapter_model.safetensors"))
+    return peft_model
+
+
+@torch.no_grad()
+def grow(model: PeftModel, smaller: dict[str, torch.Tensor]) -> None:
+    """Make a smaller adapter the first directions, which no longer learn; the others begin by adding nothing."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kept = smaller[name.replace(".default.", ".")].float()
+            rows, columns = kept.shape
+            if "lora_B" in name:
+                parameter.zero_()
+            parameter[:rows, :columns] = kept
+
+            def learn_the_rest(gradient: torch.Tensor, rows: int = rows, columns: int = columns) -> torch.Tensor:
+                gradient = gradient.clone()
+                gradient[:rows, :columns] = 0
+                return gradient
+
+            parameter.register_hook(learn_the_rest)
 
 
 class Pruning(TrainerCallback):
@@ -207,7 +234,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
-            weight_decay=0.1,
+            weight_decay=0.0 if recipe.grow else 0.1,
             max_grad_norm=1.0,
             bf16=BFLOAT16,
             use_cpu=not torch.cuda.is_available(),
@@ -266,13 +293,19 @@ AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that end
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
-def changed(recipe: Recipe, rank: int, steps: int | None, adalora: bool = False, ladder: Path | None = None) -> Recipe:
+def changed(
+    recipe: Recipe,
+    rank: int,
+    steps: int | None,
+    adalora: bool = False,
+    ladder: Path | None = None,
+    grow: Path | None = None,
+) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
-    recipe = replace(recipe, **NESTED) if ladder else recipe
+    recipe = replace(recipe, **(NESTED if ladder else GROWN if grow else {}))
     steps = steps or recipe.steps
-    return replace(
-        recipe, rank=rank, steps=steps, interval=min(recipe.interval, steps // 4), adalora=adalora, ladder=ladder
-    )
+    interval = min(recipe.interval, steps // 4)
+    return replace(recipe, rank=rank, steps=steps, interval=interval, adalora=adalora, ladder=ladder, grow=grow)
 
 
 @app.command()
@@ -285,6 +318,7 @@ def wiki(
     steps: Steps = None,
     adalora: AdaLora = False,
     ladder: Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")] = None,
+    grow: Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")] = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -301,7 +335,7 @@ def wiki(
         texts = own_texts(base, trained, tokens[:cut], length // 2, out / "texts.safetensors")
         examples = Written(examples, texts)
     make(
-        changed(WIKI, rank, steps, adalora, ladder),
+        changed(WIKI, rank, steps, adalora, ladder, grow),
         base,
         out,
         examples=examples,

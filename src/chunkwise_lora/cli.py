@@ -391,20 +391,26 @@ def ladder_build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     base: Annotated[str | None, typer.Option(help="Base model, for a data-aware ladder.")] = None,
     calibration_text: Annotated[Path | None, typer.Option(help="Plain text like the adapter will see.")] = None,
+    as_trained: Annotated[
+        bool, typer.Option("--as-trained", help="Keep the adapter's directions and their order, instead of the SVD's.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Storage: float32 (lossless), bfloat16 or float16.")] = "float32",
     json_file: JsonOption = None,
 ) -> None:
     """Turn a PEFT LoRA adapter into a rank ladder: once, by SVD.
 
-    With --base and --calibration-text the ladder is data-aware: every rank keeps most of the adapter's output on real
-    inputs, not on random ones.
+    --as-trained is for adapters whose first directions were trained to stand alone. With --base and
+    --calibration-text the ladder is data-aware: every rank keeps most of the adapter's output on real inputs, not on
+    random ones.
     """
     from chunkwise_lora.rendering import ladder_table
 
     if (base is None) != (calibration_text is None):
         raise ChunkWiseError("--base and --calibration-text go together; give both or none")
     storage = _dtype(dtype)
-    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter))
+    if as_trained and base is not None:
+        raise ChunkWiseError("--as-trained keeps the directions that --base would change; give one of them")
+    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter), as_trained=as_trained)
     if base is not None and calibration_text is not None:
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)

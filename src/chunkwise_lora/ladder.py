@@ -45,7 +45,7 @@ class LadderModule:
     down: Tensor
     """(r, in)"""
     sigma: Tensor
-    """(r,) float32, falling: what each direction contributes, in the norm the build minimises."""
+    """(r,) float32: what each direction contributes, in the norm the build minimises; falling, unless as trained."""
     ranks: tuple[int, ...]
     """The module's rank on each rung, not falling, the last one r."""
 
@@ -127,17 +127,20 @@ class RankLadder:
         return cls.from_pretrained(path) if os.path.isfile(Path(path) / LADDER_NAME) else cls.from_peft(path)
 
     @classmethod
-    def from_peft(cls, adapter: str | Path, *, revision: str | None = None) -> RankLadder:
+    def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
         """Build the plain SVD ladder of a PEFT LoRA adapter: a folder, or a name on the hub.
 
         The ladder is float32 whatever the adapter's dtype, so that full rank equals the adapter; see `to`.
+        With `as_trained` the directions stay those of the adapter, in its order: for one whose first directions were
+        trained to stand alone.
 
         Raises:
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
         """
         source = PeftAdapter.load(adapter, revision)
         steps = min(RUNGS, max(len(a) for a, _, _ in source.factors.values()))
-        modules = {name: _decompose(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
+        build = _as_trained if as_trained else _decompose
+        modules = {name: build(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
         return cls(modules, source.base_model, saved_modules=source.saved_modules)
 
     def data_aware(self, moments: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> RankLadder:
@@ -378,6 +381,13 @@ def _decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
     u, sigma, v = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     up, down = q_up @ u, sigma[:, None] * (v @ q_down.T)
     return LadderModule(up.float(), down.float(), sigma.float(), even_ranks(len(sigma), steps))
+
+
+def _as_trained(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
+    """The directions of scale * b @ a as they are."""
+    up, down = scale * b.float(), a.float()
+    sigma = up.norm(dim=0) * down.norm(dim=1)
+    return LadderModule(up, down.contiguous(), sigma, even_ranks(len(sigma), steps))
 
 
 def _reweight(module: LadderModule, moment: Tensor, output: Tensor | None = None) -> LadderModule:

@@ -112,7 +112,9 @@ class NestedRank(TrainerCallback):
             LadderError: Training went on from no ladder; build one from the adapter.
         """
         if self.ladder is None:
-            raise LadderError("training went on from no ladder; build one from the trained adapter")
+            raise LadderError(
+                "training went on from no ladder; save the adapter, then RankLadder.from_peft(folder, as_trained=True)"
+            )
         modules = {}
         for name, layer in _layers(self._model).items():
             adapter = layer.active_adapters[0]
