@@ -81,7 +81,7 @@ def fit_costs(
     signals: Collection[str] = SIGNALS,
     *,
     ids: int = 2,
-    ridge: float = 1.0,
+    ridge: float = 80.0,
     least_steps: int = 400,
     seed: int = 0,
 ) -> CostModel:
