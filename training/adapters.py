@@ -324,10 +324,10 @@ def wiki(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     length = 1024
 
-    def encode(file: Path) -> torch.Tensor:
+    def tokens_of(file: Path) -> torch.Tensor:
         return torch.tensor(tokenizer(file.read_text()).input_ids)
 
-    tokens = encode(data)
+    tokens = tokens_of(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     examples: Dataset = Windows(tokens[:cut], length)
     if ladder:
@@ -340,7 +340,7 @@ def wiki(
         out,
         examples=examples,
         held_out=Blocks(tokens[cut:], length),
-        test=Blocks(encode(test)[:TEST_TOKENS], length) if test else None,
+        test=Blocks(tokens_of(test)[:TEST_TOKENS], length) if test else None,
     )
 
 

@@ -326,7 +326,15 @@ class AdapterTable:
         tiles, slices, blocks = tiles_of(tokens), len(self.widths), most_blocks(tokens, self.slots)
         splits = min(tiles.splits, triton.cdiv(self.in_features, 4 * tiles.inputs))
         hidden = torch.empty(splits, slices, tokens, self.max_rank, device=x.device)
-        interpreted = x.device.type == "cpu"
+        shared = {
+            "SLICES": slices,
+            "RUNGS": self.rungs,
+            "MAX_RANK": self.max_rank,
+            "SPLITS": splits,
+            "BLOCK_T": tiles.tokens,
+            "BLOCK_R": tiles.directions,
+            "WIDEN": x.device.type == "cpu",  # the interpreter
+        }
         shrink_kernel[(triton.cdiv(self.max_rank, tiles.directions) * splits, blocks, slices)](
             x,
             hidden,
@@ -338,14 +346,8 @@ class AdapterTable:
             x.stride(0),
             self.in_features,
             tokens,
-            SLICES=slices,
-            RUNGS=self.rungs,
-            MAX_RANK=self.max_rank,
-            SPLITS=splits,
-            BLOCK_T=tiles.tokens,
-            BLOCK_R=tiles.directions,
             BLOCK_K=tiles.inputs,
-            WIDEN=interpreted,
+            **shared,
         )
         expand_kernel[(triton.cdiv(max(self.widths), tiles.outputs), blocks, slices)](
             y,
@@ -357,15 +359,9 @@ class AdapterTable:
             self._spans,
             y.stride(0),
             tokens,
-            SLICES=slices,
-            RUNGS=self.rungs,
-            MAX_RANK=self.max_rank,
-            SPLITS=splits,
-            BLOCK_T=tiles.tokens,
-            BLOCK_R=tiles.directions,
             BLOCK_N=tiles.outputs,
             ALIGNED=self._aligned,
-            WIDEN=interpreted,
+            **shared,
         )
 
     def _check(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
