@@ -1,4 +1,4 @@
-"""Nested training begins where the ladder is, gates as told, and leaves nothing behind."""
+"""Nested training begins where the ladder is, gates as told and leaves nothing behind; growing keeps what was there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from chunkwise_lora import ConfigError, LadderError, RankLadder
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
-from chunkwise_lora.training import NestedRank
+from chunkwise_lora.training import GrowRank, NestedRank
 from models import VOCABULARY, adapter, build, peft_model
 
 
@@ -27,24 +27,33 @@ class Texts(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def new_model() -> PeftModel:
-    model: PeftModel = get_peft_model(build("llama"), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+def new_model(rank: int = 8) -> PeftModel:
+    model: PeftModel = get_peft_model(build("llama"), LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear"))
     return model
 
 
-def train(model: PeftModel, nested: NestedRank | None, folder: Path, steps: int, rate: float = 1e-2) -> None:
+def train(
+    model: PeftModel,
+    callback: NestedRank | GrowRank | None,
+    folder: Path,
+    steps: int,
+    rate: float = 1e-2,
+) -> None:
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=4,
         learning_rate=rate,
+        weight_decay=0.1,
         use_cpu=True,
         report_to="none",
         save_strategy="no",
         seed=0,
         disable_tqdm=True,
     )
-    options = {"callbacks": [nested], "compute_loss_func": nested.loss} if nested else {}
+    options: dict[str, Any] = {"callbacks": [callback]} if callback else {}
+    if isinstance(callback, NestedRank):
+        options["compute_loss_func"] = callback.loss
     Trainer(model, arguments, train_dataset=Texts(), **options).train()
 
 
@@ -142,3 +151,23 @@ def test_a_ladder_of_another_adapter_is_refused(tmp_path: Path) -> None:
     for kind in ("one_layer", "patterns"):
         with pytest.raises(LadderError):
             train(new_model(), NestedRank(RankLadder.from_peft(adapter("llama", kind))), tmp_path, 1)
+
+
+def test_an_adapter_grows_around_a_smaller_one_that_stays_as_it_is(tmp_path: Path) -> None:
+    model, smaller = new_model(rank=16), RankLadder.from_peft(adapter("llama"), as_trained=True)
+    train(model, GrowRank(adapter("llama")), tmp_path / "run", 6)
+    model.save_pretrained(tmp_path / "adapter")
+    grown = RankLadder.from_peft(tmp_path / "adapter", as_trained=True)
+    assert grown.rung_ranks[4] == 8
+    for name, module in grown.modules.items():
+        before = smaller.modules[name]
+        assert torch.allclose(module.up[:, :8] @ module.down[:8], before.up @ before.down, atol=1e-6)
+        assert module.up[:, 8:].norm() > 0  # the others learned
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "told"), [(8, "plain", "no lower rank of a layer of rank 8"), (16, "one_layer", "LoRA layers")]
+)
+def test_what_cannot_grow_into_the_model_is_refused(tmp_path: Path, rank: int, kind: str, told: str) -> None:
+    with pytest.raises(LadderError, match=told):
+        train(new_model(rank), GrowRank(adapter("llama", kind)), tmp_path, 1)

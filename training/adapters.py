@@ -45,7 +45,7 @@ from base import Blocks
 from chunkwise_lora import ChunkWiseModel, RankLadder
 from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
-from chunkwise_lora.training import NestedRank
+from chunkwise_lora.training import GrowRank, NestedRank
 
 BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
@@ -187,29 +187,7 @@ def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
         config = AdaLoraConfig(init_r=recipe.rank * 3 // 2, target_r=recipe.rank, **schedule, **shared)
     else:
         config = LoraConfig(r=recipe.rank, **shared)
-    peft_model = get_peft_model(model, config)
-    if recipe.grow:
-        grow(peft_model, load_file(recipe.grow / "adapter_model.safetensors"))
-    return peft_model
-
-
-@torch.no_grad()
-def grow(model: PeftModel, smaller: dict[str, torch.Tensor]) -> None:
-    """Make a smaller adapter the first directions, which no longer learn; the others begin by adding nothing."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kept = smaller[name.replace(".default.", ".")].float()
-            rows, columns = kept.shape
-            if "lora_B" in name:
-                parameter.zero_()
-            parameter[:rows, :columns] = kept
-
-            def learn_the_rest(gradient: torch.Tensor, rows: int = rows, columns: int = columns) -> torch.Tensor:
-                gradient = gradient.clone()
-                gradient[:rows, :columns] = 0
-                return gradient
-
-            parameter.register_hook(learn_the_rest)
+    return get_peft_model(model, config)
 
 
 class Pruning(TrainerCallback):
@@ -234,7 +212,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=30,
-            weight_decay=0.0 if recipe.grow else 0.1,
+            weight_decay=0.1,
             max_grad_norm=1.0,
             bf16=BFLOAT16,
             use_cpu=not torch.cuda.is_available(),
@@ -258,6 +236,7 @@ def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset
             *([] if nested else [EarlyStoppingCallback(early_stopping_patience=5)]),
             *([Pruning()] if recipe.adalora else []),
             *([nested] if nested else []),
+            *([GrowRank(recipe.grow)] if recipe.grow else []),
         ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
@@ -290,6 +269,7 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoints and the final ad
 Rank = Annotated[int, typer.Option(min=2, help="Rank of the adapter.")]
 Steps = Annotated[int | None, typer.Option(min=10, help="Updates, instead of the recipe's.")]
 AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that ends at the rank on average.")]
+Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
@@ -318,7 +298,7 @@ def wiki(
     steps: Steps = None,
     adalora: AdaLora = False,
     ladder: Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")] = None,
-    grow: Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")] = None,
+    grow: Grow = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -352,6 +332,7 @@ def e2e(
     test: Annotated[Path | None, typer.Option(help="Rows to measure at the end.")] = None,
     rank: Rank = 16,
     steps: Steps = None,
+    grow: Grow = None,
 ) -> None:
     """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -368,7 +349,7 @@ def e2e(
         return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
 
     make(
-        changed(E2E, rank, steps),
+        changed(E2E, rank, steps, grow=grow),
         base,
         out,
         examples=examples([row for row in rows if row["mr"] not in unseen]),

@@ -7,12 +7,16 @@ Ordinary training leaves every direction as it came to be; nested training lets 
 dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here sequences run chunk by chunk at random rungs,
 as plans will, and learn from full rank: given the ladder of a trained adapter, from that adapter as it was, which needs
 no labels and learns no text by heart; from scratch, from full rank as it is, which itself learns from the labels.
+
+`GrowRank` gets there one rank after the other: an adapter of a low rank, trained to the end, becomes the first
+directions of a larger one and stays as it is while the others learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
+from chunkwise_lora.peft_adapter import PeftAdapter
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
@@ -177,6 +182,58 @@ class NestedRank(TrainerCallback):
             return output * self._tables[name].to(output)[self._rungs.to(output.device)]
 
         return hook
+
+
+class GrowRank(TrainerCallback):
+    """Makes a trained adapter of a lower rank the first directions of the one that trains, and keeps them as they are.
+
+    The ladder of the result, `RankLadder.from_peft(folder, as_trained=True)`, is the smaller adapter itself at the
+    smaller one's rank. The others begin by adding nothing, as PEFT initialises them.
+
+    Args:
+        smaller: The trained adapter: a folder, or a name on the hub.
+
+    Raises:
+        LadderError: It is damaged or no plain LoRA, or does not fit into the model's LoRA layers.
+    """
+
+    def __init__(self, smaller: str | Path) -> None:
+        self._smaller = smaller
+        self._factors = PeftAdapter.load(smaller).factors
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the places of the smaller adapter's directions, and put them there."""
+        layers = _layers(kwargs["model"])
+        if self._factors.keys() != layers.keys():
+            raise LadderError(
+                f"{self._smaller}: its modules are not the model's LoRA layers; train it on the same ones"
+            )
+        self._kept.clear()
+        for name, (down, up, scale) in self._factors.items():
+            layer = layers[name]
+            adapter = layer.active_adapters[0]
+            a, b, rank = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, len(down)
+            if (a.shape[1], b.shape[0]) != (down.shape[1], up.shape[0]) or rank >= len(a):
+                raise LadderError(
+                    f"{self._smaller}: {name} has rank {rank} from {down.shape[1]} to {up.shape[0]}, which is no lower "
+                    f"rank of a layer of rank {len(a)} from {a.shape[1]} to {b.shape[0]}"
+                )
+            self._kept.append((a.detach()[:rank], down.to(a)))
+            self._kept.append((b.detach()[:, :rank], (up.float() * (scale / layer.scaling[adapter])).to(b)))
+        self._restore()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take back what the optimizer did to them, weight decay too."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for place, kept in self._kept:
+            place.copy_(kept)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
