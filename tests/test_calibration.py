@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
 from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
@@ -29,8 +28,9 @@ from chunkwise_lora.engines.transformers.calibration.calibrate import (
     Calibration,
     calibrate,
 )
-from chunkwise_lora.engines.transformers.calibration.costs import divergence, log_probabilities
+from chunkwise_lora.engines.transformers.calibration.costs import Text, divergence, log_probabilities
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
+from chunkwise_lora.engines.transformers.calibration.refine import refine
 from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
@@ -157,7 +157,7 @@ def test_modules_that_matter_by_fisher_matter_when_turned_down() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tokens = torch.tensor(text()).view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), ladder) as model:
-        found = sensitivities(model, tokens.split(8))
+        found = sensitivities(model, Text.of(tokens).split(8))
         full = log_probabilities(model, tokens)
     names = list(ladder.modules)
     predicted, measured = [], []
@@ -168,6 +168,23 @@ def test_modules_that_matter_by_fisher_matter_when_turned_down() -> None:
             measured.append(float(divergence(full, log_probabilities(model, tokens)).mean()))
         predicted.append(float(found[name].gates.sum()))
     assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.7
+
+
+def test_directions_are_turned_for_what_counts_alone() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    importance = {name: module.sigma for name, module in ladder.modules.items()}
+    tokens = torch.tensor(text())[None, :24]
+    counted = torch.arange(24)[None] < 10
+    with ChunkWiseModel(build("llama"), ladder) as model:
+        (some, _), (shorter, _), (all_of_it, _) = (
+            refine(model, importance, [one], 8, 2, steps=1)
+            for one in (Text(tokens, counted), Text.of(tokens[:, :10]), Text.of(tokens))
+        )
+
+    def apart(one: RankLadder, other: RankLadder) -> float:
+        return sum(float((m.down - other.modules[name].down).abs().mean()) for name, m in one.modules.items())
+
+    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # the signs of no gradient differ
 
 
 def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again() -> None:
@@ -247,23 +264,40 @@ def test_what_an_adapter_writes_teaches_directions_and_no_costs(monkeypatch: pyt
     lessons, observed = [], []
     fisher, explore = module_under_test._fisher_ladder, module_under_test._explore
 
-    def note_lessons(model: Any, ladder: RankLadder, fit: Tensor, *rest: Any) -> RankLadder:
+    def note_lessons(model: Any, ladder: RankLadder, fit: Text, *rest: Any) -> RankLadder:
         lessons.append(fit)
         return fisher(model, ladder, fit, *rest)
 
-    def note_observed(model: Any, tokens: Tensor, *rest: Any) -> Any:
-        observed.append(tokens)
-        return explore(model, tokens, *rest)
+    def note_observed(model: Any, part: Text, *rest: Any) -> Any:
+        observed.append(part.tokens)
+        return explore(model, part, *rest)
 
     monkeypatch.setattr(module_under_test, "_fisher_ladder", note_lessons)
     monkeypatch.setattr(module_under_test, "_explore", note_observed)
     knobs = KNOBS.model_copy(update={"written": 4 * BLOCK, "refinements": 1})
     calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
     given = {tuple(row) for row in torch.tensor(text()).view(-1, BLOCK).tolist()}
-    taught = [tuple(row) for row in lessons[0].tolist()]
+    taught = [tuple(row) for row in lessons[0].tokens.tolist()]
     assert len([row for row in taught if row not in given]) == 4
     assert {row for row in taught if row in given} == {tuple(row) for row in observed[0].tolist()}
     assert all(tuple(row) in given for part in observed for row in part.tolist())
+
+
+def test_costs_and_checks_are_those_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, observed = text(), []
+    fit = module_under_test.fit_costs
+
+    def note_observed(seen: Observations, *rest: Any, **options: Any) -> CostModel:
+        observed.append(len(seen))
+        return fit(seen, *rest, **options)
+
+    monkeypatch.setattr(module_under_test, "fit_costs", note_observed)
+    counted = [i % BLOCK >= BLOCK // 2 and i >= 2 * BLOCK for i in range(len(ids))]
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), ids, KNOBS, counted=counted)
+    sequences = len(ids) // BLOCK - 2  # in two of them, nothing counts
+    held = max(4, round(sequences * KNOBS.held_share))
+    assert set(observed) == {(sequences - held) * KNOBS.explorations * BLOCK // 2}
+    assert found.check.tokens == held // 2 * (BLOCK // 2 - 1)
 
 
 def test_a_long_text_is_not_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,10 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
             return SimpleNamespace(input_ids=[ord(letter) for letter in text])
 
     examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x", "y")) for i, length in enumerate(lengths)]
-    ids, block = data.packed(examples, Letters(), longest)
+    ids, counted, block = data.packed(examples, Letters(), longest)
+    of_answers = {ord(" "), ord("x"), ord("y"), Letters.eos_token_id}
+    follows = [(token in of_answers) == said for token, said in zip(ids[1:], counted, strict=False)]
+    assert all(right for i, right in enumerate(follows, 1) if i % block), "answers alone count"
     assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
     starts = [chr(first) for first in ids[::block]]
     assert starts[::2] == starts[1::2], "what tells about each other stays together"

@@ -32,10 +32,17 @@ class Observations:
     """(n, 4) float32 `SIGNALS`, NaN where not known."""
     rungs: Tensor
     costs: Tensor
-    """Nats."""
+    """Nats; NaN where what is predicted does not count."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def known(self) -> Observations:
+        """Those with a cost."""
+        known = ~self.costs.isnan()
+        return Observations(
+            self.tokens[known], self.previous[known], self.signals[known], self.rungs[known], self.costs[known]
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def fit_costs(
     """Fit a `CostModel` by Poisson regression, which finds means and bears the long tail of costs.
 
     Args:
-        seen: Observed costs.
+        seen: Observed costs, all known.
         vocab_size: Token ids below this get a number of their own.
         rungs: Rungs of the ladder; those that were not observed are interpolated.
         signals: Which of `SIGNALS` to use.

@@ -279,6 +279,8 @@ def calibrate(
 
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
+    if written and task != "wikitext":
+        raise ChunkWiseError(f"--written goes on from plain text, not from prompts; leave it out with --task {task}")
     knobs = CalibrationConfig(
         max_loss_increase=_share(max_loss_increase),
         mean_rank=_share(mean_rank),
@@ -288,9 +290,10 @@ def calibrate(
     )
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
-    ids, block = calibration_tokens(task, text, tokenizer, knobs.block)
+    ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block)
+    knobs = knobs.model_copy(update={"block": block})
     with _progress() as progress:
-        result = run(base, ladder, ids, knobs.model_copy(update={"block": block}), cast("Any", progress.track))
+        result = run(base, ladder, ids, knobs, cast("Any", progress.track), counted)
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)
     console.print(calibration_table(result))

@@ -30,26 +30,30 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
     return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
 
 
-def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], int]:
-    """Token ids of all prompts with all of their answers, to be cut into blocks of the length that is given too.
+def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:
+    """Token ids of all prompts with all of their answers, whether an answer's token follows, and a length of blocks.
 
     Every block begins with another example and goes on with the ones after it, or at the end with those before, so that
     examples stand where generation meets them, at the beginning. Four of five fit whole, if no block is to be over
     `longest` tokens. Topics are shuffled and kept together, so that the last blocks are of others than the first.
     """
-    topics: dict[str, list[list[int]]] = {}
+    topics: dict[str, list[list[tuple[int, bool]]]] = {}
     for one in examples:
-        for answer in one.references:
-            topics.setdefault(one.topic or one.prompt, []).append(list(chain(*encode(tokenizer, one.prompt, answer))))
+        for reference in one.references:
+            prompt, answer = encode(tokenizer, one.prompt, reference)
+            follows = [i >= len(prompt) for i in range(1, len(prompt) + len(answer))]
+            sequence = list(zip(prompt + answer, [*follows, False], strict=True))
+            topics.setdefault(one.topic or one.prompt, []).append(sequence)
     shuffled = list(topics.values())
     random.Random(0).shuffle(shuffled)
     sequences = list(chain(*shuffled))
     length = min(longest, sorted(map(len, sequences))[len(sequences) * 4 // 5])
-    ids: list[int] = []
+    blocks: list[tuple[int, bool]] = []
     for i in range(len(sequences)):
         around = chain(sequences[i:], reversed(sequences[:i]))
-        ids += islice(chain.from_iterable(around), length)
-    return ids, length
+        blocks += islice(chain.from_iterable(around), length)
+    ids, counted = zip(*blocks, strict=True)
+    return list(ids), list(counted), length
 
 
 def wikitext(source: str) -> str:

@@ -40,14 +40,15 @@ def adapter_of(task: str, adapter: str) -> str | Path:
     return embedded.ADAPTERS.get(name, name)
 
 
-def calibration_tokens(task: str, data: str, tokenizer: Any, block: int) -> tuple[list[int], int]:
-    """Token ids of a task's data to calibrate on, and the length, at most `block`, of the sequences they make.
+def calibration_tokens(task: str, data: str, tokenizer: Any, block: int) -> tuple[list[int], list[bool] | None, int]:
+    """Token ids of a task's data to calibrate on, after which of them an answer's token follows (None: all count), and
+    the length, at most `block`, of the sequences they make.
 
     Raises:
         ChunkWiseError: The data cannot be read, or holds nothing.
     """
     if task == "wikitext":
-        return tokenizer(data_sets.wikitext(data)).input_ids, block
+        return tokenizer(data_sets.wikitext(data)).input_ids, None, block
     return data_sets.packed(_examples(task, data), tokenizer, block)
 
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from chunkwise_lora.calibration import Observations, Policy, choose_rungs, fit_costs
@@ -24,7 +23,7 @@ from chunkwise_lora.config import (
     LevelKVPolicy,
 )
 from chunkwise_lora.engines.transformers.calibration.costs import (
-    blocks,
+    Text,
     divergence,
     entropy,
     log_probabilities,
@@ -72,7 +71,9 @@ class Check:
     """What the calibrated policy does on text that had no part in it, token by token as generation would."""
 
     tokens: int
+    """Tokens whose prediction counts; what is per token below is per such token."""
     mean_rank: float
+    """Of all tokens."""
     kl: float
     """Nats per token from full rank."""
     loss_full: float
@@ -106,11 +107,13 @@ def calibrate(
     tokens: Sequence[int],
     knobs: CalibrationConfig,
     track: Track = lambda work, *, description: work,
+    counted: Sequence[bool] | None = None,
 ) -> Calibration:
     """Calibrate `ladder` on a text's token ids for a budget.
 
     The end of the text, `held_share`, takes no part in the ladder or the fit: its first half sets what the budget
-    leaves open, its second half is for the check alone.
+    leaves open, its second half is for the check alone. `counted` says of every token whether it matters what is
+    predicted to follow it, as it does in answers and not in prompts; by default all do.
 
     Raises:
         ChunkWiseError: The text is too short, or the model not on a CPU.
@@ -118,7 +121,8 @@ def calibrate(
     if model.device.type != "cpu":
         raise ChunkWiseError(f"calibration runs on a CPU, and the model is on {model.device}; move it: model.cpu()")
     length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
-    text = blocks(tokens, length)
+    text = Text.blocks(tokens, length, counted)
+    text = text[text.counted.any(1)]
     held = max(4, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
     if len(text) < LEAST_BLOCKS:
         raise ChunkWiseError(
@@ -133,17 +137,18 @@ def calibrate(
         lessons = fit
         if pieces := knobs.written // length:
             with ChunkWiseModel(model, ladder) as chunkwise:
-                own = written(chunkwise, fit, pieces, seed=knobs.seed, track=partial(track, description="writing text"))
+                show = partial(track, description="writing text")
+                own = written(chunkwise, fit.tokens, pieces, seed=knobs.seed, track=show)
             shuffle = torch.Generator().manual_seed(knobs.seed)
-            lessons = torch.cat([fit, own])[torch.randperm(len(fit) + len(own), generator=shuffle)]
+            lessons = (fit + Text.of(own))[torch.randperm(len(fit) + len(own), generator=shuffle)]
         ladder = _fisher_ladder(model, ladder, lessons, knobs, batch, track)
     allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
     with ChunkWiseModel(model, ladder) as chunkwise:
         generator = np.random.default_rng(knobs.seed)
         seen = _explore(chunkwise, fit, allowed, knobs.explorations, generator, batch, track)
         unseen = _explore(chunkwise, choice, allowed, knobs.explorations, generator, batch, track)
-    explained, signals = _contributions(seen, unseen, vocab_size, ladder.rungs, knobs.seed, track)
-    costs = fit_costs(seen, vocab_size, ladder.rungs, signals, seed=knobs.seed)
+    explained, signals = _contributions(seen.known(), unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
+    costs = fit_costs(seen.known(), vocab_size, ladder.rungs, signals, seed=knobs.seed)
     ladder = replace(ladder, learned=costs.learned)
     complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
 
@@ -171,12 +176,12 @@ def calibrate(
 
 
 def _fisher_ladder(
-    model: PreTrainedModel, ladder: RankLadder, fit: Tensor, knobs: CalibrationConfig, batch: int, track: Track
+    model: PreTrainedModel, ladder: RankLadder, fit: Text, knobs: CalibrationConfig, batch: int, track: Track
 ) -> RankLadder:
     """Directions by K-FAC, rungs by the Fisher information of their gates, then both by gradient descent."""
     chosen = fit[np.linspace(0, len(fit) - 1, min(len(fit), LADDER_BLOCKS)).astype(int)].split(batch)
     with ChunkWiseModel(model, ladder) as chunkwise:
-        moments = second_moments(chunkwise, track(chosen, description="inputs of the adapter"))
+        moments = second_moments(chunkwise, (one.tokens for one in track(chosen, description="inputs of the adapter")))
         found = sensitivities(chunkwise, track(chosen, description="sensitivity of the output"), seed=knobs.seed)
     ladder = ladder.data_aware(moments, {name: one.outputs for name, one in found.items()})
     with ChunkWiseModel(model, ladder) as chunkwise:
@@ -185,8 +190,8 @@ def _fisher_ladder(
         importance |= {name: one.gates / 2 for name, one in found.items()}
         if knobs.refinements:
             generator = torch.Generator().manual_seed(knobs.seed)
-            size = (knobs.refinements, max(1, REFINE_TOKENS // fit.shape[1]))
-            batches = fit[torch.randint(len(fit), size, generator=generator)]
+            size = (knobs.refinements, max(1, REFINE_TOKENS // fit.tokens.shape[1]))
+            batches = [fit[rows] for rows in torch.randint(len(fit), size, generator=generator)]
             ladder, importance = refine(
                 chunkwise,
                 importance,
@@ -201,18 +206,19 @@ def _fisher_ladder(
 
 def _explore(
     model: ChunkWiseModel,
-    text: Tensor,
+    text: Text,
     allowed: Sequence[int],
     passes: int,
     generator: np.random.Generator,
     batch: int,
     track: Track,
 ) -> Observations:
-    """What every token costs at a random rung, among tokens at random rungs, as in a plan."""
+    """What every token that counts costs at a random rung, among tokens at random rungs, as in a plan."""
     config = ComplexityConfig()
     vocab_size = model.config.get_text_config().vocab_size
     parts = []
-    for tokens in track(text.split(batch), description="cost per token and rung"):
+    for part in track(text.split(batch), description="cost per token and rung"):
+        tokens = part.tokens
         full = log_probabilities(model, tokens)
         entropies = entropy(full)
         signals = torch.tensor(
@@ -229,6 +235,7 @@ def _explore(
         for _ in range(passes):
             rungs = generator.choice(np.array(allowed), tuple(tokens.shape))
             costs = divergence(full, log_probabilities(model, tokens, rungs)).clamp_min(0)
+            costs[~part.counted] = math.nan
             of_token = (tokens, previous, signals, torch.from_numpy(rungs), costs)
             parts.append([tensor.flatten(0, 1) for tensor in of_token])
     return Observations(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -257,7 +264,7 @@ def _contributions(
 
 def _share_for(
     model: ChunkWiseModel,
-    text: Tensor,
+    text: Text,
     config_for: Callable[[float], ChunkWiseConfig],
     knobs: CalibrationConfig,
     batch: int,
@@ -271,13 +278,14 @@ def _share_for(
     assert knobs.max_loss_increase is not None
     full_loss, kl, rise = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
     parts = text.split(batch)
-    for tokens in track(parts, description="finding the mean rank"):
+    for part in track(parts, description="finding the mean rank"):
+        tokens, counted = part.tokens, part.counted[:, :-1]
         full = log_probabilities(model, tokens)
-        full_loss += float(losses(full, tokens).sum())
+        full_loss += float(losses(full, tokens)[counted].sum())
         for i, share in enumerate(SHARES):
             log_p, _ = log_probabilities_planned(model, tokens, config_for(share))
-            kl[i] += float(divergence(full, log_p)[:, :-1].sum())
-            rise[i] += float((losses(log_p, tokens) - losses(full, tokens)).sum())
+            kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
+            rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
     loss_per_kl = float(rise @ kl / (kl @ kl))
     expected = loss_per_kl * kl / full_loss
     affordable = [share for share, one in zip(SHARES, expected, strict=True) if one <= knobs.max_loss_increase]
@@ -285,18 +293,19 @@ def _share_for(
 
 
 def _search(
-    model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, price: float, batch: int, track: Track
+    model: ChunkWiseModel, text: Text, config: ChunkWiseConfig, price: float, batch: int, track: Track
 ) -> tuple[ChunkWiseConfig, dict[str, float]]:
     """`config` with the chunk length, then the scale, of least cost on `text`, and what each of them costs."""
 
     def costs(tried: dict[float, ChunkWiseConfig]) -> dict[float, float]:
         totals = dict.fromkeys(tried, 0.0)
-        for tokens in track(text.split(batch), description="chunk lengths and scales"):
-            full = log_probabilities(model, tokens)
+        for part in track(text.split(batch), description="chunk lengths and scales"):
+            full = log_probabilities(model, part.tokens)
             for value, one in tried.items():
-                log_p, ranks = log_probabilities_planned(model, tokens, one)
-                totals[value] += float(divergence(full, log_p).sum()) + price * float(ranks.sum())
-        return {value: total / text.numel() for value, total in totals.items()}
+                log_p, ranks = log_probabilities_planned(model, part.tokens, one)
+                totals[value] += float(divergence(full, log_p)[part.counted].sum()) / int(text.counted.sum())
+                totals[value] += price * float(ranks.sum()) / text.tokens.numel()
+        return totals
 
     chunking, selection = config.chunking, config.selection
     of_length = costs(
@@ -327,28 +336,30 @@ def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
     return config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
 
 
-def _int8_is_harmless(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> bool:
+def _int8_is_harmless(model: ChunkWiseModel, text: Text, config: ChunkWiseConfig, batch: int, track: Track) -> bool:
     rise = total = 0.0
-    for tokens in track(text.split(batch), description="trying INT8 keys and values"):
+    for part in track(text.split(batch), description="trying INT8 keys and values"):
+        tokens, counted = part.tokens, part.counted[:, :-1]
         before, *_ = log_probabilities_stream(model, tokens, config)
         after, *_ = log_probabilities_stream(model, tokens, _with_int8(config))
-        total += float(losses(before, tokens).sum())
-        rise += float((losses(after, tokens) - losses(before, tokens)).sum())
+        total += float(losses(before, tokens)[counted].sum())
+        rise += float((losses(after, tokens) - losses(before, tokens))[counted].sum())
     return rise <= INT8_ALLOWANCE * total
 
 
-def _check(model: ChunkWiseModel, text: Tensor, config: ChunkWiseConfig, batch: int, track: Track) -> Check:
+def _check(model: ChunkWiseModel, text: Text, config: ChunkWiseConfig, batch: int, track: Track) -> Check:
     full_losses, rises, kl, ranks, kv = [], [], [], [], []
-    for tokens in track(text.split(batch), description="checking on unseen text"):
+    for part in track(text.split(batch), description="checking on unseen text"):
+        tokens, counted = part.tokens, part.counted[:, :-1]
         full = log_probabilities(model, tokens)
         log_p, rank, share = log_probabilities_stream(model, tokens, config)
-        full_losses.append(losses(full, tokens))
-        rises.append(losses(log_p, tokens) - full_losses[-1])
-        kl.append(divergence(full, log_p))
+        full_losses.append(losses(full, tokens)[counted])
+        rises.append(losses(log_p, tokens)[counted] - full_losses[-1])
+        kl.append(divergence(full, log_p)[part.counted])
         ranks.append(rank)
         kv.append(share)
     loss, rise = float(torch.cat(full_losses).mean()), torch.cat(rises)
-    segments = rise.flatten().unfold(0, min(64, rise.numel()), min(64, rise.numel())).mean(1)
+    segments = rise.unfold(0, min(64, rise.numel()), min(64, rise.numel())).mean(1)
     return Check(
         tokens=rise.numel(),
         mean_rank=float(np.concatenate(ranks).mean()),

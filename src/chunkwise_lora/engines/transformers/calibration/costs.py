@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,41 @@ from torch import Tensor, nn
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.scheduler import FixedPlan
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences of token ids, and what of them matters."""
+
+    tokens: Tensor
+    """(sequences, tokens)"""
+    counted: Tensor
+    """(sequences, tokens) bool: whether it matters what is said to follow a token."""
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Text:
+        """Text that matters as a whole."""
+        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    @classmethod
+    def blocks(cls, tokens: Sequence[int], length: int, counted: Sequence[bool] | None = None) -> Text:
+        """Sequences of `length` tokens; what does not fill one at the end is left out."""
+        ids, rows = torch.as_tensor(tokens), len(tokens) // length
+        mask = torch.ones_like(ids, dtype=torch.bool) if counted is None else torch.as_tensor(counted)
+        return cls(*(one[: rows * length].view(rows, length) for one in (ids, mask)))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> Text:
+        return Text(self.tokens[rows], self.counted[rows])
+
+    def __add__(self, other: Text) -> Text:
+        return Text(torch.cat([self.tokens, other.tokens]), torch.cat([self.counted, other.counted]))
+
+    def split(self, size: int) -> list[Text]:
+        """Batches of `size` sequences."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
 
 
 def at_full_rank(model: ChunkWiseModel, tokens: Tensor, adapter: str | None = None) -> Tensor:
@@ -103,9 +139,3 @@ def entropy(log_p: Tensor) -> Tensor:
 def losses(log_p: Tensor, tokens: Tensor) -> Tensor:
     """(batch, tokens - 1) nats lost on each next token."""
     return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
-
-
-def blocks(tokens: Sequence[int], length: int) -> Tensor:
-    """(blocks, length) of a text's token ids; what does not fill a block at the end is left out."""
-    ids = torch.as_tensor(tokens)
-    return ids[: len(ids) // length * length].view(-1, length)

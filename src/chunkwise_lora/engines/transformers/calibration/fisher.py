@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.engines.transformers.calibration.costs import at_full_rank, hooked
+from chunkwise_lora.engines.transformers.calibration.costs import Text, at_full_rank, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 
 
@@ -24,12 +24,13 @@ class Sensitivity:
 
 
 def sensitivities(
-    model: ChunkWiseModel, batches: Iterable[Tensor], adapter: str = DEFAULT, seed: int = 0
+    model: ChunkWiseModel, batches: Iterable[Text], adapter: str = DEFAULT, seed: int = 0
 ) -> dict[str, Sensitivity]:
-    """Run token ids (batch, tokens) at full rank, once forward and once back, and gather every module's sensitivity.
+    """Run text at full rank, once forward and once back, and gather every module's sensitivity.
 
     Next tokens are drawn from the model's own distribution, so that the squares are those of the Fisher information
-    and the cross terms between positions vanish. Modules that no token reaches are left out.
+    and the cross terms between positions vanish. Only what is predicted where the text counts does. Modules that no
+    token reaches are left out.
     """
     ladder = model.ladders[adapter].modules
     leaves: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,11 +53,11 @@ def sensitivities(
     with hooked(model.model, {name: lend(name) for name in ladder}):
         for batch in batches:
             with torch.enable_grad():
-                log_p = at_full_rank(model, batch, adapter)
+                log_p = at_full_rank(model, batch.tokens, adapter)
                 flat = log_p.detach().flatten(0, 1).cpu()
                 drawn = torch.multinomial(flat.exp(), 1, generator=generator).to(log_p.device)
-                log_p.flatten(0, 1).gather(1, drawn).sum().backward()
-            tokens += batch.numel()
+                log_p.flatten(0, 1).gather(1, drawn)[batch.counted.flatten()].sum().backward()
+            tokens += int(batch.counted.sum())
             for name, (z, leaf) in leaves.items():
                 if leaf.grad is None:
                     continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.engines.transformers.calibration.costs import at_full_rank, divergence, hooked
+from chunkwise_lora.engines.transformers.calibration.costs import Text, at_full_rank, divergence, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
 
@@ -23,7 +23,7 @@ BASIS_RATE, WORTH_RATE = 4e-3, 5e-3
 def refine(
     model: ChunkWiseModel,
     importance: Mapping[str, Tensor],
-    batches: Iterable[Tensor],
+    batches: Iterable[Text],
     rungs: int,
     lowest: int,
     *,
@@ -40,7 +40,7 @@ def refine(
     Args:
         model: With a ladder whose `sigma` is the root mean square of z = down @ x, as `data_aware` makes it.
         importance: What each direction contributes, to begin with.
-        batches: Token ids (batch, tokens), one batch per step.
+        batches: One per step.
         rungs: Rungs above rank 0 that the budget will be cut into.
         lowest: The lowest rung that will be used.
         steps: Number of batches, for the schedule.
@@ -84,16 +84,16 @@ def refine(
         for batch in batches:
             closed.clear()
             with torch.no_grad():
-                full = at_full_rank(model, batch, adapter)
+                full = at_full_rank(model, batch.tokens, adapter)
             eyes = {name: torch.eye(len(turn)) for name, turn in turns.items()}
             bases |= {name: (eyes[name] + turn, torch.linalg.inv(eyes[name] + turn)) for name, turn in turns.items()}
-            chunks = -(-batch.shape[1] // CHUNK)
-            drawn = torch.randint(lowest, rungs, (len(batch), chunks), generator=generator)
-            drawn = drawn.repeat_interleave(CHUNK, dim=1)[:, : batch.shape[1]]
+            sequences, tokens = batch.tokens.shape
+            drawn = torch.randint(lowest, rungs, (sequences, -(-tokens // CHUNK)), generator=generator)
+            drawn = drawn.repeat_interleave(CHUNK, dim=1)[:, :tokens]
             gates = _gates(worth, cost, drawn, rungs)
             closed |= dict(zip(ladder.modules, (1 - gates).split(sizes, dim=-1), strict=True))
             with torch.enable_grad():
-                loss = divergence(full, at_full_rank(model, batch, adapter)).mean()
+                loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
