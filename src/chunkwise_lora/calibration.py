@@ -7,7 +7,7 @@ argmin_k cost_t(k) + lambda * rank_k. Since s_t alone tells tokens apart, that i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,11 +157,8 @@ def choose_rungs(
     def chosen(price: float) -> np.ndarray:
         return np.maximum.accumulate((costs + price * ranks).argmin(1))
 
-    low, high = 1e-9, 1e3
-    for _ in range(80):
-        price = (low * high) ** 0.5
-        low, high = (price, high) if ranks[chosen(price)].mean() > mean_rank else (low, price)
-    of_grid = chosen(high)
+    price = price_for(lambda price: float(ranks[chosen(price)].mean()), mean_rank)
+    of_grid = chosen(price)
     levels: dict[float, int] = {}  # the threshold below each level, and its rung
     for edge, before, after in zip(edges, of_grid, of_grid[1:], strict=False):
         if after != before:
@@ -170,8 +167,17 @@ def choose_rungs(
     return Policy(
         ChunkingConfig(min_length=1, thresholds=tuple(levels), hysteresis=0.0, memory=1.0, hard_share=1.0),
         SelectionConfig(rank_shares=tuple(shares), scales=(1.0,) * len(shares)),
-        high,
+        price,
     )
+
+
+def price_for(spent: Callable[[float], float], mean_rank: float) -> float:
+    """The lowest price of rank at which no more than `mean_rank` is `spent`, which falls with the price."""
+    low, high = 1e-9, 1e3
+    for _ in range(80):
+        price = (low * high) ** 0.5
+        low, high = (price, high) if spent(price) > mean_rank else (low, price)
+    return high
 
 
 def _means(seen: Observations, rungs: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
     adapter: Annotated[
-        str, typer.Option(help="PEFT adapter or ladder: a folder, a name on the hub, or `wiki` or `e2e` (embedded).")
+        str, typer.Option(help="PEFT adapter or ladder: a folder, a name on the hub, or an embedded one.")
     ] = "wiki",
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
     config: Annotated[Path | None, typer.Option(help="Knobs as JSON, instead of a preset.")] = None,
@@ -133,7 +133,7 @@ def generate(
     chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
     if preset is not None:
         chosen = ChunkWiseConfig.preset(preset)
-    source = embedded.ADAPTERS.get(adapter, adapter)
+    source = embedded.find(adapter)
     base, tokenizer = _load(model)
     with ChunkWiseModel(base, source, chosen) as chunkwise:
         if show_ranks:
@@ -197,7 +197,7 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
             base = _load(model)[0].to(_device(device), _dtype(dtype))
-            folders = {"adapter": embedded.ADAPTERS.get(adapter, adapter)}
+            folders = {"adapter": embedded.find(adapter)}
         else:
             shape = SHAPES[random_weights]
             base = random_model(shape, _dtype(dtype), _device(device))
@@ -413,7 +413,7 @@ def ladder_build(
     storage = _dtype(dtype)
     if as_trained and base is not None:
         raise ChunkWiseError("--as-trained keeps the directions that --base would change; give one of them")
-    ladder = RankLadder.from_peft(embedded.ADAPTERS.get(adapter, adapter), as_trained=as_trained)
+    ladder = RankLadder.from_peft(embedded.find(adapter), as_trained=as_trained)
     if base is not None and calibration_text is not None:
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)

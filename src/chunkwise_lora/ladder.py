@@ -33,7 +33,12 @@ FORMAT_VERSION = 1
 RUNGS = 8
 """Steps of a ladder above rank 0, unless an adapter's rank is lower."""
 
-Build = Literal["svd", "data-aware", "calibrated"]
+Build = Literal["svd", "as-trained", "data-aware", "calibrated"]
+
+
+def is_ladder(folder: str | Path) -> bool:
+    """Whether a ladder was saved in the folder."""
+    return os.path.isfile(Path(folder) / LADDER_NAME)  # unlike Path's, never an error
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class RankLadder:
     @classmethod
     def load(cls, path: str | Path) -> RankLadder:
         """A saved ladder if `path` is the folder of one, or else the ladder of the PEFT adapter there."""
-        return cls.from_pretrained(path) if os.path.isfile(Path(path) / LADDER_NAME) else cls.from_peft(path)
+        return cls.from_pretrained(path) if is_ladder(path) else cls.from_peft(path)
 
     @classmethod
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
@@ -141,7 +146,8 @@ class RankLadder:
         steps = min(RUNGS, max(len(a) for a, _, _ in source.factors.values()))
         build = _as_trained if as_trained else _decompose
         modules = {name: build(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
-        return cls(modules, source.base_model, saved_modules=source.saved_modules)
+        how: Build = "as-trained" if as_trained else "svd"
+        return cls(modules, source.base_model, build=how, saved_modules=source.saved_modules)
 
     def data_aware(self, moments: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> RankLadder:
         """The ladder that truncates best on real inputs: minimal E||dW x - dW_k x||^2 for every k at once.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from chunkwise_lora.calibration import price_for
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import (
     divergence,
@@ -22,10 +23,10 @@ from chunkwise_lora.engines.transformers.calibration.costs import (
 )
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError, first_line
-from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.ladder import RankLadder, is_ladder
 
-PLAIN, CALIBRATED = "plain", "calibrated"
-"""Names of the two ladders: the adapter's own SVD, and the calibrated one."""
+PLAIN, OWN, CALIBRATED = "plain SVD", "as trained", "calibrated"
+"""Names of the ladders: the adapter's SVD, the one that lies in its folder, and the calibrated one."""
 FULL = "PEFT, full rank"
 TIERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Shares of the full rank at which uniform truncation is measured."""
@@ -91,7 +92,7 @@ class Field:
 
     Args:
         base: The base model.
-        adapter: The PEFT adapter, a folder or a name on the hub.
+        adapter: The PEFT adapter, a folder or a name on the hub. If a ladder lies in the same folder, that is ours.
         calibrated: The calibrated ladder and its config, if there is one.
     """
 
@@ -101,6 +102,9 @@ class Field:
         self.base = base
         self.adapter = adapter
         ladders = {PLAIN: RankLadder.from_peft(adapter)}
+        if is_ladder(adapter):
+            ladders[OWN] = RankLadder.from_pretrained(adapter)
+        self.ours = next(reversed(ladders))
         self.presets: dict[str, tuple[str, ChunkWiseConfig]] = {}
         if calibrated:
             ladders[CALIBRATED], config = calibrated
@@ -116,18 +120,19 @@ class Field:
     ) -> list[Contender]:
         """Base and full rank first, then other PEFT adapters by name, rivals, and ours, `configs` by name among them.
 
-        A config that needs what calibration learned runs on the calibrated ladder, others on the adapter's plain SVD.
+        A config that needs what calibration learned runs on the calibrated ladder, others on the adapter's own, or else
+        its plain SVD.
         """
         if unknown := set(rivals) - set(RIVALS):
             raise ChunkWiseError(f"rival {min(unknown)!r} is unknown; choose from {', '.join(RIVALS)}")
         if CALIBRATED in presets and CALIBRATED not in self.presets:
             raise ChunkWiseError("the calibrated preset needs a calibrated ladder; run `chunkwise calibrate` first")
-        chosen = {name: self.presets.get(name) or (PLAIN, ChunkWiseConfig.preset(name)) for name in presets}
+        chosen = {name: self.presets.get(name) or (self.ours, ChunkWiseConfig.preset(name)) for name in presets}
         for name, config in (configs or {}).items():
-            chosen[name] = (CALIBRATED if config.complexity.learned else PLAIN, config)
+            chosen[name] = (CALIBRATED if config.complexity.learned else self.ours, config)
         found = [self._plain("base, no adapter", self.base, 0.0)] if "base" in rivals else []
         found += [self._peft(name, path) for name, path in {FULL: self.adapter, **peft}.items()]
-        for rival, ladder in (("svd", PLAIN), ("ladder", CALIBRATED)):
+        for rival, ladder in (("svd", PLAIN), ("ladder", OWN), ("ladder", CALIBRATED)):
             if rival in rivals and ladder in self.chunkwise.ladders:
                 found += [self._uniform(ladder, share) for share in TIERS]
         if CALIBRATED in self.presets:
@@ -155,7 +160,7 @@ class Field:
     def _uniform(self, ladder: str, share: float) -> Contender:
         ranks = self.chunkwise.ladders[ladder].rung_ranks
         rung = min(range(len(ranks)), key=lambda rung: abs(ranks[rung] - share * ranks[-1]))
-        what = "plain SVD" if ladder == PLAIN else "calibrated rungs"
+        what = "calibrated rungs" if ladder == CALIBRATED else ladder
         return Contender(
             f"{what}, every token at {share:.3g}",
             self.chunkwise,
@@ -228,12 +233,11 @@ class Field:
 
 def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarray:
     """(...,) the choice among (..., choices) of least total cost whose ranks are at most `mean_rank` on average."""
-    low, high = 1e-9, 1e3
-    for _ in range(80):
-        price = (low * high) ** 0.5
-        spent = ranks[(costs + price * ranks).argmin(-1)].mean()
-        low, high = (price, high) if spent > mean_rank else (low, price)
-    return (costs + high * ranks).argmin(-1)
+
+    def chosen(price: float) -> np.ndarray:
+        return np.asarray((costs + price * ranks).argmin(-1))
+
+    return chosen(price_for(lambda price: float(ranks[chosen(price)].mean()), mean_rank))
 
 
 def _mean_rank(model: Any) -> float:

@@ -37,7 +37,7 @@ def adapter_of(task: str, adapter: str) -> str | Path:
     if task not in TASKS:
         raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
     name = adapter or {"wikitext": "wiki"}.get(task, task)
-    return embedded.ADAPTERS.get(name, name)
+    return embedded.find(name)
 
 
 def calibration_tokens(task: str, data: str, tokenizer: Any, block: int) -> tuple[list[int], list[bool] | None, int]:

@@ -13,7 +13,7 @@ import torch
 from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
-from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder
+from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder, is_ladder
 from chunkwise_lora.peft_adapter import PeftAdapter
 
 logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
@@ -62,7 +62,7 @@ def _files(path: str) -> Iterator[Path]:
 @lru_cache(maxsize=1024)
 def _check(path: str, server: settings.Choice, *stamps: int) -> ChunkWiseConfig:
     config = settings.of_adapter(path, server)
-    if (Path(path) / LADDER_NAME).is_file():
+    if is_ladder(path):
         check_config(load(path), config, path)
     else:
         _refuse_saved(PeftAdapter.load(path).saved_modules, path)
