@@ -18,7 +18,13 @@ from safetensors.torch import load_file
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
 from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
-from chunkwise_lora.config import CalibrationConfig, ComplexityConfig
+from chunkwise_lora.config import (
+    CalibrationConfig,
+    ChunkingConfig,
+    ComplexityConfig,
+    CompositionConfig,
+    SelectionConfig,
+)
 from chunkwise_lora.engines.transformers.calibration import calibrate as module_under_test
 from chunkwise_lora.engines.transformers.calibration.calibrate import (
     BOOSTS,
@@ -30,7 +36,7 @@ from chunkwise_lora.engines.transformers.calibration.calibrate import (
 )
 from chunkwise_lora.engines.transformers.calibration.costs import Text, divergence, log_probabilities
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
-from chunkwise_lora.engines.transformers.calibration.refine import refine
+from chunkwise_lora.engines.transformers.calibration.refine import planned_rungs, random_rungs, refine
 from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
@@ -177,14 +183,33 @@ def test_directions_are_turned_for_what_counts_alone() -> None:
     counted = torch.arange(24)[None] < 10
     with ChunkWiseModel(build("llama"), ladder) as model:
         (some, _), (shorter, _), (all_of_it, _) = (
-            refine(model, importance, [one], 8, 2, steps=1)
+            refine(model, importance, [one], random_rungs(2, 8), 8, steps=1)
             for one in (Text(tokens, counted), Text.of(tokens[:, :10]), Text.of(tokens))
         )
 
     def apart(one: RankLadder, other: RankLadder) -> float:
         return sum(float((m.down - other.modules[name].down).abs().mean()) for name, m in one.modules.items())
 
-    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # the signs of no gradient differ
+    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # the Adam moves by the sign, however small a gradient
+
+
+def test_a_plan_is_taught_with_its_neighbours() -> None:
+    config = ChunkWiseConfig(
+        chunking=ChunkingConfig(min_length=1, thresholds=(0.6, 0.7), hysteresis=0.0, memory=1.0, hard_share=1.0),
+        selection=SelectionConfig(rank_shares=(0.25, 0.5, 0.75)),
+        composition=CompositionConfig(window=0),
+    )
+    tokens = torch.tensor(text()).view(-1, BLOCK)
+
+    def scheduler() -> RuntimeScheduler:
+        return RuntimeScheduler(config, range(9), VOCABULARY)
+
+    drawn = planned_rungs(scheduler, 3, 8)(tokens, torch.Generator().manual_seed(0))
+    plan = np.stack([scheduler().step(row).weights.argmax(1) for row in tokens.tolist()])
+    moved = {int(shift) for row, planned in zip(drawn, plan, strict=True) for shift in set((row - planned).tolist())}
+    assert moved <= {-1, 0, 1} and len(moved) == 3 and len(np.unique(plan)) > 1
+    assert all(len(set((row - planned)[planned > 3].tolist())) == 1 for row, planned in zip(drawn, plan, strict=True))
+    assert drawn.min() == 3 and drawn.max() <= 7
 
 
 def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again() -> None:
@@ -262,17 +287,17 @@ def test_a_tighter_loss_budget_takes_more_rank_and_loses_less() -> None:
 
 def test_what_an_adapter_writes_teaches_directions_and_no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     lessons, observed = [], []
-    fisher, explore = module_under_test._fisher_ladder, module_under_test._explore
+    directions, explore = module_under_test._directions, module_under_test._explore
 
-    def note_lessons(model: Any, ladder: RankLadder, fit: Text, *rest: Any) -> RankLadder:
+    def note_lessons(model: Any, ladder: RankLadder, fit: Text, *rest: Any) -> Any:
         lessons.append(fit)
-        return fisher(model, ladder, fit, *rest)
+        return directions(model, ladder, fit, *rest)
 
     def note_observed(model: Any, part: Text, *rest: Any) -> Any:
         observed.append(part.tokens)
         return explore(model, part, *rest)
 
-    monkeypatch.setattr(module_under_test, "_fisher_ladder", note_lessons)
+    monkeypatch.setattr(module_under_test, "_directions", note_lessons)
     monkeypatch.setattr(module_under_test, "_explore", note_observed)
     knobs = KNOBS.model_copy(update={"written": 4 * BLOCK, "refinements": 1})
     calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
@@ -298,6 +323,21 @@ def test_costs_and_checks_are_those_of_answers(monkeypatch: pytest.MonkeyPatch) 
     held = max(4, round(sequences * KNOBS.held_share))
     assert set(observed) == {(sequences - held) * KNOBS.explorations * BLOCK // 2}
     assert found.check.tokens == held // 2 * (BLOCK // 2 - 1)
+
+
+def test_directions_turned_for_a_plan_serve_it_better() -> None:
+    knobs = KNOBS.model_copy(update={"refinements": 60})
+    again, once = (
+        calibrate(
+            build("llama"),
+            RankLadder.from_peft(adapter("llama")),
+            text(200),
+            knobs.model_copy(update={"rounds": rounds}),
+        )
+        for rounds in (1, 0)
+    )
+    print(again.check, once.check)
+    assert again.check.kl < once.check.kl
 
 
 def test_a_long_text_is_not_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:

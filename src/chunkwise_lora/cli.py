@@ -259,6 +259,7 @@ def calibrate(
     refinements: Annotated[
         int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
     ] = None,
+    rounds: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["rounds"].description)] = None,
     keep_directions: Annotated[
         bool,
         typer.Option(
@@ -286,7 +287,7 @@ def calibrate(
         mean_rank=_share(mean_rank),
         keep_directions=keep_directions,
         seed=seed,
-        **_given(tokens=tokens, written=written, refinements=refinements),
+        **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds),
     )
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)

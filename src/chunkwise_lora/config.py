@@ -235,6 +235,7 @@ class CalibrationConfig(Knobs):
     rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
     lowest_share: float = Field(0.25, ge=0, lt=1, description="Lowest rung to try, as a share of the full rank.")
     refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
+    rounds: int = Field(1, ge=0, description="Times that the directions are turned again, for the plan fitted to them.")
     keep_directions: bool = Field(
         False, description="Fit the policy alone, to the directions and rungs of a ladder as they are."
     )

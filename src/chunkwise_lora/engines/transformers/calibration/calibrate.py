@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from chunkwise_lora.calibration import Observations, Policy, choose_rungs, fit_costs
+from chunkwise_lora.calibration import CostModel, Observations, Policy, choose_rungs, fit_costs
 from chunkwise_lora.complexity import SIGNALS, TokenComplexityEstimator
 from chunkwise_lora.config import (
     CalibrationConfig,
@@ -33,11 +34,12 @@ from chunkwise_lora.engines.transformers.calibration.costs import (
 )
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
 from chunkwise_lora.engines.transformers.calibration.moments import second_moments
-from chunkwise_lora.engines.transformers.calibration.refine import refine
+from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs, refine
 from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.scheduler import RuntimeScheduler
 
 LEAST_BLOCKS = 24
 """Sequences of text below which nothing can be learned and checked."""
@@ -133,75 +135,136 @@ def calibrate(
     fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
-    if not knobs.keep_directions:
-        lessons = fit
-        if pieces := knobs.written // length:
-            with ChunkWiseModel(model, ladder) as chunkwise:
-                show = partial(track, description="writing text")
-                own = written(chunkwise, fit.tokens, pieces, seed=knobs.seed, track=show)
-            shuffle = torch.Generator().manual_seed(knobs.seed)
-            lessons = (fit + Text.of(own))[torch.randperm(len(fit) + len(own), generator=shuffle)]
-        ladder = _fisher_ladder(model, ladder, lessons, knobs, batch, track)
-    allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
-    with ChunkWiseModel(model, ladder) as chunkwise:
-        generator = np.random.default_rng(knobs.seed)
-        seen = _explore(chunkwise, fit, allowed, knobs.explorations, generator, batch, track)
-        unseen = _explore(chunkwise, choice, allowed, knobs.explorations, generator, batch, track)
-    explained, signals = _contributions(seen.known(), unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
-    costs = fit_costs(seen.known(), vocab_size, ladder.rungs, signals, seed=knobs.seed)
-    ladder = replace(ladder, learned=costs.learned)
-    complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
+    lowest = math.ceil(knobs.lowest_share * knobs.rungs)
 
-    def policy_for(share: float) -> Policy:
-        return choose_rungs(costs, costs.scores(seen), ladder.rung_ranks, share * ladder.rung_ranks[-1], allowed)
+    def policies_of(ladder: RankLadder) -> _Policies:
+        return _fit(model, ladder, fit, choice, knobs, batch, track)
 
-    def config_of(policy: Policy) -> ChunkWiseConfig:
+    def share_for(policies: _Policies) -> float:
+        return knobs.mean_rank or _share_for(model, choice, policies, knobs.max_loss_increase, batch, track)
+
+    if knobs.keep_directions:
+        policies = policies_of(ladder)
+    else:
+        lessons = _lessons(model, ladder, fit, knobs, track)
+        ladder, importance = _directions(model, ladder, lessons, knobs, batch, track)
+        turn = partial(_turned, model, lessons=lessons, knobs=knobs, track=track)
+        ladder, importance = turn(ladder, importance, random_rungs(lowest, knobs.rungs))
+        policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
+        for _ in range(knobs.rounds if knobs.refinements else 0):
+            scheduler = policies.scheduler(share_for(policies), vocab_size)
+            ladder, importance = turn(ladder, importance, planned_rungs(scheduler, lowest, knobs.rungs))
+            policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
+    share = share_for(policies)
+    with ChunkWiseModel(model, policies.ladder) as chunkwise:
+        price = policies.at(share).price
+        config, searched = _search(chunkwise, choice, policies.config(share), price, batch, track)
+        if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
+            config = _with_int8(config)
+        checked = _check(chunkwise, check, config, batch, track)
+    return Calibration(policies.ladder, config, checked, policies.explained, searched)
+
+
+@dataclass(frozen=True)
+class _Policies:
+    """A ladder with what its rungs cost the tokens of a text, and so a policy for every mean rank."""
+
+    ladder: RankLadder
+    costs: CostModel
+    scores: np.ndarray
+    """(tokens of the text,)"""
+    allowed: Sequence[int]
+    complexity: ComplexityConfig
+    explained: dict[str, float]
+
+    def at(self, share: float) -> Policy:
+        """For a mean rank, as a share of the full one."""
+        ranks = self.ladder.rung_ranks
+        return choose_rungs(self.costs, self.scores, ranks, share * ranks[-1], self.allowed)
+
+    def config(self, share: float) -> ChunkWiseConfig:
+        policy = self.at(share)
         return ChunkWiseConfig(
-            complexity=complexity,
+            complexity=self.complexity,
             chunking=policy.chunking,
             selection=policy.selection,
             composition=CompositionConfig(window=0),
             kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(policy.selection.scales)),
         )
 
+    def scheduler(self, share: float, vocab_size: int) -> Callable[[], RuntimeScheduler]:
+        return partial(RuntimeScheduler, self.config(share), self.ladder.rung_ranks, vocab_size, self.ladder.learned)
+
+
+def _lessons(model: PreTrainedModel, ladder: RankLadder, fit: Text, knobs: CalibrationConfig, track: Track) -> Text:
+    """What directions are found on: the text, and what the adapter writes itself."""
+    pieces = knobs.written // fit.tokens.shape[1]
+    if not pieces:
+        return fit
     with ChunkWiseModel(model, ladder) as chunkwise:
-        share = knobs.mean_rank or _share_for(
-            chunkwise, choice, lambda share: config_of(policy_for(share)), knobs, batch, track
-        )
-        policy = policy_for(share)
-        config, searched = _search(chunkwise, choice, config_of(policy), policy.price, batch, track)
-        if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
-            config = _with_int8(config)
-        return Calibration(ladder, config, _check(chunkwise, check, config, batch, track), explained, searched)
+        show = partial(track, description="writing text")
+        own = written(chunkwise, fit.tokens, pieces, seed=knobs.seed, track=show)
+    shuffle = torch.Generator().manual_seed(knobs.seed)
+    return (fit + Text.of(own))[torch.randperm(len(fit) + len(own), generator=shuffle)]
 
 
-def _fisher_ladder(
-    model: PreTrainedModel, ladder: RankLadder, fit: Text, knobs: CalibrationConfig, batch: int, track: Track
-) -> RankLadder:
-    """Directions by K-FAC, rungs by the Fisher information of their gates, then both by gradient descent."""
-    chosen = fit[np.linspace(0, len(fit) - 1, min(len(fit), LADDER_BLOCKS)).astype(int)].split(batch)
+def _directions(
+    model: PreTrainedModel, ladder: RankLadder, lessons: Text, knobs: CalibrationConfig, batch: int, track: Track
+) -> tuple[RankLadder, dict[str, Tensor]]:
+    """Directions by K-FAC, and their importance, the Fisher information of their gates."""
+    chosen = lessons[np.linspace(0, len(lessons) - 1, min(len(lessons), LADDER_BLOCKS)).astype(int)].split(batch)
     with ChunkWiseModel(model, ladder) as chunkwise:
         moments = second_moments(chunkwise, (one.tokens for one in track(chosen, description="inputs of the adapter")))
         found = sensitivities(chunkwise, track(chosen, description="sensitivity of the output"), seed=knobs.seed)
     ladder = ladder.data_aware(moments, {name: one.outputs for name, one in found.items()})
     with ChunkWiseModel(model, ladder) as chunkwise:
         found = sensitivities(chunkwise, track(chosen, description="Fisher information"), seed=knobs.seed + 1)
-        importance = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
-        importance |= {name: one.gates / 2 for name, one in found.items()}
-        if knobs.refinements:
-            generator = torch.Generator().manual_seed(knobs.seed)
-            size = (knobs.refinements, max(1, REFINE_TOKENS // fit.tokens.shape[1]))
-            batches = [fit[rows] for rows in torch.randint(len(fit), size, generator=generator)]
-            ladder, importance = refine(
-                chunkwise,
-                importance,
-                track(batches, description="turning the directions"),
-                knobs.rungs,
-                round(knobs.lowest_share * knobs.rungs),
-                steps=knobs.refinements,
-                seed=knobs.seed,
-            )
-    return ladder.sorted_by(importance, knobs.rungs)
+    importance = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
+    return ladder, importance | {name: one.gates / 2 for name, one in found.items()}
+
+
+def _turned(
+    model: PreTrainedModel,
+    ladder: RankLadder,
+    importance: dict[str, Tensor],
+    draw: Draw,
+    *,
+    lessons: Text,
+    knobs: CalibrationConfig,
+    track: Track,
+) -> tuple[RankLadder, dict[str, Tensor]]:
+    """Directions and importance after gradient descent for the rungs that are drawn."""
+    if not knobs.refinements:
+        return ladder, importance
+    generator = torch.Generator().manual_seed(knobs.seed)
+    size = (knobs.refinements, max(1, REFINE_TOKENS // lessons.tokens.shape[1]))
+    batches = [lessons[rows] for rows in torch.randint(len(lessons), size, generator=generator)]
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        steps = track(batches, description="turning the directions")
+        return refine(chunkwise, importance, steps, draw, knobs.rungs, steps=knobs.refinements, seed=knobs.seed)
+
+
+def _fit(
+    model: PreTrainedModel,
+    ladder: RankLadder,
+    fit: Text,
+    choice: Text,
+    knobs: CalibrationConfig,
+    batch: int,
+    track: Track,
+) -> _Policies:
+    """Measure what the rungs cost the tokens of `fit`, and learn to predict it; `choice` tells from which signals."""
+    vocab_size = model.config.get_text_config().vocab_size
+    allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
+    with ChunkWiseModel(model, ladder) as chunkwise:
+        generator = np.random.default_rng(knobs.seed)
+        seen, unseen = (
+            _explore(chunkwise, text, allowed, knobs.explorations, generator, batch, track) for text in (fit, choice)
+        )
+    explained, signals = _contributions(seen.known(), unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
+    costs = fit_costs(seen.known(), vocab_size, ladder.rungs, signals, seed=knobs.seed)
+    complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
+    return _Policies(replace(ladder, learned=costs.learned), costs, costs.scores(seen), allowed, complexity, explained)
 
 
 def _explore(
@@ -263,33 +326,28 @@ def _contributions(
 
 
 def _share_for(
-    model: ChunkWiseModel,
-    text: Text,
-    config_for: Callable[[float], ChunkWiseConfig],
-    knobs: CalibrationConfig,
-    batch: int,
-    track: Track,
+    model: PreTrainedModel, text: Text, policies: _Policies, budget: float | None, batch: int, track: Track
 ) -> float:
-    """The lowest mean rank that keeps the loss budget on `text`, as a share of the full rank.
+    """The lowest mean rank that keeps a budget of loss increase on `text`, as a share of the full rank.
 
     Losses differ much from token to token and divergences little, so how much loss a nat of divergence costs is
     taken from all mean ranks tried together.
     """
-    assert knobs.max_loss_increase is not None
+    assert budget is not None
     full_loss, kl, rise = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
-    parts = text.split(batch)
-    for part in track(parts, description="finding the mean rank"):
-        tokens, counted = part.tokens, part.counted[:, :-1]
-        full = log_probabilities(model, tokens)
-        full_loss += float(losses(full, tokens)[counted].sum())
-        for i, share in enumerate(SHARES):
-            log_p, _ = log_probabilities_planned(model, tokens, config_for(share))
-            kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
-            rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
+    configs = [policies.config(share) for share in SHARES]
+    with ChunkWiseModel(model, policies.ladder) as chunkwise:
+        for part in track(text.split(batch), description="finding the mean rank"):
+            tokens, counted = part.tokens, part.counted[:, :-1]
+            full = log_probabilities(chunkwise, tokens)
+            full_loss += float(losses(full, tokens)[counted].sum())
+            for i, config in enumerate(configs):
+                log_p, _ = log_probabilities_planned(chunkwise, tokens, config)
+                kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
+                rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
     loss_per_kl = float(rise @ kl / (kl @ kl))
     expected = loss_per_kl * kl / full_loss
-    affordable = [share for share, one in zip(SHARES, expected, strict=True) if one <= knobs.max_loss_increase]
-    return min(affordable, default=1.0)
+    return min((share for share, one in zip(SHARES, expected, strict=True) if one <= budget), default=1.0)
 
 
 def _search(

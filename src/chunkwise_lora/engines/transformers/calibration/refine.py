@@ -1,4 +1,4 @@
-"""Turning an adapter's directions so that its low rungs come closest to full rank, which itself stays as it is."""
+"""Turning an adapter's directions so that plans come closest to full rank, which itself stays as it is."""
 
 from __future__ import annotations
 
@@ -6,32 +6,62 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from chunkwise_lora.engines.transformers.calibration.costs import Text, at_full_rank, divergence, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.scheduler import RuntimeScheduler
 
 CHUNK = 16
 """Tokens that share a random rung: a mixture, as plans will make it."""
+SHIFT = 1
+"""Rungs by which a plan is moved up or down, so that its neighbours stay good too."""
 SOFTNESS = 0.5
 """Width, in the log of a direction's worth, over which a threshold's gradient is felt."""
 BASIS_RATE, WORTH_RATE = 4e-3, 5e-3
+
+
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""Chooses the rungs (sequences, tokens) at which token ids (sequences, tokens) are to come close to full rank."""
+
+
+def random_rungs(lowest: int, rungs: int) -> Draw:
+    """Any rung from `lowest` to the last one below `rungs`, chunk by chunk."""
+
+    def draw(tokens: Tensor, generator: torch.Generator) -> Tensor:
+        sequences, length = tokens.shape
+        of_chunks = torch.randint(lowest, rungs, (sequences, -(-length // CHUNK)), generator=generator)
+        return of_chunks.repeat_interleave(CHUNK, dim=1)[:, :length]
+
+    return draw
+
+
+def planned_rungs(scheduler: Callable[[], RuntimeScheduler], lowest: int, rungs: int) -> Draw:
+    """Those of a plan, all of a sequence's moved by the same step or none; `scheduler` plans a new sequence."""
+
+    def draw(tokens: Tensor, generator: torch.Generator) -> Tensor:
+        plan = torch.from_numpy(np.stack([scheduler().step(row).weights.argmax(1) for row in tokens.tolist()]))
+        shift = torch.randint(-SHIFT, SHIFT + 1, (len(tokens), 1), generator=generator)
+        return (plan + shift).clamp(lowest, rungs - 1)
+
+    return draw
 
 
 def refine(
     model: ChunkWiseModel,
     importance: Mapping[str, Tensor],
     batches: Iterable[Text],
+    draw: Draw,
     rungs: int,
-    lowest: int,
     *,
     steps: int,
     adapter: str = DEFAULT,
     seed: int = 0,
 ) -> tuple[RankLadder, dict[str, Tensor]]:
-    """Learn, by gradient descent on the KL divergence of random rungs from full rank, a better basis for every module.
+    """Learn, by gradient descent on the KL divergence of drawn rungs from full rank, a better basis for every module.
 
     With up and down as the ladder holds them, any invertible R (r, r) gives up R and R^-1 down: the same adapter at
     full rank, but other directions to cut off. R is learned per module, and with it how much every direction is worth
@@ -41,14 +71,14 @@ def refine(
         model: With a ladder whose `sigma` is the root mean square of z = down @ x, as `data_aware` makes it.
         importance: What each direction contributes, to begin with.
         batches: One per step.
+        draw: The rungs to learn for.
         rungs: Rungs above rank 0 that the budget will be cut into.
-        lowest: The lowest rung that will be used.
         steps: Number of batches, for the schedule.
         adapter: The ladder's name.
-        seed: Of the random rungs.
+        seed: Of what is drawn.
 
     Returns:
-        The turned ladder, and the importance of its directions for `RankLadder.sorted_by`.
+        The turned ladder, which can be turned again, and the importance of its directions for `RankLadder.sorted_by`.
     """
     ladder = model.ladders[adapter]
     generator = torch.Generator().manual_seed(seed)
@@ -87,10 +117,7 @@ def refine(
                 full = at_full_rank(model, batch.tokens, adapter)
             eyes = {name: torch.eye(len(turn)) for name, turn in turns.items()}
             bases |= {name: (eyes[name] + turn, torch.linalg.inv(eyes[name] + turn)) for name, turn in turns.items()}
-            sequences, tokens = batch.tokens.shape
-            drawn = torch.randint(lowest, rungs, (sequences, -(-tokens // CHUNK)), generator=generator)
-            drawn = drawn.repeat_interleave(CHUNK, dim=1)[:, :tokens]
-            gates = _gates(worth, cost, drawn, rungs)
+            gates = _gates(worth, cost, draw(batch.tokens, generator), rungs)
             closed |= dict(zip(ladder.modules, (1 - gates).split(sizes, dim=-1), strict=True))
             with torch.enable_grad():
                 loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
@@ -103,7 +130,8 @@ def refine(
         for name, module in ladder.modules.items():
             basis = torch.eye(module.rank) + turns[name]
             up, down = ups[name] @ basis, torch.linalg.inv(basis) @ downs[name]
-            modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
+            up, down = up.to(module.up.dtype), down.to(module.down.dtype)
+            modules[name] = replace(module, up=up, down=down, sigma=torch.ones(module.rank))
         learned = (worth.exp() * cost).split(sizes)
     return replace(ladder, modules=modules), dict(zip(ladder.modules, learned, strict=True))
 
