@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkwise_lora import ChunkWiseError, RankLadder
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
@@ -227,6 +228,21 @@ def test_unknown_rivals_and_a_missing_calibration_are_refused() -> None:
         field.contenders(["calibrated"], [], {})
     with pytest.raises(ChunkWiseError, match="no/such"):
         field.contenders([], [], {"other": "no/such"})
+
+
+def test_a_ladder_in_the_adapters_folder_is_what_ours_runs(tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter("llama"), tmp_path / "both")
+    ladder = RankLadder.from_peft(folder, as_trained=True)
+    ladder.save_pretrained(folder)
+    field = Field(build("llama"), folder)
+    contenders = {one.name: one for one in field.contenders(["balanced"], ["svd", "ladder"], {})}
+    tokens = torch.randint(2, VOCABULARY, (2, 24))
+    with ChunkWiseModel(build("llama"), ladder, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
+        half = model(tokens).logits.log_softmax(-1)
+    assert torch.allclose(contenders["as trained, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
+    assert not torch.allclose(contenders["plain SVD, every token at 0.5"].score(tokens).log_p, half, atol=1e-2)
+    options = contenders["ChunkWise balanced"].options
+    assert options is not None and options["adapter_names"] == "as trained"
 
 
 def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, TextResult]) -> None:

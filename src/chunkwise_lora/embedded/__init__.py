@@ -12,13 +12,10 @@ BASE = _HERE / "base"
 ADAPTERS = {path.name: path for path in sorted((_HERE / "adapters").glob("*"))}
 """PEFT adapters for it by name: `wiki` (encyclopedia text) and `e2e` (restaurant facts to a sentence)."""
 
-LADDERS = {path.name: path for path in sorted((_HERE / "ladders").glob("*"))}
-"""Ladders, with their PEFT adapters, that were trained for half of their rank: `wiki-grown` and `e2e-grown`."""
-
 HELD_TEXT = _HERE / "held_text.txt"
 """A text that nothing here was trained on, in the style of `wiki`'s."""
 
 
 def find(name: str) -> str | Path:
-    """Where the adapter or ladder of this name lies, or the name itself if it is none of ours."""
-    return {**ADAPTERS, **LADDERS}.get(name, name)
+    """Where the adapter of this name lies, or the name itself if it is none of these."""
+    return ADAPTERS.get(name, name)
