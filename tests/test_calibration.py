@@ -34,9 +34,9 @@ from chunkwise_lora.engines.transformers.calibration.calibrate import (
     Calibration,
     calibrate,
 )
-from chunkwise_lora.engines.transformers.calibration.costs import Text, divergence, log_probabilities
+from chunkwise_lora.engines.transformers.calibration.costs import Text, divergence, log_probabilities, losses
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
-from chunkwise_lora.engines.transformers.calibration.refine import planned_rungs, random_rungs, refine
+from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs, refine
 from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
@@ -196,7 +196,7 @@ def test_directions_are_turned_for_what_counts_alone() -> None:
 def test_a_plan_is_taught_with_its_neighbours() -> None:
     config = ChunkWiseConfig(
         chunking=ChunkingConfig(min_length=1, thresholds=(0.6, 0.7), hysteresis=0.0, memory=1.0, hard_share=1.0),
-        selection=SelectionConfig(rank_shares=(0.25, 0.5, 0.75)),
+        selection=SelectionConfig(rank_shares=(0.25, 0.5, 1.0)),
         composition=CompositionConfig(window=0),
     )
     tokens = torch.tensor(text()).view(-1, BLOCK)
@@ -206,10 +206,9 @@ def test_a_plan_is_taught_with_its_neighbours() -> None:
 
     drawn = planned_rungs(scheduler, 3, 8)(tokens, torch.Generator().manual_seed(0))
     plan = np.stack([scheduler().step(row).weights.argmax(1) for row in tokens.tolist()])
-    moved = {int(shift) for row, planned in zip(drawn, plan, strict=True) for shift in set((row - planned).tolist())}
-    assert moved <= {-1, 0, 1} and len(moved) == 3 and len(np.unique(plan)) > 1
-    assert all(len(set((row - planned)[planned > 3].tolist())) == 1 for row, planned in zip(drawn, plan, strict=True))
-    assert drawn.min() == 3 and drawn.max() <= 7
+    shifts = [set((row - planned)[planned == 4].tolist()) for row, planned in zip(drawn, plan, strict=True)]
+    assert set(map(len, shifts)) <= {0, 1} and set().union(*shifts) == {-1, 0, 1}
+    assert set(np.unique(plan)) == {2, 4, 8} and (drawn.min(), drawn.max()) == (3, 7)
 
 
 def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again() -> None:
@@ -322,22 +321,36 @@ def test_costs_and_checks_are_those_of_answers(monkeypatch: pytest.MonkeyPatch) 
     sequences = len(ids) // BLOCK - 2  # in two of them, nothing counts
     held = max(4, round(sequences * KNOBS.held_share))
     assert set(observed) == {(sequences - held) * KNOBS.explorations * BLOCK // 2}
-    assert found.check.tokens == held // 2 * (BLOCK // 2 - 1)
+    checked = torch.tensor(ids).view(-1, BLOCK)[-(held // 2) :]
+    with ChunkWiseModel(build("llama"), found.ladder) as model:
+        of_answers = losses(log_probabilities(model, checked), checked)[:, BLOCK // 2 :]
+    assert found.check.tokens == of_answers.numel()
+    assert found.check.loss_full == pytest.approx(float(of_answers.mean()), rel=1e-4)
 
 
 def test_directions_turned_for_a_plan_serve_it_better() -> None:
-    knobs = KNOBS.model_copy(update={"refinements": 60})
-    again, once = (
-        calibrate(
-            build("llama"),
-            RankLadder.from_peft(adapter("llama")),
-            text(200),
-            knobs.model_copy(update={"rounds": rounds}),
-        )
-        for rounds in (1, 0)
-    )
-    print(again.check, once.check)
-    assert again.check.kl < once.check.kl
+    plain = RankLadder.from_peft(adapter("llama"))
+    importance = {name: module.sigma for name, module in plain.modules.items()}
+    taught, held = Text.blocks(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+
+    def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.where(tokens % 2 == 0, 2, 6)
+
+    def kl(draw: Draw) -> float:
+        with ChunkWiseModel(build("llama"), plain) as model:
+            ladder, learned = refine(model, importance, 6 * taught, draw, 8, steps=6 * len(taught))
+        tokens = held.view(-1, BLOCK)
+        with ChunkWiseModel(build("llama"), ladder.sorted_by(learned, 8)) as model:
+            planned = log_probabilities(model, tokens, plan(tokens).numpy())
+            return float(divergence(log_probabilities(model, tokens), planned).mean())
+
+    assert kl(plan) < 0.95 * kl(random_rungs(2, 8))
+
+
+def test_a_ladder_of_one_rung_is_calibrated_too() -> None:
+    knobs = KNOBS.model_copy(update={"rungs": 1, "lowest_share": 0.0})
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+    assert found.ladder.rungs == 2
 
 
 def test_a_long_text_is_not_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:

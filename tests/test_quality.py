@@ -239,10 +239,10 @@ def test_a_ladder_in_the_adapters_folder_is_what_ours_runs(tmp_path: Path) -> No
     tokens = torch.randint(2, VOCABULARY, (2, 24))
     with ChunkWiseModel(build("llama"), ladder, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
         half = model(tokens).logits.log_softmax(-1)
-    assert torch.allclose(contenders["as trained, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
+    assert torch.allclose(contenders["own rungs, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
     assert not torch.allclose(contenders["plain SVD, every token at 0.5"].score(tokens).log_p, half, atol=1e-2)
     options = contenders["ChunkWise balanced"].options
-    assert options is not None and options["adapter_names"] == "as trained"
+    assert options is not None and options["adapter_names"] == "own rungs"
 
 
 def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, TextResult]) -> None:

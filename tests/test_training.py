@@ -38,13 +38,14 @@ def train(
     folder: Path,
     steps: int,
     rate: float = 1e-2,
+    weight_decay: float = 0.0,
 ) -> None:
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=4,
         learning_rate=rate,
-        weight_decay=0.1,
+        weight_decay=weight_decay,
         use_cpu=True,
         report_to="none",
         save_strategy="no",
@@ -155,7 +156,8 @@ def test_a_ladder_of_another_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_grows_around_a_smaller_one_that_stays_as_it_is(tmp_path: Path) -> None:
     model, smaller = new_model(rank=16), RankLadder.from_peft(adapter("llama"), as_trained=True)
-    train(model, GrowRank(adapter("llama")), tmp_path / "run", 6)
+    train(model, GrowRank(adapter("llama")), tmp_path / "run", 6, weight_decay=0.1)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
     model.save_pretrained(tmp_path / "adapter")
     grown = RankLadder.from_peft(tmp_path / "adapter", as_trained=True)
     assert grown.rung_ranks[4] == 8

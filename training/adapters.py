@@ -282,6 +282,8 @@ def changed(
     grow: Path | None = None,
 ) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
+    if sum(map(bool, (adalora, ladder, grow))) > 1:
+        raise typer.BadParameter("choose one of --adalora, --ladder and --grow")
     recipe = replace(recipe, **(NESTED if ladder else GROWN if grow else {}))
     steps = steps or recipe.steps
     interval = min(recipe.interval, steps // 4)

@@ -8,7 +8,7 @@ argmin_k cost_t(k) + lambda * rank_k. Since s_t alone tells tokens apart, that i
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -40,9 +40,7 @@ class Observations:
     def known(self) -> Observations:
         """Those with a cost."""
         known = ~self.costs.isnan()
-        return Observations(
-            self.tokens[known], self.previous[known], self.signals[known], self.rungs[known], self.costs[known]
-        )
+        return Observations(*(getattr(self, field.name)[known] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def choose_rungs(
 
 
 def price_for(spent: Callable[[float], float], mean_rank: float) -> float:
-    """The lowest price of rank at which no more than `mean_rank` is `spent`, which falls with the price."""
+    """The lowest price of rank, at most 1,000, at which no more than `mean_rank` is `spent`, which falls with it."""
     low, high = 1e-9, 1e3
     for _ in range(80):
         price = (low * high) ** 0.5

@@ -280,8 +280,6 @@ def calibrate(
 
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
-    if written and task != "wikitext":
-        raise ChunkWiseError(f"--written goes on from plain text, not from prompts; leave it out with --task {task}")
     knobs = CalibrationConfig(
         max_loss_increase=_share(max_loss_increase),
         mean_rank=_share(mean_rank),
@@ -319,13 +317,15 @@ def evaluate(
     adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
     calibrated: Annotated[Path | None, typer.Option(help="Folder that `chunkwise calibrate` wrote.")] = None,
     presets: Annotated[
-        list[str], typer.Option(help="Ours: presets, on the adapter's plain SVD, and `calibrated`.")
+        list[str],
+        typer.Option(help="Ours: presets, on the ladder in the adapter's folder or else its SVD; and `calibrated`."),
     ] = EVALUATED,
     rivals: Annotated[
         list[str],
         typer.Option(
-            help="Any of base; svd (plain SVD truncated uniformly at each tier); and of the calibrated ladder: "
-            "ladder (the same), random (its plan shuffled), oracle (a plan that knows every token's cost)."
+            help="Any of base; svd (plain SVD truncated uniformly at each tier); ladder (the same of a ladder in the "
+            "adapter's folder, and of the calibrated one); and of the calibrated ladder: random (its plan shuffled), "
+            "oracle (a plan that knows every token's cost)."
         ),
     ] = RIVALS,
     peft: Annotated[

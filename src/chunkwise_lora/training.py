@@ -187,20 +187,24 @@ class NestedRank(TrainerCallback):
 class GrowRank(TrainerCallback):
     """Makes a trained adapter of a lower rank the first directions of the one that trains, and keeps them as they are.
 
-    The ladder of the result, `RankLadder.from_peft(folder, as_trained=True)`, is the smaller adapter itself at the
-    smaller one's rank. The others begin by adding nothing, as PEFT initialises them.
+    The ladder of the result, `RankLadder.from_peft(folder, as_trained=True)`, is the smaller adapter itself on the rung
+    that has its rank. The other directions begin by adding nothing.
 
     Args:
         smaller: The trained adapter: a folder, or a name on the hub.
 
     Raises:
-        LadderError: It is damaged or no plain LoRA, or does not fit into the model's LoRA layers.
+        LadderError: It is damaged, no plain LoRA, replaces whole modules or does not fit into the model's LoRA layers.
     """
 
     def __init__(self, smaller: str | Path) -> None:
         self._smaller = smaller
-        self._factors = PeftAdapter.load(smaller).factors
+        adapter = PeftAdapter.load(smaller)
+        if adapter.saved_modules:
+            raise LadderError(f"{smaller}: replaces {min(adapter.saved_modules)} (modules_to_save), which cannot grow")
+        self._factors = adapter.factors
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._hooks: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,7 +215,6 @@ class GrowRank(TrainerCallback):
             raise LadderError(
                 f"{self._smaller}: its modules are not the model's LoRA layers; train it on the same ones"
             )
-        self._kept.clear()
         for name, (down, up, scale) in self._factors.items():
             layer = layers[name]
             adapter = layer.active_adapters[0]
@@ -221,15 +224,37 @@ class GrowRank(TrainerCallback):
                     f"{self._smaller}: {name} has rank {rank} from {down.shape[1]} to {up.shape[0]}, which is no lower "
                     f"rank of a layer of rank {len(a)} from {a.shape[1]} to {b.shape[0]}"
                 )
-            self._kept.append((a.detach()[:rank], down.to(a)))
-            self._kept.append((b.detach()[:, :rank], (up.float() * (scale / layer.scaling[adapter])).to(b)))
+            if state.global_step == 0:
+                b.detach()[:, rank:].zero_()
+            self._keep(a, (slice(rank), slice(None)), down)
+            self._keep(b, (slice(None), slice(rank)), up.float() * (scale / layer.scaling[adapter]))
         self._restore()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back what the optimizer did to them, weight decay too."""
+        """Take back what the optimizer did to them, such as weight decay."""
         self._restore()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave nothing behind in the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._kept.clear()
+
+    def _keep(self, parameter: Tensor, place: tuple[slice, slice], value: Tensor) -> None:
+        """Hold a part of a parameter at `value`, and its gradient at 0, so that clipping does not count it."""
+
+        def without_part(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            gradient[place] = 0
+            return gradient
+
+        self._kept.append((parameter.detach()[place], value.to(parameter)))
+        self._hooks.append(parameter.register_hook(without_part))
 
     def _restore(self) -> None:
         for place, kept in self._kept:

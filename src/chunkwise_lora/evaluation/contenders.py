@@ -25,7 +25,7 @@ from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError, first_line
 from chunkwise_lora.ladder import RankLadder, is_ladder
 
-PLAIN, OWN, CALIBRATED = "plain SVD", "as trained", "calibrated"
+PLAIN, OWN, CALIBRATED = "plain SVD", "own rungs", "calibrated"
 """Names of the ladders: the adapter's SVD, the one that lies in its folder, and the calibrated one."""
 FULL = "PEFT, full rank"
 TIERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -104,7 +104,7 @@ class Field:
         ladders = {PLAIN: RankLadder.from_peft(adapter)}
         if is_ladder(adapter):
             ladders[OWN] = RankLadder.from_pretrained(adapter)
-        self.ours = next(reversed(ladders))
+        self.ours = OWN if OWN in ladders else PLAIN
         self.presets: dict[str, tuple[str, ChunkWiseConfig]] = {}
         if calibrated:
             ladders[CALIBRATED], config = calibrated

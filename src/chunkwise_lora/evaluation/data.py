@@ -52,8 +52,7 @@ def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[l
     for i in range(len(sequences)):
         around = chain(sequences[i:], reversed(sequences[:i]))
         blocks += islice(chain.from_iterable(around), length)
-    ids, counted = zip(*blocks, strict=True)
-    return list(ids), list(counted), length
+    return [token for token, _ in blocks], [counts for _, counts in blocks], length
 
 
 def wikitext(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -113,35 +113,40 @@ def calibrate(
 ) -> Calibration:
     """Calibrate `ladder` on a text's token ids for a budget.
 
-    The end of the text, `held_share`, takes no part in the ladder or the fit: its first half sets what the budget
+    The end of the text, `held_share`, teaches neither directions nor costs: its first half sets what the budget
     leaves open, its second half is for the check alone. `counted` says of every token whether it matters what is
     predicted to follow it, as it does in answers and not in prompts; by default all do.
 
     Raises:
-        ChunkWiseError: The text is too short, or the model not on a CPU.
+        ChunkWiseError: Too little of the text counts, it is to go on from prompts (`written`), or the model is not on a
+            CPU.
     """
     if model.device.type != "cpu":
         raise ChunkWiseError(f"calibration runs on a CPU, and the model is on {model.device}; move it: model.cpu()")
     length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
+    if knobs.written and counted is not None:
+        raise ChunkWiseError("what an adapter writes goes on from plain text, not from prompts; leave `written` at 0")
     text = Text.blocks(tokens, length, counted)
-    text = text[text.counted.any(1)]
+    text = text[text.counted[:, :-1].any(1)]
     held = max(4, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
     if len(text) < LEAST_BLOCKS:
         raise ChunkWiseError(
-            f"{len(tokens)} tokens are too few to calibrate on; give at least {LEAST_BLOCKS * length}, better several "
-            "times as many"
+            f"{len(text) * length} tokens are too few to calibrate on (whole sequences of {length} in which something "
+            f"counts); give at least {LEAST_BLOCKS * length}, better several times as many"
         )
     fit, choice, check = text[:-held], text[-held : -(held // 2)], text[-(held // 2) :]
     fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
-    lowest = math.ceil(knobs.lowest_share * knobs.rungs)
+    lowest = min(round(knobs.lowest_share * knobs.rungs), knobs.rungs - 1)
 
     def policies_of(ladder: RankLadder) -> _Policies:
         return _fit(model, ladder, fit, choice, knobs, batch, track)
 
     def share_for(policies: _Policies) -> float:
-        return knobs.mean_rank or _share_for(model, choice, policies, knobs.max_loss_increase, batch, track)
+        if knobs.max_loss_increase is None:
+            return knobs.mean_rank or 1.0
+        return _share_for(model, choice, policies, knobs.max_loss_increase, batch, track)
 
     if knobs.keep_directions:
         policies = policies_of(ladder)
@@ -152,13 +157,15 @@ def calibrate(
         ladder, importance = turn(ladder, importance, random_rungs(lowest, knobs.rungs))
         policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
         for _ in range(knobs.rounds if knobs.refinements else 0):
-            scheduler = policies.scheduler(share_for(policies), vocab_size)
+            config = policies.config(policies.at(share_for(policies)))
+            learned, ranks = policies.ladder.learned, policies.ladder.rung_ranks
+            scheduler = partial(RuntimeScheduler, config, ranks, vocab_size, learned)
             ladder, importance = turn(ladder, importance, planned_rungs(scheduler, lowest, knobs.rungs))
             policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
     share = share_for(policies)
     with ChunkWiseModel(model, policies.ladder) as chunkwise:
-        price = policies.at(share).price
-        config, searched = _search(chunkwise, choice, policies.config(share), price, batch, track)
+        policy = policies.at(share)
+        config, searched = _search(chunkwise, choice, policies.config(policy), policy.price, batch, track)
         if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
             config = _with_int8(config)
         checked = _check(chunkwise, check, config, batch, track)
@@ -172,7 +179,7 @@ class _Policies:
     ladder: RankLadder
     costs: CostModel
     scores: np.ndarray
-    """(tokens of the text,)"""
+    """(n,) of all tokens of a text, whether they count or not."""
     allowed: Sequence[int]
     complexity: ComplexityConfig
     explained: dict[str, float]
@@ -182,8 +189,8 @@ class _Policies:
         ranks = self.ladder.rung_ranks
         return choose_rungs(self.costs, self.scores, ranks, share * ranks[-1], self.allowed)
 
-    def config(self, share: float) -> ChunkWiseConfig:
-        policy = self.at(share)
+    def config(self, policy: Policy) -> ChunkWiseConfig:
+        """That runs one of them."""
         return ChunkWiseConfig(
             complexity=self.complexity,
             chunking=policy.chunking,
@@ -191,9 +198,6 @@ class _Policies:
             composition=CompositionConfig(window=0),
             kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(policy.selection.scales)),
         )
-
-    def scheduler(self, share: float, vocab_size: int) -> Callable[[], RuntimeScheduler]:
-        return partial(RuntimeScheduler, self.config(share), self.ladder.rung_ranks, vocab_size, self.ladder.learned)
 
 
 def _lessons(model: PreTrainedModel, ladder: RankLadder, fit: Text, knobs: CalibrationConfig, track: Track) -> Text:
@@ -261,8 +265,9 @@ def _fit(
         seen, unseen = (
             _explore(chunkwise, text, allowed, knobs.explorations, generator, batch, track) for text in (fit, choice)
         )
-    explained, signals = _contributions(seen.known(), unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
-    costs = fit_costs(seen.known(), vocab_size, ladder.rungs, signals, seed=knobs.seed)
+    known = seen.known()
+    explained, signals = _contributions(known, unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
+    costs = fit_costs(known, vocab_size, ladder.rungs, signals, seed=knobs.seed)
     complexity = ComplexityConfig(learned=True, **{name: 0.0 for name in SIGNALS if name not in signals})
     return _Policies(replace(ladder, learned=costs.learned), costs, costs.scores(seen), allowed, complexity, explained)
 
@@ -326,16 +331,15 @@ def _contributions(
 
 
 def _share_for(
-    model: PreTrainedModel, text: Text, policies: _Policies, budget: float | None, batch: int, track: Track
+    model: PreTrainedModel, text: Text, policies: _Policies, budget: float, batch: int, track: Track
 ) -> float:
     """The lowest mean rank that keeps a budget of loss increase on `text`, as a share of the full rank.
 
     Losses differ much from token to token and divergences little, so how much loss a nat of divergence costs is
     taken from all mean ranks tried together.
     """
-    assert budget is not None
     full_loss, kl, rise = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
-    configs = [policies.config(share) for share in SHARES]
+    configs = [policies.config(policies.at(share)) for share in SHARES]
     with ChunkWiseModel(model, policies.ladder) as chunkwise:
         for part in track(text.split(batch), description="finding the mean rank"):
             tokens, counted = part.tokens, part.counted[:, :-1]
@@ -345,7 +349,7 @@ def _share_for(
                 log_p, _ = log_probabilities_planned(chunkwise, tokens, config)
                 kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
                 rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
-    loss_per_kl = float(rise @ kl / (kl @ kl))
+    loss_per_kl = float(rise @ kl) / max(float(kl @ kl), 1e-12)
     expected = loss_per_kl * kl / full_loss
     return min((share for share, one in zip(SHARES, expected, strict=True) if one <= budget), default=1.0)
 
@@ -417,7 +421,8 @@ def _check(model: ChunkWiseModel, text: Text, config: ChunkWiseConfig, batch: in
         ranks.append(rank)
         kv.append(share)
     loss, rise = float(torch.cat(full_losses).mean()), torch.cat(rises)
-    segments = rise.unfold(0, min(64, rise.numel()), min(64, rise.numel())).mean(1)
+    length = max(1, min(64, len(rise) // 8))
+    segments = rise.unfold(0, length, length).mean(1)
     return Check(
         tokens=rise.numel(),
         mean_rank=float(np.concatenate(ranks).mean()),

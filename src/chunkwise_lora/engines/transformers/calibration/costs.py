@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.scheduler import FixedPlan
 
 
@@ -32,10 +33,16 @@ class Text:
 
     @classmethod
     def blocks(cls, tokens: Sequence[int], length: int, counted: Sequence[bool] | None = None) -> Text:
-        """Sequences of `length` tokens; what does not fill one at the end is left out."""
+        """Sequences of `length` tokens; what does not fill one at the end is left out.
+
+        Raises:
+            ChunkWiseError: `counted` has another length.
+        """
+        if counted is not None and len(counted) != len(tokens):
+            raise ChunkWiseError(f"{len(tokens)} tokens, but {len(counted)} that say whether they count; give one each")
         ids, rows = torch.as_tensor(tokens), len(tokens) // length
-        mask = torch.ones_like(ids, dtype=torch.bool) if counted is None else torch.as_tensor(counted)
-        return cls(*(one[: rows * length].view(rows, length) for one in (ids, mask)))
+        mask = torch.ones_like(ids) if counted is None else torch.as_tensor(counted)
+        return cls(*(one[: rows * length].view(rows, length) for one in (ids, mask.bool())))
 
     def __len__(self) -> int:
         return len(self.tokens)

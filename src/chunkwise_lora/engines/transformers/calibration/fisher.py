@@ -18,9 +18,9 @@ class Sensitivity:
     """Of one module, with z = down @ x what goes into its directions, and q the gradient of log p by what comes out."""
 
     outputs: Tensor
-    """(r, r) E[q q^T] per token, for `RankLadder.data_aware`."""
+    """(r, r) E[q q^T] per token that counts, for `RankLadder.data_aware`."""
     gates: Tensor
-    """(r,) E[(d log p / d g)^2] per token: twice the KL divergence, in nats, of switching a direction off."""
+    """(r,) E[(d log p / d g)^2] per such token: twice the KL divergence, in nats, of switching a direction off."""
 
 
 def sensitivities(

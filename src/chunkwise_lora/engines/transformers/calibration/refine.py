@@ -40,7 +40,10 @@ def random_rungs(lowest: int, rungs: int) -> Draw:
 
 
 def planned_rungs(scheduler: Callable[[], RuntimeScheduler], lowest: int, rungs: int) -> Draw:
-    """Those of a plan, all of a sequence's moved by the same step or none; `scheduler` plans a new sequence."""
+    """Those of a plan, all of a sequence's moved by the same step or none, and kept from `lowest` to below `rungs`.
+
+    `scheduler` plans a new sequence.
+    """
 
     def draw(tokens: Tensor, generator: torch.Generator) -> Tensor:
         plan = torch.from_numpy(np.stack([scheduler().step(row).weights.argmax(1) for row in tokens.tolist()]))
