@@ -73,6 +73,7 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "lowest_share": NOT_A_SHARE,
         "written": (-1, 2.5, "much", None),
         "refinements": (-1, 2.5, "few", None),
+        "rounds": (-1, 0.5, "none", None),
         "keep_directions": (2, "perhaps", None),
         "explorations": NOT_A_COUNT,
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
