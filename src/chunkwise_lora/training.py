@@ -31,7 +31,22 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
 
 
-class NestedRank(TrainerCallback):
+class _Hooked(TrainerCallback):
+    """Has hooks in the model while it trains."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave nothing behind in the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+class NestedRank(_Hooked):
     """Runs a PEFT model's LoRA layers at random rungs while it trains.
 
     Args:
@@ -64,6 +79,7 @@ class NestedRank(TrainerCallback):
                 f"NestedRank needs 0 <= lowest <= highest <= 1, full from 0 to 1 and chunk of at least 1, not "
                 f"{lowest=}, {highest=}, {full=}, {chunk=}"
             )
+        super().__init__()
         self.ladder = ladder
         self.lowest = lowest
         self.highest = highest
@@ -73,7 +89,6 @@ class NestedRank(TrainerCallback):
         self._tables: dict[str, Tensor] = {}
         self._gated = self._teaching = False
         self._rungs = self._nested = torch.empty(0)
-        self._hooks: list[Any] = []
         self._model: Any = None
         self._inputs: dict[str, Tensor] = {}
 
@@ -101,14 +116,6 @@ class NestedRank(TrainerCallback):
                 self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
             self._hooks.append(factor.register_forward_hook(self._gate(name)))
         self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave nothing behind in the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     def trained_ladder(self) -> RankLadder:
         """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.
@@ -184,7 +191,7 @@ class NestedRank(TrainerCallback):
         return hook
 
 
-class GrowRank(TrainerCallback):
+class GrowRank(_Hooked):
     """Makes a trained adapter of a lower rank the first directions of the one that trains, and keeps them as they are.
 
     The ladder of the result, `RankLadder.from_peft(folder, as_trained=True)`, is the smaller adapter itself on the rung
@@ -198,13 +205,13 @@ class GrowRank(TrainerCallback):
     """
 
     def __init__(self, smaller: str | Path) -> None:
+        super().__init__()
         self._smaller = smaller
         adapter = PeftAdapter.load(smaller)
         if adapter.saved_modules:
             raise LadderError(f"{smaller}: replaces {min(adapter.saved_modules)} (modules_to_save), which cannot grow")
         self._factors = adapter.factors
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._hooks: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -215,6 +222,7 @@ class GrowRank(TrainerCallback):
             raise LadderError(
                 f"{self._smaller}: its modules are not the model's LoRA layers; train it on the same ones"
             )
+        self._kept.clear()
         for name, (down, up, scale) in self._factors.items():
             layer = layers[name]
             adapter = layer.active_adapters[0]
@@ -235,15 +243,6 @@ class GrowRank(TrainerCallback):
     ) -> None:
         """Take back what the optimizer did to them, such as weight decay."""
         self._restore()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave nothing behind in the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._kept.clear()
 
     def _keep(self, parameter: Tensor, place: tuple[slice, slice], value: Tensor) -> None:
         """Hold a part of a parameter at `value`, and its gradient at 0, so that clipping does not count it."""
