@@ -163,7 +163,7 @@ def mean_loss(model: PeftModel, examples: Dataset) -> float:
     for batch in DataLoader(examples, batch_size=8, collate_fn=collate):
         learned = int((batch["labels"][:, 1:] != IGNORED).sum())
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        total += model(**inputs).loss.item() * learned
+        total += model.get_base_model()(**inputs).loss.item() * learned  # without what AdaLoRA adds to it
         count += learned
     return total / count
 
