@@ -190,7 +190,7 @@ def test_directions_are_turned_for_what_counts_alone() -> None:
     def apart(one: RankLadder, other: RankLadder) -> float:
         return sum(float((m.down - other.modules[name].down).abs().mean()) for name, m in one.modules.items())
 
-    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # the Adam moves by the sign, however small a gradient
+    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # Adam moves by the sign of the smallest gradient
 
 
 def test_a_plan_is_taught_with_its_neighbours() -> None:

@@ -43,6 +43,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
 from chunkwise_lora import ChunkWiseModel, RankLadder
+from chunkwise_lora.engines.transformers.calibration.costs import Text
 from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
 from chunkwise_lora.training import GrowRank, NestedRank
@@ -126,7 +127,7 @@ def own_texts(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int,
         return load_file(file)["texts"]
     with ChunkWiseModel.from_pretrained(str(base), ladder, dtype=torch.float32) as model:
         show = partial(track, description="writing texts")
-        texts = written(model, tokens[: len(tokens) // length * length].view(-1, length), WRITTEN, track=show)
+        texts = written(model, Text.blocks(tokens, length).tokens, WRITTEN, track=show)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"texts": texts}, file)
     return texts

@@ -579,6 +579,7 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.engines.transformers.calibration.costs import Text
     from chunkwise_lora.engines.transformers.calibration.moments import second_moments
 
     model, tokenizer = _load(base)
@@ -586,7 +587,7 @@ def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     tokens = _tokens(tokenizer, read_text(text, LadderError))[0, : 128 * length]
     if len(tokens) < length:
         raise LadderError(f"{text}: {len(tokens)} tokens are too few to calibrate on; give at least {length}")
-    blocks = tokens[: len(tokens) // length * length].view(-1, 1, length)
+    blocks = [one.tokens for one in Text.blocks(tokens, length).split(1)]
     with _progress() as progress, ChunkWiseModel(model, ladder) as chunkwise:
         return ladder.data_aware(second_moments(chunkwise, progress.track(blocks, description="calibrating")))
 

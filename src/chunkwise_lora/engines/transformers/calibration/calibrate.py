@@ -162,9 +162,8 @@ def calibrate(
             scheduler = partial(RuntimeScheduler, config, ranks, vocab_size, learned)
             ladder, importance = turn(ladder, importance, planned_rungs(scheduler, lowest, knobs.rungs))
             policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
-    share = share_for(policies)
+    policy = policies.at(share_for(policies))
     with ChunkWiseModel(model, policies.ladder) as chunkwise:
-        policy = policies.at(share)
         config, searched = _search(chunkwise, choice, policies.config(policy), policy.price, batch, track)
         if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
             config = _with_int8(config)

@@ -32,7 +32,7 @@ class Text:
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     @classmethod
-    def blocks(cls, tokens: Sequence[int], length: int, counted: Sequence[bool] | None = None) -> Text:
+    def blocks(cls, tokens: Sequence[int] | Tensor, length: int, counted: Sequence[bool] | None = None) -> Text:
         """Sequences of `length` tokens; what does not fill one at the end is left out.
 
         Raises:
