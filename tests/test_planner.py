@@ -107,6 +107,12 @@ def test_tokens_without_a_rung_count_on_the_lowest() -> None:
     assert Tally.of(weights, np.array([0.0, 2.0, 4.0])).tokens.tolist() == [1, 1, 1]
 
 
+def test_a_scale_does_not_change_the_rank_that_a_token_is_said_to_have() -> None:
+    weights = np.array([[0, 0, 0], [0.5, 0.5, 0], [0, 0, 1]], np.float32)
+    for scale in (0.5, 1, 2):
+        assert Tally.of(scale * weights, np.array([0.0, 2.0, 4.0])).rank == 1 + 4
+
+
 def test_a_request_whose_adapter_is_replaced_is_planned_anew() -> None:
     planner = Planner(VOCABULARY)
     other = AdapterPlan("a", np.arange(5.0))

@@ -14,8 +14,10 @@ directions of a larger one and stays as it is while the others learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.engines.transformers.calibration.refine import planned_rungs, random_rungs
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
 from chunkwise_lora.peft_adapter import PeftAdapter
+from chunkwise_lora.scheduler import RuntimeScheduler
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
@@ -53,6 +58,9 @@ class NestedRank(_Hooked):
         ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions,
             draws its rungs and teaches them what the ladder does at full rank. Without one, training begins with the
             adapter as it is, rungs are equal ranks, and full rank learns from the labels.
+        teachers: Other models to learn from instead, at all rungs: the mean of what they say of the same tokens.
+        plan: A policy that was fitted to the ladder. Sequences run at the rungs that it gives their tokens, all moved
+            by at most one, instead of at random ones.
         lowest: The lowest rung, as a share of the full rank.
         highest: The highest rung below full rank that is drawn, likewise.
         full: Share of the sequences that run at full rank.
@@ -68,6 +76,8 @@ class NestedRank(_Hooked):
         self,
         ladder: RankLadder | None = None,
         *,
+        teachers: Sequence[nn.Module] = (),
+        plan: ChunkWiseConfig | None = None,
         lowest: float = 0.25,
         highest: float = 1.0,
         full: float = 0.25,
@@ -79,8 +89,12 @@ class NestedRank(_Hooked):
                 f"NestedRank needs 0 <= lowest <= highest <= 1, full from 0 to 1 and chunk of at least 1, not "
                 f"{lowest=}, {highest=}, {full=}, {chunk=}"
             )
+        if plan is not None and ladder is None:
+            raise ConfigError("a plan gives rungs of the ladder that it was fitted to; give that ladder, too")
         super().__init__()
         self.ladder = ladder
+        self.teachers = [teacher.eval() for teacher in teachers]
+        self.plan = plan
         self.lowest = lowest
         self.highest = highest
         self.full = full
@@ -145,36 +159,45 @@ class NestedRank(_Hooked):
         learned = (targets != -100).float()
         losses = -log_p.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
         if self._gated:
-            taught = self._nested if self.ladder is None else torch.ones_like(self._nested)
-            taught = taught.to(log_p.device)
+            learns = self.ladder is None and not self.teachers  # full rank, from the labels
+            taught = (self._nested if learns else torch.ones_like(self._nested)).to(log_p.device)
             if taught.any():
-                full = self._full_rank(taught)
-                losses = losses.masked_scatter(taught[:, None], (full.exp() * (full - log_p[taught])).sum(-1))
+                said = self._taught(taught)
+                losses = losses.masked_scatter(taught[:, None], (said.exp() * (said - log_p[taught])).sum(-1))
         count = learned.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return (losses * learned).sum() / count
 
     @torch.no_grad()
-    def _full_rank(self, rows: Tensor) -> Tensor:
-        """(sequences, tokens - 1, vocabulary) what full rank says of the pass's `rows` (batch,) bool."""
-        self._gated, self._teaching = False, self.ladder is not None
+    def _taught(self, rows: Tensor) -> Tensor:
+        """(sequences, tokens - 1, vocabulary) what the teachers, or full rank, say of the pass's `rows` (batch,) bool."""
         inputs = {name: value[rows] for name, value in self._inputs.items()}
-        log_p: Tensor = self._model.base_model(**inputs).logits[:, :-1].float().log_softmax(-1)
+
+        def log_p(model: nn.Module) -> Tensor:
+            said: Tensor = model(**inputs).logits[:, :-1].float().log_softmax(-1)
+            return said
+
+        if self.teachers:
+            return torch.stack([log_p(teacher) for teacher in self.teachers]).logsumexp(0) - math.log(len(self.teachers))
+        self._gated, self._teaching = False, self.ladder is not None
+        full = log_p(self._model.base_model)
         self._gated, self._teaching = True, False  # for layers that are run again on the way back
-        return log_p
+        return full
 
     def _draw(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._gated = model.training
         if not self._gated:
             return
-        batch, tokens = kwargs["input_ids"].shape
         self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
         top = len(next(iter(self._tables.values()))) - 1
-        chunks = -(-tokens // self.chunk)
         low, high = round(self.lowest * top), min(round(self.highest * top), top - 1)
-        drawn = torch.randint(low, high + 1, (batch, chunks), generator=self._generator)
-        self._nested = torch.rand(batch, generator=self._generator) >= self.full
-        drawn[~self._nested] = top
-        self._rungs = drawn.repeat_interleave(self.chunk, dim=1)[:, :tokens]
+        if self.plan is not None and self.ladder is not None:
+            options = (self.plan, self.ladder.rung_ranks, model.config.get_text_config().vocab_size, self.ladder.learned)
+            draw = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
+        else:
+            draw = random_rungs(low, high + 1, self.chunk)
+        self._rungs = draw(kwargs["input_ids"].cpu(), self._generator)
+        self._nested = torch.rand(len(self._rungs), generator=self._generator) >= self.full
+        self._rungs[~self._nested] = top
 
     def _teach(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

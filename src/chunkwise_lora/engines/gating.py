@@ -90,6 +90,12 @@ def highest_rungs(weights: np.ndarray) -> np.ndarray:
     return np.where(active.any(axis=1), weights.shape[1] - 1 - np.argmax(active[:, ::-1], axis=1), 0)
 
 
+def ranks_of(weights: np.ndarray, rung_ranks: np.ndarray) -> np.ndarray:
+    """(tokens,) the mean of `rung_ranks` (rungs,) under each token's weights (tokens, rungs), whatever its scale."""
+    total = weights.sum(axis=1)
+    return (weights @ rung_ranks) / np.where(total == 0, 1, total)
+
+
 def parts_of(adapter: str, weights: np.ndarray, ranks: np.ndarray, rows: np.ndarray | None) -> list[Part]:
     """Choose how an adapter runs: one slice, one gated product, or tokens grouped by rung.
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.gating import entropies_of, parts_of
+from chunkwise_lora.engines.gating import entropies_of, parts_of, ranks_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
 from chunkwise_lora.engines.transformers.layers import Step
 from chunkwise_lora.errors import EngineError
@@ -172,7 +172,7 @@ class Session:
                 SequenceTrace(
                     adapter=None if adapter == BASE else adapter,
                     tokens=tuple(self._tokens[row]),
-                    ranks=(weights @ self._info(adapter).rung_ranks)[_real(weights)].tolist(),
+                    ranks=ranks_of(weights, self._info(adapter).rung_ranks)[_real(weights)].tolist(),
                     chunks=tuple(scheduler.chunks),
                 )
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunkwise_lora.complexity import LearnedComplexity
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.gating import Part, entropies_of, highest_rungs, parts_of
+from chunkwise_lora.engines.gating import Part, entropies_of, highest_rungs, parts_of, ranks_of
 from chunkwise_lora.scheduler import RuntimeScheduler
 
 
@@ -44,7 +44,8 @@ class Tally:
     @classmethod
     def of(cls, weights: np.ndarray, rung_ranks: np.ndarray) -> Tally:
         """That of tokens with these weights (tokens, rungs)."""
-        return cls(np.bincount(highest_rungs(weights), minlength=weights.shape[1]), float((weights @ rung_ranks).sum()))
+        rungs = np.bincount(highest_rungs(weights), minlength=weights.shape[1])
+        return cls(rungs, float(ranks_of(weights, rung_ranks).sum()))
 
 
 class PlannedRequest:

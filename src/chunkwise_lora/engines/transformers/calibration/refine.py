@@ -28,13 +28,13 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 """Chooses the rungs (sequences, tokens) at which token ids (sequences, tokens) are to come close to full rank."""
 
 
-def random_rungs(lowest: int, rungs: int) -> Draw:
-    """Any rung from `lowest` to the last one below `rungs`, chunk by chunk."""
+def random_rungs(lowest: int, rungs: int, chunk: int = CHUNK) -> Draw:
+    """Any rung from `lowest` to the last one below `rungs`, for every `chunk` tokens."""
 
     def draw(tokens: Tensor, generator: torch.Generator) -> Tensor:
         sequences, length = tokens.shape
-        of_chunks = torch.randint(lowest, rungs, (sequences, -(-length // CHUNK)), generator=generator)
-        return of_chunks.repeat_interleave(CHUNK, dim=1)[:, :length]
+        of_chunks = torch.randint(lowest, rungs, (sequences, -(-length // chunk)), generator=generator)
+        return of_chunks.repeat_interleave(chunk, dim=1)[:, :length]
 
     return draw
 
