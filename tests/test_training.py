@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from chunkwise_lora import ConfigError, LadderError, RankLadder
-from chunkwise_lora.config import CalibrationConfig
+from chunkwise_lora import ChunkWiseConfig, ConfigError, LadderError, RankLadder, RuntimeScheduler
+from chunkwise_lora.config import CalibrationConfig, ChunkingConfig, CompositionConfig, SelectionConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
 from chunkwise_lora.training import GrowRank, NestedRank
 from models import VOCABULARY, adapter, build, peft_model
+
+PLAN = ChunkWiseConfig(
+    chunking=ChunkingConfig(thresholds=(0.5, 0.7), min_length=1, hysteresis=0.0, memory=1.0),
+    selection=SelectionConfig(rank_shares=(0.25, 0.5, 0.75)),
+    composition=CompositionConfig(window=0),
+)
 
 
 class Texts(Dataset[dict[str, torch.Tensor]]):
@@ -58,6 +65,11 @@ def train(
     Trainer(model, arguments, train_dataset=Texts(), **options).train()
 
 
+def begin(nested: NestedRank, model: PeftModel) -> None:
+    model.train()
+    nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
+
+
 def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> None:
     model, ids = new_model(), torch.arange(2, 30)[None]
     train(model, NestedRank(RankLadder.from_peft(adapter("llama"))), tmp_path, 1, rate=0.0)
@@ -68,8 +80,7 @@ def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> No
 
 def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) -> None:
     model, nested = new_model(), NestedRank(RankLadder.from_peft(adapter("llama")), full=1.0)
-    model.train()
-    nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
+    begin(nested, model)
     ids = torch.randint(2, VOCABULARY, (3, 24))
     losses = [nested.loss(model(input_ids=ids), labels).item() for labels in (ids, ids.flip(1))]
     assert losses == pytest.approx([0, 0], abs=1e-5)  # at full rank it says what it said
@@ -85,6 +96,36 @@ def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) ->
     assert summed_up == pytest.approx(divergence.item() / 2, rel=1e-3)
 
 
+@pytest.mark.parametrize("ladder", [True, False])
+def test_all_rungs_learn_the_mean_of_what_teachers_say(ladder: bool) -> None:
+    teachers = [PeftModel.from_pretrained(build("llama"), str(adapter("llama", seed=seed))) for seed in (2, 3)]
+    nested = NestedRank(RankLadder.from_peft(adapter("llama")) if ladder else None, teachers=teachers, full=0.5)
+    model = new_model()
+    begin(nested, model)
+    ids = torch.randint(2, VOCABULARY, (6, 24))
+    outputs = model(input_ids=ids)
+    with torch.no_grad():
+        said = sum(teacher(ids).logits.softmax(-1) for teacher in teachers)[:, :-1] / 2
+        expected = (said * (said.log() - outputs["logits"][:, :-1].log_softmax(-1))).sum(-1).mean()
+    for labels in (ids, ids.flip(1)):
+        assert nested.loss(outputs, labels).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_plan_gives_the_rungs_all_moved_by_at_most_one() -> None:
+    ladder, ids = RankLadder.from_peft(adapter("llama")), torch.randint(2, VOCABULARY, (16, 24))
+    nested, model = NestedRank(ladder, plan=PLAN, lowest=0.0, full=0.25), new_model()
+    begin(nested, model)
+    model(input_ids=ids)
+    planned = [RuntimeScheduler(PLAN, ladder.rung_ranks, VOCABULARY).step(row).weights for row in ids.tolist()]
+    rungs = torch.from_numpy(np.stack(planned).argmax(2))
+    moved = {step: (nested._rungs == (rungs + step).clamp(0, 7)).all(1) for step in (-1, 0, 1)}
+    assert all(rows.any() for rows in moved.values())
+    assert torch.stack([*moved.values()]).any(0)[nested._nested].all()
+    assert (nested._rungs[~nested._nested] == 8).all() and 0 < nested._nested.sum() < 16
+    with pytest.raises(ConfigError, match="give that ladder"):
+        NestedRank(plan=PLAN)
+
+
 @pytest.mark.parametrize("impossible", [{"lowest": 0.8, "highest": 0.5}, {"chunk": 0}, {"full": 1.5}])
 def test_an_impossible_argument_is_refused(impossible: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"NestedRank needs"):
@@ -93,8 +134,7 @@ def test_an_impossible_argument_is_refused(impossible: dict[str, Any]) -> None:
 
 def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:
     model, nested, seen = peft_model("llama"), NestedRank(chunk=8), []
-    model.train()
-    nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
+    begin(nested, model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     layer.lora_A["default"].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     ids = torch.randint(2, VOCABULARY, (16, 24))

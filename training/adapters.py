@@ -7,8 +7,8 @@
 `wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
 paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
 layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
-rank, ``--steps`` shortens a run, ``--ladder`` goes on from a calibrated ladder with nested ranks, and ``--grow`` adds
-directions to an adapter of a lower rank.
+rank, ``--steps`` shortens a run, ``--ladder`` goes on from a calibrated ladder at the rungs of its plan, learning from
+itself at full rank or from every ``--teacher``, and ``--grow`` adds directions to an adapter of a lower rank.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -42,7 +43,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
-from chunkwise_lora import ChunkWiseModel, RankLadder
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
 from chunkwise_lora.engines.transformers.calibration.costs import Text
 from chunkwise_lora.engines.transformers.calibration.written import written
 from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
@@ -72,19 +73,21 @@ class Recipe:
     """AdaLoRA: starts at 1.5 times the rank and prunes down to it on average."""
     ladder: Path | None = None
     """Goes on from a calibrated ladder, for truncation."""
+    teachers: tuple[Path, ...] = ()
+    """Other adapters of the base, to learn from instead of from the ladder at full rank."""
     grow: Path | None = None
     """An adapter of a lower rank, which stays as it is: the first directions of the new one."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
-NESTED = {"batch": 2, "steps": 400, "learning_rate": 5e-4}
-"""What changes where training goes on from a calibrated ladder."""
+NESTED = {"steps": 700, "learning_rate": 1e-3}
+"""What changes where training goes on from a calibrated ladder, besides half the batch."""
 GROWN = {"steps": 100, "learning_rate": 1e-3}
 """What changes where directions are added to an adapter."""
-RUNGS = {"lowest": 5 / 16, "highest": 0.75, "full": 0.2}
-"""Those that a plan at half of the rank uses."""
-WRITTEN = 640
+RUNGS = {"lowest": 5 / 16, "highest": 13 / 16, "full": 0.05}
+"""Those that a plan at half of the rank uses, which is what counts."""
+WRITTEN = 1280
 """Texts that an adapter writes itself."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
@@ -179,9 +182,20 @@ def report(model: PeftModel, texts: dict[str, Dataset]) -> None:
             print(f"{name:9} {who:8} {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}")
 
 
+def base_model(base: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
+    """Training at the rungs of the ladder's plan."""
+    teachers = [PeftModel.from_pretrained(base_model(base), path).merge_and_unload() for path in recipe.teachers]
+    plan = ChunkWiseConfig.from_pretrained(recipe.ladder)
+    return NestedRank(RankLadder.from_pretrained(recipe.ladder), teachers=teachers, plan=plan, **RUNGS)
+
+
 def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
     """On every linear layer; no dropout, which would nearly double the time of a CPU step."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = base_model(base)
     shared = {"task_type": "CAUSAL_LM", "lora_alpha": 2 * recipe.rank, "target_modules": "all-linear"}
     if recipe.adalora:
         schedule = {"tinit": recipe.steps // 5, "tfinal": recipe.steps // 2, "deltaT": 5, "total_step": recipe.steps}
@@ -200,9 +214,10 @@ class Pruning(TrainerCallback):
         kwargs["model"].base_model.update_and_allocate(state.global_step + 1)
 
 
-def train(model: PeftModel, recipe: Recipe, examples: Dataset, held_out: Dataset, out: Path) -> None:
-    """Train in place, resuming from the last checkpoint; ends with the best adapter."""
-    nested = NestedRank(RankLadder.from_pretrained(recipe.ladder), **RUNGS) if recipe.ladder else None
+def train(
+    model: PeftModel, recipe: Recipe, nested: NestedRank | None, *, examples: Dataset, held_out: Dataset, out: Path
+) -> None:
+    """Train in place, resuming from the last checkpoint; ends with the best adapter, or where `nested` ends."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -260,7 +275,8 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
     """Train, save and measure one adapter."""
     torch.manual_seed(0)
     model = new_adapter(base, recipe)
-    train(model, recipe, examples, held_out, out)
+    nested = nested_rank(base, recipe) if recipe.ladder else None
+    train(model, recipe, nested, examples=examples, held_out=held_out, out=out)
     save(model, out)
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
 
@@ -270,6 +286,10 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoints and the final ad
 Rank = Annotated[int, typer.Option(min=2, help="Rank of the adapter.")]
 Steps = Annotated[int | None, typer.Option(min=10, help="Updates, instead of the recipe's.")]
 AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that ends at the rank on average.")]
+Ladder = Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")]
+Teacher = Annotated[
+    list[Path] | None, typer.Option(help="Learn from this adapter, not from the ladder at full rank. Repeat for more.")
+]
 Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
@@ -280,15 +300,21 @@ def changed(
     steps: int | None,
     adalora: bool = False,
     ladder: Path | None = None,
+    teachers: Sequence[Path] | None = None,
     grow: Path | None = None,
 ) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
     if sum(map(bool, (adalora, ladder, grow))) > 1:
         raise typer.BadParameter("choose one of --adalora, --ladder and --grow")
-    recipe = replace(recipe, **(NESTED if ladder else GROWN if grow else {}))
+    if teachers and not ladder:
+        raise typer.BadParameter("--teacher teaches a calibrated ladder; give it with --ladder")
+    if ladder:
+        recipe = replace(recipe, batch=recipe.batch // 2, **NESTED)
+    elif grow:
+        recipe = replace(recipe, **GROWN)
+    recipe = replace(recipe, rank=rank, adalora=adalora, ladder=ladder, teachers=tuple(teachers or ()), grow=grow)
     steps = steps or recipe.steps
-    interval = min(recipe.interval, steps // 4)
-    return replace(recipe, rank=rank, steps=steps, interval=interval, adalora=adalora, ladder=ladder, grow=grow)
+    return replace(recipe, steps=steps, interval=min(recipe.interval, steps // 4))
 
 
 @app.command()
@@ -300,7 +326,8 @@ def wiki(
     rank: Rank = 16,
     steps: Steps = None,
     adalora: AdaLora = False,
-    ladder: Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")] = None,
+    ladder: Ladder = None,
+    teacher: Teacher = None,
     grow: Grow = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
@@ -318,7 +345,7 @@ def wiki(
         texts = own_texts(base, trained, tokens[:cut], length // 2, out / "texts.safetensors")
         examples = Written(examples, texts)
     make(
-        changed(WIKI, rank, steps, adalora, ladder, grow),
+        changed(WIKI, rank, steps, adalora, ladder, teacher, grow),
         base,
         out,
         examples=examples,
@@ -335,6 +362,8 @@ def e2e(
     test: Annotated[Path | None, typer.Option(help="Rows to measure at the end.")] = None,
     rank: Rank = 16,
     steps: Steps = None,
+    ladder: Ladder = None,
+    teacher: Teacher = None,
     grow: Grow = None,
 ) -> None:
     """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
@@ -352,7 +381,7 @@ def e2e(
         return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
 
     make(
-        changed(E2E, rank, steps, grow=grow),
+        changed(E2E, rank, steps, ladder=ladder, teachers=teacher, grow=grow),
         base,
         out,
         examples=examples([row for row in rows if row["mr"] not in unseen]),

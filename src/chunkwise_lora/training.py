@@ -102,6 +102,7 @@ class NestedRank(_Hooked):
         self._generator = torch.Generator().manual_seed(seed)
         self._tables: dict[str, Tensor] = {}
         self._gated = self._teaching = False
+        self._top = 0
         self._rungs = self._nested = torch.empty(0)
         self._model: Any = None
         self._inputs: dict[str, Tensor] = {}
@@ -130,6 +131,13 @@ class NestedRank(_Hooked):
                 self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
             self._hooks.append(factor.register_forward_hook(self._gate(name)))
         self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
+        self._top = len(next(iter(self._tables.values()))) - 1
+        low, high = round(self.lowest * self._top), min(round(self.highest * self._top), self._top - 1)
+        self._drawn = random_rungs(low, high + 1, self.chunk)
+        if self.plan is not None and self.ladder is not None:
+            vocab_size = model.config.get_text_config().vocab_size
+            options = (self.plan, self.ladder.rung_ranks, vocab_size, self.ladder.learned)
+            self._drawn = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
 
     def trained_ladder(self) -> RankLadder:
         """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.
@@ -169,15 +177,16 @@ class NestedRank(_Hooked):
 
     @torch.no_grad()
     def _taught(self, rows: Tensor) -> Tensor:
-        """(sequences, tokens - 1, vocabulary) what the teachers, or full rank, say of the pass's `rows` (batch,) bool."""
+        """(sequences, tokens - 1, vocabulary) what teachers, or full rank, say of the pass's `rows` (batch,) bool."""
         inputs = {name: value[rows] for name, value in self._inputs.items()}
 
         def log_p(model: nn.Module) -> Tensor:
-            said: Tensor = model(**inputs).logits[:, :-1].float().log_softmax(-1)
-            return said
+            logits: Tensor = model(**inputs).logits
+            return logits[:, :-1].float().log_softmax(-1)
 
         if self.teachers:
-            return torch.stack([log_p(teacher) for teacher in self.teachers]).logsumexp(0) - math.log(len(self.teachers))
+            said = torch.stack([log_p(teacher) for teacher in self.teachers])
+            return said.logsumexp(0) - math.log(len(self.teachers))
         self._gated, self._teaching = False, self.ladder is not None
         full = log_p(self._model.base_model)
         self._gated, self._teaching = True, False  # for layers that are run again on the way back
@@ -188,16 +197,9 @@ class NestedRank(_Hooked):
         if not self._gated:
             return
         self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
-        top = len(next(iter(self._tables.values()))) - 1
-        low, high = round(self.lowest * top), min(round(self.highest * top), top - 1)
-        if self.plan is not None and self.ladder is not None:
-            options = (self.plan, self.ladder.rung_ranks, model.config.get_text_config().vocab_size, self.ladder.learned)
-            draw = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
-        else:
-            draw = random_rungs(low, high + 1, self.chunk)
-        self._rungs = draw(kwargs["input_ids"].cpu(), self._generator)
+        self._rungs = self._drawn(kwargs["input_ids"].cpu(), self._generator)
         self._nested = torch.rand(len(self._rungs), generator=self._generator) >= self.full
-        self._rungs[~self._nested] = top
+        self._rungs[~self._nested] = self._top
 
     def _teach(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
