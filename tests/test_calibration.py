@@ -27,16 +27,22 @@ from chunkwise_lora.config import (
 )
 from chunkwise_lora.engines.transformers.calibration import calibrate as module_under_test
 from chunkwise_lora.engines.transformers.calibration.calibrate import (
-    BOOSTS,
     LEAST_BLOCKS,
     LENGTHS,
+    SCALES,
     SEARCH_GAIN,
     Calibration,
     calibrate,
 )
-from chunkwise_lora.engines.transformers.calibration.costs import Text, divergence, log_probabilities, losses
+from chunkwise_lora.engines.transformers.calibration.costs import (
+    Text,
+    divergence,
+    log_probabilities,
+    log_probabilities_planned,
+    losses,
+)
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
-from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs, refine
+from chunkwise_lora.engines.transformers.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
 from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
 from chunkwise_lora.ladder import _learned
 from chunkwise_lora.scheduler import RuntimeScheduler
@@ -241,10 +247,17 @@ def test_chunk_length_and_scale_are_those_that_cost_least(calibrated: Calibratio
     length = calibrated.config.chunking.min_length
     of_length = {n: calibrated.searched[f"chunks of at least {n}"] for n in LENGTHS}
     assert of_length[length] <= min(of_length.values()) * (1 + 2 * SEARCH_GAIN)
-    of_boost = {boost: calibrated.searched[f"scale 1 {boost:+g} x what is cut"] for boost in BOOSTS}
-    lowest = calibrated.config.selection.rank_shares[0]
-    boost = (calibrated.config.selection.scales[0] - 1) / (1 - lowest)
-    assert of_boost[min(BOOSTS, key=lambda one: abs(one - boost))] <= min(of_boost.values()) * (1 + 2 * SEARCH_GAIN)
+    of_scale = {scale: calibrated.searched[f"scale {scale:g}"] for scale in SCALES}
+    (scale,) = set(calibrated.config.selection.scales)
+    assert of_scale[scale] <= min(of_scale.values()) * (1 + 2 * SEARCH_GAIN)
+
+
+def test_an_adapter_that_is_too_strong_is_scaled_down() -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))  # the text is its own at scale 1
+    loud = {name: replace(module, up=module.up / 0.9) for name, module in ladder.modules.items()}
+    knobs = KNOBS.model_copy(update={"mean_rank": 1.0, "refinements": 0})
+    for strong, scale in ((ladder, 1.0), (replace(ladder, modules=loud), 0.9)):
+        assert set(calibrate(build("llama"), strong, text(200), knobs).config.selection.scales) == {scale}
 
 
 def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration) -> None:
@@ -345,6 +358,43 @@ def test_directions_turned_for_a_plan_serve_it_better() -> None:
             return float(divergence(log_probabilities(model, tokens), planned).mean())
 
     assert kl(plan) < 0.95 * kl(random_rungs(2, 8))
+
+
+def test_distilled_directions_serve_a_plan_better_and_keep_their_rungs() -> None:
+    plain = RankLadder.from_peft(adapter("llama"))
+    taught, held = Text.blocks(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+
+    def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return torch.where(tokens % 2 == 0, 2, 6)
+
+    with ChunkWiseModel(build("llama"), plain) as model:
+        ladder = distil(model, 4 * taught, plan, steps=4 * len(taught))
+    tokens = held.view(-1, BLOCK)
+    with ChunkWiseModel(build("llama"), {"plain": plain, "distilled": ladder}) as model:
+        full, rungs = log_probabilities(model, tokens), plan(tokens).numpy()
+        before, after = (
+            float(divergence(full, log_probabilities(model, tokens, rungs, name)).mean()) for name in model.ladders
+        )
+    assert after < 0.9 * before
+    assert ladder.rung_ranks == plain.rung_ranks
+
+
+def test_a_distilled_ladder_is_checked_against_the_adapter_that_was_given_on_the_text_held_back() -> None:
+    given, held = RankLadder.from_peft(adapter("llama")), text(60)[-10 * BLOCK :]
+    knobs = KNOBS.model_copy(update={"distillations": 3, "keep_directions": True, "int8": False})
+    found = calibrate(build("llama"), given, text(), knobs, held_tokens=held)
+    again = calibrate(build("llama"), given, text(), knobs, held_tokens=held)
+    checked = torch.tensor(held).view(-1, BLOCK)[5:]
+    name, module = next(iter(found.ladder.modules.items()))
+    assert not torch.equal(module.down, given.modules[name].down)
+    assert torch.equal(module.down, again.ladder.modules[name].down)
+    with ChunkWiseModel(build("llama"), {"given": given, "found": found.ladder}) as model:
+        full = log_probabilities(model, checked)
+        planned, _ = log_probabilities_planned(model, checked, found.config, "found")
+    assert found.check.loss_full == pytest.approx(float(losses(full, checked).mean()), rel=1e-4)
+    assert found.check.kl == pytest.approx(float(divergence(full, planned).mean()), rel=1e-3)
+    with pytest.raises(ChunkWiseError, match="held tokens are too few"):
+        calibrate(build("llama"), given, text(), knobs, held_tokens=held[: 3 * BLOCK])
 
 
 def test_a_ladder_of_one_rung_is_calibrated_too() -> None:

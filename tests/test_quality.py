@@ -297,6 +297,10 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "mean_rank"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
         (("calibrate", "--text", __file__, "-o", "x", "--mean-rank", "50%"), "too few"),
+        (
+            ("calibrate", "--task", "e2e", "--text", "x", "--held-text", "x", "-o", "x", "--mean-rank", "50%"),
+            "plain text",
+        ),
     ],
 )
 def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:

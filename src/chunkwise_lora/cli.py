@@ -266,6 +266,15 @@ def calibrate(
             "--keep-directions", help=f"{CalibrationConfig.model_fields['keep_directions'].description} See training."
         ),
     ] = False,
+    distillations: Annotated[
+        int | None, typer.Option(help=CalibrationConfig.model_fields["distillations"].description)
+    ] = None,
+    held_text: Annotated[
+        str | None,
+        typer.Option(
+            help="File of plain text to choose the last knobs by and to check on; by default the end of --text."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
@@ -285,14 +294,17 @@ def calibrate(
         mean_rank=_share(mean_rank),
         keep_directions=keep_directions,
         seed=seed,
-        **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds),
+        **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds, distillations=distillations),
     )
+    if held_text is not None and task != "wikitext":
+        raise ChunkWiseError("--held-text is for plain text; with --task squad or e2e, the end of --text is held back")
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
     ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block)
+    held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block)[0]
     knobs = knobs.model_copy(update={"block": block})
     with _progress() as progress:
-        result = run(base, ladder, ids, knobs, cast("Any", progress.track), counted)
+        result = run(base, ladder, ids, knobs, cast("Any", progress.track), counted, held)
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)
     console.print(calibration_table(result))

@@ -239,6 +239,9 @@ class CalibrationConfig(Knobs):
     keep_directions: bool = Field(
         False, description="Fit the policy alone, to the directions and rungs of a ladder as they are."
     )
+    distillations: int = Field(
+        0, ge=0, description="Steps in which directions learn, at the rungs of the plan, what full rank says."
+    )
     explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
     held_share: float = Field(0.1, gt=0, lt=0.5, description="Share of the text, its end, kept for choice and check.")
     int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")

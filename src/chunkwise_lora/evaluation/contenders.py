@@ -217,7 +217,7 @@ class Field:
         ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
-            full = log_probabilities(self.chunkwise, tokens, None, CALIBRATED)
+            full = log_probabilities(self.chunkwise, tokens, None, self.ours)
             tried = np.unique(np.append(plan, len(ranks) - 1))
             costs = np.stack(
                 [

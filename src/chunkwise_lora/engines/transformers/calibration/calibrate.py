@@ -34,9 +34,9 @@ from chunkwise_lora.engines.transformers.calibration.costs import (
 )
 from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
 from chunkwise_lora.engines.transformers.calibration.moments import second_moments
-from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs, refine
+from chunkwise_lora.engines.transformers.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
 from chunkwise_lora.engines.transformers.calibration.written import written
-from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.scheduler import RuntimeScheduler
@@ -45,19 +45,23 @@ LEAST_BLOCKS = 24
 """Sequences of text below which nothing can be learned and checked."""
 HELD_TOKENS = 131_072
 """Most that is kept for choice and check together."""
+LEAST_HELD = 4
+"""Sequences, for choice and check together."""
 LADDER_BLOCKS = 48
 """Sequences that moments and sensitivities are gathered on: a few thousand numbers need no more."""
-REFINE_TOKENS = 1024
-"""Tokens per step of turning the directions."""
+REFINE_TOKENS, DISTILLATION_TOKENS = 1024, 2048
+"""Tokens per step of turning the directions, and of distilling."""
 INT8_ALLOWANCE = 1e-3
 """INT8 keys and values are kept if they raise the loss by no more than this share of it."""
 ENTROPY_GAIN = 0.01
 """The entropy must explain so much more of the deviance to be let in: it is not known for prompts, and costs a softmax
 per step."""
-LENGTHS, BOOSTS = (1, 2, 4), (0.0, -0.05, 0.05)
-"""Least chunk lengths that are tried, and by how much a chunk's scale is raised per share of the rank that it lacks."""
-SEARCH_GAIN = 0.01
-"""What anything but single tokens at scale 1 must save."""
+LENGTHS, SCALES = (1, 2, 4), (1.0, 0.95, 0.9)
+"""Least chunk lengths and scales of the chunks that are tried."""
+SEARCH_GAIN = 1e-3
+"""Share of the loss that anything but single tokens at scale 1 must save."""
+ADAPTER = "adapter"
+"""Name of the ladder at whose full rank the adapter is what was given, however directions are distilled."""
 SHARES = tuple(step / 16 for step in range(5, 16))
 """Mean ranks that are tried for a loss budget, as shares of the full rank."""
 
@@ -100,7 +104,7 @@ class Calibration:
     explained: dict[str, float]
     """Share of the deviance of tokens' costs that signals explain on text they were not fitted on."""
     searched: dict[str, float]
-    """Nats per token that each chunk length and scale costs on held-back text, KL divergence and the price of rank."""
+    """Nats per token that each chunk length and scale costs on held-back text, the loss and the price of rank."""
 
 
 def calibrate(
@@ -110,12 +114,14 @@ def calibrate(
     knobs: CalibrationConfig,
     track: Track = lambda work, *, description: work,
     counted: Sequence[bool] | None = None,
+    held_tokens: Sequence[int] | None = None,
 ) -> Calibration:
     """Calibrate `ladder` on a text's token ids for a budget.
 
-    The end of the text, `held_share`, teaches neither directions nor costs: its first half sets what the budget
-    leaves open, its second half is for the check alone. `counted` says of every token whether it matters what is
-    predicted to follow it, as it does in answers and not in prompts; by default all do.
+    What is held back, `held_tokens` or else the end of the text, `held_share`, teaches neither directions nor costs:
+    its first half sets what the budget leaves open, its second half is for the check alone. `counted` says of every
+    token of the text whether it matters what is predicted to follow it, as it does in answers and not in prompts; by
+    default all do.
 
     Raises:
         ChunkWiseError: Too little of the text counts, it is to go on from prompts (`written`), or the model is not on a
@@ -123,52 +129,87 @@ def calibrate(
     """
     if model.device.type != "cpu":
         raise ChunkWiseError(f"calibration runs on a CPU, and the model is on {model.device}; move it: model.cpu()")
-    length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
     if knobs.written and counted is not None:
         raise ChunkWiseError("what an adapter writes goes on from plain text, not from prompts; leave `written` at 0")
-    text = Text.blocks(tokens, length, counted)
-    text = text[text.counted[:, :-1].any(1)]
-    held = max(4, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
-    if len(text) < LEAST_BLOCKS:
-        raise ChunkWiseError(
-            f"{len(text) * length} tokens are too few to calibrate on (whole sequences of {length} in which something "
-            f"counts); give at least {LEAST_BLOCKS * length}, better several times as many"
-        )
-    fit, choice, check = text[:-held], text[-held : -(held // 2)], text[-(held // 2) :]
-    fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
+    length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
+    fit, choice, check = _split(tokens, counted, held_tokens, length, knobs)
     vocab_size = model.config.get_text_config().vocab_size
     batch = max(1, 2**24 // (length * vocab_size))
-    lowest = min(round(knobs.lowest_share * knobs.rungs), knobs.rungs - 1)
+    given = ladder
+    learns = bool(knobs.distillations) or not knobs.keep_directions
+    lessons = _lessons(model, ladder, fit, knobs, track) if learns else fit
+
+    def attached(ladder: RankLadder) -> ChunkWiseModel:
+        return ChunkWiseModel(model, {DEFAULT: ladder, ADAPTER: given})
 
     def policies_of(ladder: RankLadder) -> _Policies:
-        return _fit(model, ladder, fit, choice, knobs, batch, track)
+        with attached(ladder) as chunkwise:
+            return _fit(chunkwise, fit, choice, knobs, batch, track)
 
     def share_for(policies: _Policies) -> float:
         if knobs.max_loss_increase is None:
             return knobs.mean_rank or 1.0
-        return _share_for(model, choice, policies, knobs.max_loss_increase, batch, track)
+        with attached(policies.ladder) as chunkwise:
+            return _share_for(chunkwise, choice, policies, knobs.max_loss_increase, batch, track)
+
+    def draw_for(policies: _Policies) -> Draw:
+        config = policies.config(policies.at(share_for(policies)))
+        learned, ranks = policies.ladder.learned, policies.ladder.rung_ranks
+        scheduler, top = partial(RuntimeScheduler, config, ranks, vocab_size, learned), len(ranks) - 1
+        return planned_rungs(scheduler, _lowest(knobs, top), top)
 
     if knobs.keep_directions:
         policies = policies_of(ladder)
     else:
-        lessons = _lessons(model, ladder, fit, knobs, track)
         ladder, importance = _directions(model, ladder, lessons, knobs, batch, track)
         turn = partial(_turned, model, lessons=lessons, knobs=knobs, track=track)
-        ladder, importance = turn(ladder, importance, random_rungs(lowest, knobs.rungs))
+        ladder, importance = turn(ladder, importance, random_rungs(_lowest(knobs, knobs.rungs), knobs.rungs))
         policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
         for _ in range(knobs.rounds if knobs.refinements else 0):
-            config = policies.config(policies.at(share_for(policies)))
-            learned, ranks = policies.ladder.learned, policies.ladder.rung_ranks
-            scheduler = partial(RuntimeScheduler, config, ranks, vocab_size, learned)
-            ladder, importance = turn(ladder, importance, planned_rungs(scheduler, lowest, knobs.rungs))
+            ladder, importance = turn(ladder, importance, draw_for(policies))
             policies = policies_of(ladder.sorted_by(importance, knobs.rungs))
+    if knobs.distillations:
+        draw, batches = draw_for(policies), _batches(lessons, knobs.distillations, DISTILLATION_TOKENS, knobs.seed)
+        with ChunkWiseModel(model, policies.ladder) as chunkwise:
+            steps = track(batches, description="distilling")
+            ladder = distil(chunkwise, steps, draw, steps=knobs.distillations, seed=knobs.seed)
+        policies = policies_of(ladder)
     policy = policies.at(share_for(policies))
-    with ChunkWiseModel(model, policies.ladder) as chunkwise:
+    with attached(policies.ladder) as chunkwise:
         config, searched = _search(chunkwise, choice, policies.config(policy), policy.price, batch, track)
         if knobs.int8 and _int8_is_harmless(chunkwise, choice, config, batch, track):
             config = _with_int8(config)
         checked = _check(chunkwise, check, config, batch, track)
     return Calibration(policies.ladder, config, checked, policies.explained, searched)
+
+
+def _split(
+    tokens: Sequence[int],
+    counted: Sequence[bool] | None,
+    held_tokens: Sequence[int] | None,
+    length: int,
+    knobs: CalibrationConfig,
+) -> tuple[Text, Text, Text]:
+    """What to learn from, to choose by and to check on, in sequences of `length` tokens."""
+    text = Text.blocks(tokens, length, counted)
+    text = text[text.counted[:, :-1].any(1)]
+    if len(text) < LEAST_BLOCKS:
+        raise ChunkWiseError(
+            f"{len(text) * length} tokens are too few to calibrate on (whole sequences of {length} in which something "
+            f"counts); give at least {LEAST_BLOCKS * length}, better several times as many"
+        )
+    if held_tokens is None:
+        held = max(LEAST_HELD, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
+        fit, kept = text[:-held], text[-held:]
+    else:
+        fit, kept = text, Text.blocks(held_tokens, length)[: HELD_TOKENS // length]
+        if len(kept) < LEAST_HELD:
+            raise ChunkWiseError(
+                f"{len(held_tokens)} held tokens are too few to choose and check by; give at least "
+                f"{LEAST_HELD * length}, better several times as many"
+            )
+    fit = fit[np.linspace(0, len(fit) - 1, min(len(fit), max(1, knobs.tokens // length))).astype(int)]
+    return fit, kept[: -(len(kept) // 2)], kept[-(len(kept) // 2) :]
 
 
 @dataclass(frozen=True)
@@ -239,17 +280,31 @@ def _turned(
     """Directions and importance after gradient descent for the rungs that are drawn."""
     if not knobs.refinements:
         return ladder, importance
-    generator = torch.Generator().manual_seed(knobs.seed)
-    size = (knobs.refinements, max(1, REFINE_TOKENS // lessons.tokens.shape[1]))
-    batches = [lessons[rows] for rows in torch.randint(len(lessons), size, generator=generator)]
     with ChunkWiseModel(model, ladder) as chunkwise:
+        batches = _batches(lessons, knobs.refinements, REFINE_TOKENS, knobs.seed)
         steps = track(batches, description="turning the directions")
         return refine(chunkwise, importance, steps, draw, knobs.rungs, steps=knobs.refinements, seed=knobs.seed)
 
 
+def _lowest(knobs: CalibrationConfig, top: int) -> int:
+    """The lowest rung to learn for, if the highest is `top`."""
+    return min(round(knobs.lowest_share * top), top - 1)
+
+
+def _batches(text: Text, count: int, tokens: int, seed: int) -> list[Text]:
+    """`count` times some of its sequences at random, of `tokens` tokens together, but at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (count, max(1, tokens // text.tokens.shape[1]))
+    return [text[rows] for rows in torch.randint(len(text), size, generator=generator)]
+
+
+def _full(model: ChunkWiseModel, tokens: Tensor) -> Tensor:
+    """(batch, tokens, vocabulary) log-probabilities of the adapter as it was given."""
+    return log_probabilities(model, tokens, adapter=ADAPTER)
+
+
 def _fit(
-    model: PreTrainedModel,
-    ladder: RankLadder,
+    model: ChunkWiseModel,
     fit: Text,
     choice: Text,
     knobs: CalibrationConfig,
@@ -257,13 +312,13 @@ def _fit(
     track: Track,
 ) -> _Policies:
     """Measure what the rungs cost the tokens of `fit`, and learn to predict it; `choice` tells from which signals."""
-    vocab_size = model.config.get_text_config().vocab_size
+    ladder = model.ladders[DEFAULT]
+    vocab_size = model.model.config.get_text_config().vocab_size
     allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= knobs.lowest_share * ladder.rung_ranks[-1]]
-    with ChunkWiseModel(model, ladder) as chunkwise:
-        generator = np.random.default_rng(knobs.seed)
-        seen, unseen = (
-            _explore(chunkwise, text, allowed, knobs.explorations, generator, batch, track) for text in (fit, choice)
-        )
+    generator = np.random.default_rng(knobs.seed)
+    seen, unseen = (
+        _explore(model, text, allowed, knobs.explorations, generator, batch, track) for text in (fit, choice)
+    )
     known = seen.known()
     explained, signals = _contributions(known, unseen.known(), vocab_size, ladder.rungs, knobs.seed, track)
     costs = fit_costs(known, vocab_size, ladder.rungs, signals, seed=knobs.seed)
@@ -286,7 +341,7 @@ def _explore(
     parts = []
     for part in track(text.split(batch), description="cost per token and rung"):
         tokens = part.tokens
-        full = log_probabilities(model, tokens)
+        full = _full(model, tokens)
         entropies = entropy(full)
         signals = torch.tensor(
             [
@@ -330,7 +385,7 @@ def _contributions(
 
 
 def _share_for(
-    model: PreTrainedModel, text: Text, policies: _Policies, budget: float, batch: int, track: Track
+    model: ChunkWiseModel, text: Text, policies: _Policies, budget: float, batch: int, track: Track
 ) -> float:
     """The lowest mean rank that keeps a budget of loss increase on `text`, as a share of the full rank.
 
@@ -339,15 +394,14 @@ def _share_for(
     """
     full_loss, kl, rise = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
     configs = [policies.config(policies.at(share)) for share in SHARES]
-    with ChunkWiseModel(model, policies.ladder) as chunkwise:
-        for part in track(text.split(batch), description="finding the mean rank"):
-            tokens, counted = part.tokens, part.counted[:, :-1]
-            full = log_probabilities(chunkwise, tokens)
-            full_loss += float(losses(full, tokens)[counted].sum())
-            for i, config in enumerate(configs):
-                log_p, _ = log_probabilities_planned(chunkwise, tokens, config)
-                kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
-                rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
+    for part in track(text.split(batch), description="finding the mean rank"):
+        tokens, counted = part.tokens, part.counted[:, :-1]
+        full = _full(model, tokens)
+        full_loss += float(losses(full, tokens)[counted].sum())
+        for i, config in enumerate(configs):
+            log_p, _ = log_probabilities_planned(model, tokens, config)
+            kl[i] += float(divergence(full, log_p)[:, :-1][counted].sum())
+            rise[i] += float((losses(log_p, tokens) - losses(full, tokens))[counted].sum())
     loss_per_kl = float(rise @ kl) / max(float(kl @ kl), 1e-12)
     expected = loss_per_kl * kl / full_loss
     return min((share for share, one in zip(SHARES, expected, strict=True) if one <= budget), default=1.0)
@@ -361,10 +415,10 @@ def _search(
     def costs(tried: dict[float, ChunkWiseConfig]) -> dict[float, float]:
         totals = dict.fromkeys(tried, 0.0)
         for part in track(text.split(batch), description="chunk lengths and scales"):
-            full = log_probabilities(model, part.tokens)
             for value, one in tried.items():
                 log_p, ranks = log_probabilities_planned(model, part.tokens, one)
-                totals[value] += float(divergence(full, log_p)[part.counted].sum()) / int(text.counted.sum())
+                lost = losses(log_p, part.tokens)[part.counted[:, :-1]].sum()
+                totals[value] += float(lost) / int(text.counted[:, :-1].sum())
                 totals[value] += price * float(ranks.sum()) / text.tokens.numel()
         return totals
 
@@ -373,17 +427,14 @@ def _search(
         {n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})}) for n in LENGTHS}
     )
     chunking = chunking.model_copy(update={"min_length": _worth_it(of_length)})
-    scales = {boost: tuple(1 + boost * (1 - share) for share in selection.rank_shares) for boost in BOOSTS}
+    selections = {scale: selection.model_copy(update={"scales": (scale,) * config.levels}) for scale in SCALES}
     scaled = {
-        boost: config.model_copy(
-            update={"chunking": chunking, "selection": selection.model_copy(update={"scales": scales[boost]})}
-        )
-        for boost in BOOSTS
+        scale: config.model_copy(update={"chunking": chunking, "selection": one}) for scale, one in selections.items()
     }
-    of_boost = costs(scaled)
+    of_scale = costs(scaled)
     searched = {f"chunks of at least {length}": cost for length, cost in of_length.items()}
-    searched |= {f"scale 1 {boost:+g} x what is cut": cost for boost, cost in of_boost.items()}
-    return scaled[_worth_it(of_boost)], searched
+    searched |= {f"scale {scale:g}": cost for scale, cost in of_scale.items()}
+    return scaled[_worth_it(of_scale)], searched
 
 
 def _worth_it(costs: dict[Any, float]) -> Any:
@@ -412,7 +463,7 @@ def _check(model: ChunkWiseModel, text: Text, config: ChunkWiseConfig, batch: in
     full_losses, rises, kl, ranks, kv = [], [], [], [], []
     for part in track(text.split(batch), description="checking on unseen text"):
         tokens, counted = part.tokens, part.counted[:, :-1]
-        full = log_probabilities(model, tokens)
+        full = _full(model, tokens)
         log_p, rank, share = log_probabilities_stream(model, tokens, config)
         full_losses.append(losses(full, tokens)[counted])
         rises.append(losses(log_p, tokens)[counted] - full_losses[-1])

@@ -1,4 +1,4 @@
-"""Turning an adapter's directions so that plans come closest to full rank, which itself stays as it is."""
+"""Turning an adapter's directions so that plans come closest to full rank, which stays as it is; and distilling it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chunkwise_lora.engines.transformers.calibration.costs import Text, at_full_rank, divergence, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
-from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.scheduler import RuntimeScheduler
 
 CHUNK = 16
@@ -22,6 +22,7 @@ SHIFT = 1
 SOFTNESS = 0.5
 """Width, in the log of a direction's worth, over which a threshold's gradient is felt."""
 BASIS_RATE, WORTH_RATE = 4e-3, 5e-3
+DISTILLATION_RATE = 5e-4
 
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
@@ -96,10 +97,7 @@ def refine(
     optimizer = torch.optim.Adam(
         [{"params": [*turns.values()], "lr": BASIS_RATE}, {"params": [worth], "lr": WORTH_RATE}], betas=(0.9, 0.98)
     )
-    warm_up = min(10, steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / steps))
-    )
+    schedule = _schedule(optimizer, steps)
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     closed: dict[str, Tensor] = {}
 
@@ -137,6 +135,80 @@ def refine(
             modules[name] = replace(module, up=up, down=down, sigma=torch.ones(module.rank))
         learned = (worth.exp() * cost).split(sizes)
     return replace(ladder, modules=modules), dict(zip(ladder.modules, learned, strict=True))
+
+
+def distil(
+    model: ChunkWiseModel,
+    batches: Iterable[Text],
+    draw: Draw,
+    *,
+    steps: int,
+    adapter: str = DEFAULT,
+    seed: int = 0,
+) -> RankLadder:
+    """Learn, by gradient descent on the KL divergence of drawn rungs from full rank, the directions of every module.
+
+    Unlike `refine`, this changes the adapter, at full rank too; rungs stay as they are. Needs no labels.
+
+    Args:
+        model: With a ladder whose full rank is what is learned.
+        batches: One per step.
+        draw: The rungs to learn for.
+        steps: Number of batches, for the schedule.
+        adapter: The ladder's name.
+        seed: Of what is drawn.
+    """
+    ladder = model.ladders[adapter]
+    generator = torch.Generator().manual_seed(seed)
+    tables = {name: module.gate_table() for name, module in ladder.modules.items()}
+    factors = {name: _balanced(module) for name, module in ladder.modules.items()}
+    optimizer = torch.optim.AdamW([one for pair in factors.values() for one in pair], lr=DISTILLATION_RATE)
+    schedule = _schedule(optimizer, steps)
+    rungs: list[Tensor] = []
+
+    def moved(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not rungs:
+                return None
+            x, (up, down), known = args[0].float(), factors[name], ladder.modules[name]
+            gates = tables[name][rungs[0]].view(*x.shape[:-1], -1)
+            added = (x @ down.T * gates) @ up.T - x @ known.down.float().T @ known.up.float().T
+            return output + added.to(output.dtype)
+
+        return hook
+
+    with hooked(model.model, {name: moved(name) for name in ladder.modules}):
+        for batch in batches:
+            rungs.clear()
+            with torch.no_grad():
+                full = at_full_rank(model, batch.tokens, adapter)
+            rungs.append(draw(batch.tokens, generator))
+            with torch.enable_grad():
+                loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    modules = {}
+    for name, module in ladder.modules.items():
+        up, down = (one.detach() for one in factors[name])
+        modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
+    return replace(ladder, modules=modules, learned=None)
+
+
+def _balanced(module: LadderModule) -> tuple[Tensor, Tensor]:
+    """up and down as parameters, their directions' lengths shared evenly."""
+    up, down = module.up.float(), module.down.float()
+    balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+    return (up / balance).requires_grad_(), (down * balance[:, None]).requires_grad_()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A short warm-up, then down to 0."""
+    warm_up = min(10, steps)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / steps))
+    )
 
 
 def _gates(worth: Tensor, cost: Tensor, drawn: Tensor, rungs: int) -> Tensor:
