@@ -7,8 +7,9 @@
 `wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
 paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
 layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
-rank, ``--steps`` shortens a run, ``--ladder`` goes on from a calibrated ladder at the rungs of its plan, learning from
-itself at full rank or from every ``--teacher``, and ``--grow`` adds directions to an adapter of a lower rank.
+rank, ``--steps`` shortens a run, and ``--init`` begins with an adapter. ``--ladder`` goes on from a calibrated ladder
+at the rungs of its plan, learning from what it says at full rank, and ``--grow`` adds directions to an adapter of a
+lower rank. With ``--teacher``, once or several times, all this learns from the mean of other adapters.
 """
 
 from __future__ import annotations
@@ -74,16 +75,18 @@ class Recipe:
     ladder: Path | None = None
     """Goes on from a calibrated ladder, for truncation."""
     teachers: tuple[Path, ...] = ()
-    """Other adapters of the base, to learn from instead of from the ladder at full rank."""
+    """Other adapters of the base, to learn from instead of from the ladder at full rank, or from the labels."""
+    init: Path | None = None
+    """An adapter to begin with."""
     grow: Path | None = None
     """An adapter of a lower rank, which stays as it is: the first directions of the new one."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
-NESTED = {"steps": 700, "learning_rate": 1e-3}
-"""What changes where training goes on from a calibrated ladder, besides half the batch."""
-GROWN = {"steps": 100, "learning_rate": 1e-3}
+TAUGHT = {"learning_rate": 1e-3}
+"""What changes where there are teachers or a calibrated ladder, besides half the batch."""
+GROWN = {"steps": 120, "learning_rate": 1e-3}
 """What changes where directions are added to an adapter."""
 RUNGS = {"lowest": 5 / 16, "highest": 13 / 16, "full": 0.05}
 """Those that a plan at half of the rank uses, which is what counts."""
@@ -187,8 +190,10 @@ def base_model(base: Path) -> LlamaForCausalLM:
 
 
 def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
-    """Training at the rungs of the ladder's plan."""
+    """Training at the rungs of the ladder's plan, or without one at full rank, from teachers."""
     teachers = [PeftModel.from_pretrained(base_model(base), path).merge_and_unload() for path in recipe.teachers]
+    if recipe.ladder is None:
+        return NestedRank(teachers=teachers, full=1.0)
     plan = ChunkWiseConfig.from_pretrained(recipe.ladder)
     return NestedRank(RankLadder.from_pretrained(recipe.ladder), teachers=teachers, plan=plan, **RUNGS)
 
@@ -196,6 +201,8 @@ def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
 def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
     """On every linear layer; no dropout, which would nearly double the time of a CPU step."""
     model = base_model(base)
+    if recipe.init:
+        return PeftModel.from_pretrained(model, recipe.init, is_trainable=True)
     shared = {"task_type": "CAUSAL_LM", "lora_alpha": 2 * recipe.rank, "target_modules": "all-linear"}
     if recipe.adalora:
         schedule = {"tinit": recipe.steps // 5, "tfinal": recipe.steps // 2, "deltaT": 5, "total_step": recipe.steps}
@@ -238,7 +245,7 @@ def train(
             eval_steps=recipe.interval,
             save_steps=recipe.interval,
             save_total_limit=1,
-            load_best_model_at_end=nested is None,  # which is judged at full rank
+            load_best_model_at_end=recipe.ladder is None,  # which is judged at full rank
             label_names=["labels"],
             seed=0,
             report_to="none",
@@ -249,14 +256,14 @@ def train(
         eval_dataset=held_out,
         compute_loss_func=nested.loss if nested else None,
         callbacks=[
-            *([] if nested else [EarlyStoppingCallback(early_stopping_patience=5)]),
+            *([] if recipe.ladder else [EarlyStoppingCallback(early_stopping_patience=5)]),
             *([Pruning()] if recipe.adalora else []),
             *([nested] if nested else []),
             *([GrowRank(recipe.grow)] if recipe.grow else []),
         ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
-    if nested:
+    if nested and recipe.ladder:
         nested.trained_ladder().save_pretrained(out / "ladder")
 
 
@@ -275,7 +282,7 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
     """Train, save and measure one adapter."""
     torch.manual_seed(0)
     model = new_adapter(base, recipe)
-    nested = nested_rank(base, recipe) if recipe.ladder else None
+    nested = nested_rank(base, recipe) if recipe.ladder or recipe.teachers else None
     train(model, recipe, nested, examples=examples, held_out=held_out, out=out)
     save(model, out)
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
@@ -291,6 +298,7 @@ Teacher = Annotated[
     list[Path] | None, typer.Option(help="Learn from this adapter, not from the ladder at full rank. Repeat for more.")
 ]
 Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
+Init = Annotated[Path | None, typer.Option(help="Begin with this adapter, of the same rank.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
@@ -302,17 +310,19 @@ def changed(
     ladder: Path | None = None,
     teachers: Sequence[Path] | None = None,
     grow: Path | None = None,
+    init: Path | None = None,
 ) -> Recipe:
     """The recipe with what the command line says; fewer steps are measured as often."""
-    if sum(map(bool, (adalora, ladder, grow))) > 1:
-        raise typer.BadParameter("choose one of --adalora, --ladder and --grow")
-    if teachers and not ladder:
-        raise typer.BadParameter("--teacher teaches a calibrated ladder; give it with --ladder")
-    if ladder:
-        recipe = replace(recipe, batch=recipe.batch // 2, **NESTED)
-    elif grow:
+    if sum(map(bool, (adalora, ladder, grow, init))) > 1:
+        raise typer.BadParameter("choose one of --adalora, --ladder, --grow and --init")
+    if adalora and teachers:
+        raise typer.BadParameter("AdaLoRA learns from the labels; leave out --teacher")
+    if ladder or teachers:
+        recipe = replace(recipe, batch=recipe.batch // 2, **TAUGHT)
+    if grow:
         recipe = replace(recipe, **GROWN)
-    recipe = replace(recipe, rank=rank, adalora=adalora, ladder=ladder, teachers=tuple(teachers or ()), grow=grow)
+    given = {"ladder": ladder, "teachers": tuple(teachers or ()), "grow": grow, "init": init}
+    recipe = replace(recipe, rank=rank, adalora=adalora, **given)
     steps = steps or recipe.steps
     return replace(recipe, steps=steps, interval=min(recipe.interval, steps // 4))
 
@@ -329,6 +339,7 @@ def wiki(
     ladder: Ladder = None,
     teacher: Teacher = None,
     grow: Grow = None,
+    init: Init = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -340,12 +351,12 @@ def wiki(
     tokens = tokens_of(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     examples: Dataset = Windows(tokens[:cut], length)
-    if ladder:
-        trained = RankLadder.from_pretrained(ladder)
-        texts = own_texts(base, trained, tokens[:cut], length // 2, out / "texts.safetensors")
+    if ladder or teacher:
+        writer = RankLadder.from_pretrained(ladder) if ladder else RankLadder.load((teacher or [])[0])
+        texts = own_texts(base, writer, tokens[:cut], length // 2, out / "texts.safetensors")
         examples = Written(examples, texts)
     make(
-        changed(WIKI, rank, steps, adalora, ladder, teacher, grow),
+        changed(WIKI, rank, steps, adalora, ladder, teacher, grow, init),
         base,
         out,
         examples=examples,
@@ -365,6 +376,7 @@ def e2e(
     ladder: Ladder = None,
     teacher: Teacher = None,
     grow: Grow = None,
+    init: Init = None,
 ) -> None:
     """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
@@ -381,7 +393,7 @@ def e2e(
         return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
 
     make(
-        changed(E2E, rank, steps, ladder=ladder, teachers=teacher, grow=grow),
+        changed(E2E, rank, steps, False, ladder, teacher, grow, init),
         base,
         out,
         examples=examples([row for row in rows if row["mr"] not in unseen]),
