@@ -263,8 +263,6 @@ def train(
         ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
-    if nested and recipe.ladder:
-        nested.trained_ladder().save_pretrained(out / "ladder")
 
 
 def save(model: PeftModel, out: Path) -> None:
@@ -285,6 +283,8 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
     nested = nested_rank(base, recipe) if recipe.ladder or recipe.teachers else None
     train(model, recipe, nested, examples=examples, held_out=held_out, out=out)
     save(model, out)
+    if nested and recipe.ladder:
+        nested.trained_ladder().save_pretrained(out / "ladder")
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
 
 

@@ -78,7 +78,7 @@ def demo(
     from chunkwise_lora.rendering import bench_table, rank_legend
 
     base, tokenizer = _load(str(embedded.BASE))
-    ladders = {name: RankLadder.load(path) for name, path in embedded.ADAPTERS.items()}
+    ladders = {name: RankLadder.load(embedded.ADAPTERS[name]) for name in dict(DEMO_PROMPTS)}
     console.print("Two adapters on one base model, [bold]balanced[/], all prompts in one batch:")
     with ChunkWiseModel(base, ladders, ChunkWiseConfig.preset("balanced")) as model:
         console.print(rank_legend(ladders["wiki"].rung_ranks))
@@ -327,7 +327,9 @@ def evaluate(
     ],
     model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
     adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
-    calibrated: Annotated[Path | None, typer.Option(help="Folder that `chunkwise calibrate` wrote.")] = None,
+    calibrated: Annotated[
+        str | None, typer.Option(help="Folder that `chunkwise calibrate` wrote, or an embedded adapter that holds one.")
+    ] = None,
     presets: Annotated[
         list[str],
         typer.Option(help="Ours: presets, on the ladder in the adapter's folder or else its SVD; and `calibrated`."),
@@ -380,7 +382,7 @@ def evaluate(
             base,
             tokenizer,
             adapter,
-            calibrated=calibrated,
+            calibrated=calibrated and embedded.find(calibrated),
             presets=[one for one in presets if one and (calibrated or presets != EVALUATED or one != "calibrated")],
             rivals=[one for one in rivals if one],
             peft=_named("--peft", peft),

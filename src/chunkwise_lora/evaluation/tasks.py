@@ -59,7 +59,7 @@ def run_task(
     tokenizer: Any,
     adapter: str,
     *,
-    calibrated: Path | None = None,
+    calibrated: str | Path | None = None,
     presets: Sequence[str],
     rivals: Sequence[str],
     peft: Mapping[str, str],

@@ -59,7 +59,7 @@ per step."""
 LENGTHS, SCALES = (1, 2, 4), (1.0, 0.95, 0.9)
 """Least chunk lengths and scales of the chunks that are tried."""
 SEARCH_GAIN = 1e-3
-"""Share of the loss that anything but single tokens at scale 1 must save."""
+"""Share of the loss that anything further from single tokens at scale 1 must save."""
 ADAPTER = "adapter"
 """Name of the ladder at whose full rank the adapter is what was given, however directions are distilled."""
 SHARES = tuple(step / 16 for step in range(5, 16))
@@ -438,9 +438,9 @@ def _search(
 
 
 def _worth_it(costs: dict[Any, float]) -> Any:
-    """The value of least cost, or the first, the simplest, if that is nearly as good."""
-    simplest, best = next(iter(costs)), min(costs, key=costs.__getitem__)
-    return best if costs[best] < (1 - SEARCH_GAIN) * costs[simplest] else simplest
+    """The first value, the simplest, that is nearly as good as the best."""
+    best = min(costs.values())
+    return next(value for value, cost in costs.items() if cost <= (1 + SEARCH_GAIN) * best)
 
 
 def _with_int8(config: ChunkWiseConfig) -> ChunkWiseConfig:
