@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
+from chunkwise_lora.engines.transformers.calibration.costs import (
+    log_probabilities,
+    log_probabilities_planned,
+    losses,
+)
 from chunkwise_lora.evaluation.bench import BASE, STATIC, UNMERGED, Contestant, Run, contestants, measure, score
 from chunkwise_lora.evaluation.memory import PeakMemory
 from chunkwise_lora.evaluation.plots import plot_bench
@@ -151,6 +158,7 @@ def test_a_spectrum_is_drawn_to_scale() -> None:
     ("name", "given", "text"),
     [
         ("wiki", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
+        ("wiki-nested", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
         ("e2e", "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
     ],
 )
@@ -165,3 +173,18 @@ def test_an_embedded_adapter_beats_the_base_on_text_of_its_kind(name: str, given
         for entrant in contestants(base, {name: embedded.ADAPTERS[name]}, {})
     )
     assert tuned < without - 1
+
+
+def test_the_adapter_trained_for_truncation_is_better_at_half_rank_than_the_ordinary_one_at_full_rank() -> None:
+    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(embedded.BASE)(embedded.HELD_TEXT.read_text(), return_tensors="pt").input_ids
+    folder = embedded.ADAPTERS["wiki-nested"]
+    with torch.no_grad():
+        peft = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))(tokens).logits.log_softmax(-1)
+    ladders = {"nested": folder, "ordinary": embedded.ADAPTERS["wiki"]}
+    with ChunkWiseModel(base, ladders, ChunkWiseConfig.from_pretrained(folder)) as model:
+        assert torch.allclose(log_probabilities(model, tokens, adapter="nested"), peft, atol=1e-3)
+        planned, ranks = log_probabilities_planned(model, tokens, model.chunkwise_config, "nested")
+        ordinary = log_probabilities(model, tokens, adapter="ordinary")
+    assert ranks.mean() == pytest.approx(8, abs=0.5)
+    assert losses(planned, tokens).mean() < losses(ordinary, tokens).mean()
