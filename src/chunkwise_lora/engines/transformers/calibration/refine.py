@@ -97,7 +97,6 @@ def refine(
     optimizer = torch.optim.Adam(
         [{"params": [*turns.values()], "lr": BASIS_RATE}, {"params": [worth], "lr": WORTH_RATE}], betas=(0.9, 0.98)
     )
-    schedule = _schedule(optimizer, steps)
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     closed: dict[str, Tensor] = {}
 
@@ -111,21 +110,15 @@ def refine(
 
         return hook
 
+    def close(tokens: Tensor) -> None:
+        for name, turn in turns.items():
+            basis = torch.eye(len(turn)) + turn
+            bases[name] = basis, torch.linalg.inv(basis)
+        gates = _gates(worth, cost, draw(tokens, generator), rungs)
+        closed.update(zip(ladder.modules, (1 - gates).split(sizes, dim=-1), strict=True))
+
     with hooked(model.model, {name: cut_off(name) for name in ladder.modules}):
-        for batch in batches:
-            closed.clear()
-            with torch.no_grad():
-                full = at_full_rank(model, batch.tokens, adapter)
-            eyes = {name: torch.eye(len(turn)) for name, turn in turns.items()}
-            bases |= {name: (eyes[name] + turn, torch.linalg.inv(eyes[name] + turn)) for name, turn in turns.items()}
-            gates = _gates(worth, cost, draw(batch.tokens, generator), rungs)
-            closed |= dict(zip(ladder.modules, (1 - gates).split(sizes, dim=-1), strict=True))
-            with torch.enable_grad():
-                loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        _descend(model, batches, optimizer, steps, adapter, close, closed.clear)
     with torch.no_grad():
         modules = {}
         for name, module in ladder.modules.items():
@@ -163,7 +156,6 @@ def distil(
     tables = {name: module.gate_table() for name, module in ladder.modules.items()}
     factors = {name: _balanced(module) for name, module in ladder.modules.items()}
     optimizer = torch.optim.AdamW([one for pair in factors.values() for one in pair], lr=DISTILLATION_RATE)
-    schedule = _schedule(optimizer, steps)
     rungs: list[Tensor] = []
 
     def moved(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
@@ -177,18 +169,11 @@ def distil(
 
         return hook
 
+    def lower(tokens: Tensor) -> None:
+        rungs.append(draw(tokens, generator))
+
     with hooked(model.model, {name: moved(name) for name in ladder.modules}):
-        for batch in batches:
-            rungs.clear()
-            with torch.no_grad():
-                full = at_full_rank(model, batch.tokens, adapter)
-            rungs.append(draw(batch.tokens, generator))
-            with torch.enable_grad():
-                loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        _descend(model, batches, optimizer, steps, adapter, lower, rungs.clear)
     modules = {}
     for name, module in ladder.modules.items():
         up, down = (one.detach() for one in factors[name])
@@ -203,12 +188,34 @@ def _balanced(module: LadderModule) -> tuple[Tensor, Tensor]:
     return (up / balance).requires_grad_(), (down * balance[:, None]).requires_grad_()
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A short warm-up, then down to 0."""
+def _descend(
+    model: ChunkWiseModel,
+    batches: Iterable[Text],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    adapter: str,
+    lower: Callable[[Tensor], None],
+    restore: Callable[[], None],
+) -> None:
+    """Gradient descent on the KL divergence from full rank of the model once `lower` was told of the token ids.
+
+    `restore` brings full rank back. Rates warm up shortly, then fall to 0.
+    """
     warm_up = min(10, steps)
-    return torch.optim.lr_scheduler.LambdaLR(
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / steps))
     )
+    for batch in batches:
+        restore()
+        with torch.no_grad():
+            full = at_full_rank(model, batch.tokens, adapter)
+        with torch.enable_grad():
+            lower(batch.tokens)
+            loss = divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.counted].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def _gates(worth: Tensor, cost: Tensor, drawn: Tensor, rungs: int) -> Tensor:
