@@ -393,8 +393,23 @@ def test_a_distilled_ladder_is_checked_against_the_adapter_that_was_given_on_the
         planned, _ = log_probabilities_planned(model, checked, found.config, "found")
     assert found.check.loss_full == pytest.approx(float(losses(full, checked).mean()), rel=1e-4)
     assert found.check.kl == pytest.approx(float(divergence(full, planned).mean()), rel=1e-3)
-    with pytest.raises(ChunkWiseError, match="held tokens are too few"):
-        calibrate(build("llama"), given, text(), knobs, held_tokens=held[: 3 * BLOCK])
+    for message, options in (
+        ("held tokens are too few", {"held_tokens": held[: 3 * BLOCK]}),
+        ("held text is plain text", {"held_tokens": held, "counted": [True] * len(text())}),
+    ):
+        with pytest.raises(ChunkWiseError, match=message):
+            calibrate(build("llama"), given, text(), knobs, **options)
+
+
+def test_a_scale_given_with_rungs_is_that_of_a_plan() -> None:
+    tokens = torch.tensor(text()).view(-1, BLOCK)[:4]
+    config = ChunkWiseConfig.uniform(0.5)
+    config = config.model_copy(update={"selection": config.selection.model_copy(update={"scales": (0.9,)})})
+    with ChunkWiseModel(build("llama"), adapter("llama")) as model:
+        planned, ranks = log_probabilities_planned(model, tokens, config)
+        assert torch.allclose(log_probabilities(model, tokens, 4, scale=0.9), planned, atol=1e-5)
+        assert not torch.allclose(log_probabilities(model, tokens, 4), planned, atol=1e-2)
+    assert (ranks == 4).all()
 
 
 def test_a_ladder_of_one_rung_is_calibrated_too() -> None:

@@ -13,7 +13,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, LadderError, RankLadder, RuntimeScheduler
-from chunkwise_lora.config import CalibrationConfig, ChunkingConfig, CompositionConfig, SelectionConfig
+from chunkwise_lora.config import (
+    CalibrationConfig,
+    ChunkingConfig,
+    ComplexityConfig,
+    CompositionConfig,
+    SelectionConfig,
+)
 from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
 from chunkwise_lora.training import GrowRank, NestedRank
 from models import VOCABULARY, adapter, build, peft_model
@@ -122,8 +128,10 @@ def test_a_plan_gives_the_rungs_all_moved_by_at_most_one() -> None:
     assert all(rows.any() for rows in moved.values())
     assert torch.stack([*moved.values()]).any(0)[nested._nested].all()
     assert (nested._rungs[~nested._nested] == 8).all() and 0 < nested._nested.sum() < 16
-    with pytest.raises(ConfigError, match="give that ladder"):
-        NestedRank(plan=PLAN)
+    learned = PLAN.model_copy(update={"complexity": ComplexityConfig(learned=True)})
+    for impossible in ({"plan": PLAN}, {"plan": learned, "ladder": ladder}):
+        with pytest.raises(ConfigError, match="give that ladder"):
+            NestedRank(**impossible)
 
 
 @pytest.mark.parametrize("impossible", [{"lowest": 0.8, "highest": 0.5}, {"chunk": 0}, {"full": 1.5}])

@@ -89,7 +89,7 @@ TAUGHT = {"learning_rate": 1e-3}
 GROWN = {"steps": 120, "learning_rate": 1e-3}
 """What changes where directions are added to an adapter."""
 RUNGS = {"lowest": 5 / 16, "highest": 13 / 16, "full": 0.05}
-"""Those that a plan at half of the rank uses, which is what counts."""
+"""Those that a plan at half of the rank uses, and hardly full rank."""
 WRITTEN = 1280
 """Texts that an adapter writes itself."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
@@ -224,7 +224,7 @@ class Pruning(TrainerCallback):
 def train(
     model: PeftModel, recipe: Recipe, nested: NestedRank | None, *, examples: Dataset, held_out: Dataset, out: Path
 ) -> None:
-    """Train in place, resuming from the last checkpoint; ends with the best adapter, or where `nested` ends."""
+    """Train in place, resuming from the last checkpoint; ends with the best adapter, or, from a ladder, the last."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -283,7 +283,7 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
     nested = nested_rank(base, recipe) if recipe.ladder or recipe.teachers else None
     train(model, recipe, nested, examples=examples, held_out=held_out, out=out)
     save(model, out)
-    if nested and recipe.ladder:
+    if nested and recipe.ladder:  # rounded, too, so that the ladder is the adapter
         nested.trained_ladder().save_pretrained(out / "ladder")
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
 
@@ -298,7 +298,7 @@ Teacher = Annotated[
     list[Path] | None, typer.Option(help="Learn from this adapter, not from the ladder at full rank. Repeat for more.")
 ]
 Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
-Init = Annotated[Path | None, typer.Option(help="Begin with this adapter, of the same rank.")]
+Init = Annotated[Path | None, typer.Option(help="Begin with this adapter; its rank stays.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
@@ -342,6 +342,7 @@ def wiki(
     init: Init = None,
 ) -> None:
     """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
+    recipe = changed(WIKI, rank, steps, adalora, ladder, teacher, grow, init)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     length = 1024
 
@@ -351,12 +352,11 @@ def wiki(
     tokens = tokens_of(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     examples: Dataset = Windows(tokens[:cut], length)
-    if ladder or teacher:
-        writer = RankLadder.from_pretrained(ladder) if ladder else RankLadder.load((teacher or [])[0])
-        texts = own_texts(base, writer, tokens[:cut], length // 2, out / "texts.safetensors")
+    if writer := recipe.ladder or next(iter(recipe.teachers), None):
+        texts = own_texts(base, RankLadder.load(writer), tokens[:cut], length // 2, out / "texts.safetensors")
         examples = Written(examples, texts)
     make(
-        changed(WIKI, rank, steps, adalora, ladder, teacher, grow, init),
+        recipe,
         base,
         out,
         examples=examples,

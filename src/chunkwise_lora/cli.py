@@ -297,7 +297,7 @@ def calibrate(
         **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds, distillations=distillations),
     )
     if held_text is not None and task != "wikitext":
-        raise ChunkWiseError("--held-text is for plain text; with --task squad or e2e, the end of --text is held back")
+        raise ChunkWiseError("--held-text is plain text; with --task squad or e2e, the end of --text is held back")
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
     ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block)

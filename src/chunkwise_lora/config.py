@@ -237,13 +237,18 @@ class CalibrationConfig(Knobs):
     refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
     rounds: int = Field(1, ge=0, description="Times that the directions are turned again, for the plan fitted to them.")
     keep_directions: bool = Field(
-        False, description="Fit the policy alone, to the directions and rungs of a ladder as they are."
+        False, description="Find no directions and rungs; those of a ladder are what the policy is fitted to."
     )
     distillations: int = Field(
         0, ge=0, description="Steps in which directions learn, at the rungs of the plan, what full rank says."
     )
     explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
-    held_share: float = Field(0.1, gt=0, lt=0.5, description="Share of the text, its end, kept for choice and check.")
+    held_share: float = Field(
+        0.1,
+        gt=0,
+        lt=0.5,
+        description="Share of the text, its end, kept for choice and check, unless other text is held back.",
+    )
     int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")
     seed: int = Field(0, ge=0, description="Of every draw.")
 

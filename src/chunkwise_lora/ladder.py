@@ -64,6 +64,12 @@ class LadderModule:
         """Numbers read per direction: in + out."""
         return self.up.shape[0] + self.down.shape[1]
 
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """New up and down in float32, the lengths of their directions shared evenly: a start for training."""
+        up, down = self.up.float(), self.down.float()
+        balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+        return up / balance, down * balance[:, None]
+
     def gate_table(self) -> Tensor:
         """(rungs, r) float32 of ones and zeros: the gates of each rung."""
         return (torch.arange(self.rank) < torch.tensor(self.ranks)[:, None]).float()

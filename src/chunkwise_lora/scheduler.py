@@ -44,13 +44,15 @@ class FixedPlan:
     """(tokens,) the rung of every token."""
     rungs: int
     """Rungs of the ladder."""
+    scale: float = 1.0
+    """Of every token."""
     chunks: list[ScheduledChunk] = field(default_factory=list, init=False)
     position: int = field(default=0, init=False)
 
     def step(self, tokens: Sequence[int], entropies: Sequence[float | None] | None = None) -> Plan:
         """The plan of the next `tokens`."""
         start, self.position = self.position, self.position + len(tokens)
-        weights = np.eye(self.rungs, dtype=np.float32)[self.token_rungs[start : self.position]]
+        weights = self.scale * np.eye(self.rungs, dtype=np.float32)[self.token_rungs[start : self.position]]
         return Plan(weights, [])
 
 

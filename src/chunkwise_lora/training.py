@@ -6,7 +6,8 @@
 Ordinary training leaves every direction as it came to be; nested training lets low rungs do well on their own (nested
 dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here sequences run chunk by chunk at random rungs,
 as plans will, and learn from full rank: given the ladder of a trained adapter, from that adapter as it was, which needs
-no labels and learns no text by heart; from scratch, from full rank as it is, which itself learns from the labels.
+no labels and learns no text by heart; from scratch, from full rank as it is, which itself learns from the labels. With
+a plan, they run at the rungs that it gives them; with teachers, all learn from these.
 
 `GrowRank` gets there one rank after the other: an adapter of a low rank, trained to the end, becomes the first
 directions of a larger one and stays as it is while the others learn.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.calibration.refine import planned_rungs, random_rungs
+from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
 from chunkwise_lora.peft_adapter import PeftAdapter
@@ -58,9 +59,11 @@ class NestedRank(_Hooked):
         ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions,
             draws its rungs and teaches them what the ladder does at full rank. Without one, training begins with the
             adapter as it is, rungs are equal ranks, and full rank learns from the labels.
-        teachers: Other models to learn from instead, at all rungs: the mean of what they say of the same tokens.
+        teachers: Other models to learn from instead, at all rungs: the mean of what they say of the same tokens. They
+            are put into evaluation mode and moved to the model's device.
         plan: A policy that was fitted to the ladder. Sequences run at the rungs that it gives their tokens, all moved
-            by at most one, instead of at random ones.
+            by at most one and kept between the lowest and the highest, instead of at random ones. Its scales and
+            `chunk` have no part in it.
         lowest: The lowest rung, as a share of the full rank.
         highest: The highest rung below full rank that is drawn, likewise.
         full: Share of the sequences that run at full rank.
@@ -91,6 +94,10 @@ class NestedRank(_Hooked):
             )
         if plan is not None and ladder is None:
             raise ConfigError("a plan gives rungs of the ladder that it was fitted to; give that ladder, too")
+        if plan is not None and plan.complexity.learned and ladder is not None and ladder.learned is None:
+            raise ConfigError(
+                "the plan reads what calibration learned, which the ladder does not hold; give that ladder"
+            )
         super().__init__()
         self.ladder = ladder
         self.teachers = [teacher.eval() for teacher in teachers]
@@ -103,6 +110,7 @@ class NestedRank(_Hooked):
         self._tables: dict[str, Tensor] = {}
         self._gated = self._teaching = False
         self._top = 0
+        self._choose_rungs: Draw = random_rungs(0, 1)
         self._rungs = self._nested = torch.empty(0)
         self._model: Any = None
         self._inputs: dict[str, Tensor] = {}
@@ -126,18 +134,21 @@ class NestedRank(_Hooked):
                 self._tables[name] = module.gate_table()
                 if state.global_step == 0:
                     _write(self.ladder, name, layer)
-                self._hooks.append(factor.register_forward_hook(self._teach(module.down)))
-                up = module.up / layer.scaling[adapter]
-                self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
+                if not self.teachers:
+                    self._hooks.append(factor.register_forward_hook(self._teach(module.down)))
+                    up = module.up / layer.scaling[adapter]
+                    self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
             self._hooks.append(factor.register_forward_hook(self._gate(name)))
+        for teacher in self.teachers:
+            teacher.to(next(model.parameters()).device)
         self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
         self._top = len(next(iter(self._tables.values()))) - 1
         low, high = round(self.lowest * self._top), min(round(self.highest * self._top), self._top - 1)
-        self._drawn = random_rungs(low, high + 1, self.chunk)
+        self._choose_rungs = random_rungs(low, high + 1, self.chunk)
         if self.plan is not None and self.ladder is not None:
             vocab_size = model.config.get_text_config().vocab_size
             options = (self.plan, self.ladder.rung_ranks, vocab_size, self.ladder.learned)
-            self._drawn = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
+            self._choose_rungs = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
 
     def trained_ladder(self) -> RankLadder:
         """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.
@@ -197,7 +208,7 @@ class NestedRank(_Hooked):
         if not self._gated:
             return
         self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
-        self._rungs = self._drawn(kwargs["input_ids"].cpu(), self._generator)
+        self._rungs = self._choose_rungs(kwargs["input_ids"].cpu(), self._generator)
         self._nested = torch.rand(len(self._rungs), generator=self._generator) >= self.full
         self._rungs[~self._nested] = self._top
 
@@ -297,6 +308,6 @@ def _write(ladder: RankLadder, name: str, layer: Any) -> None:
     module, a, b = ladder.modules[name], layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     if a.shape != module.down.shape or b.shape != module.up.shape:
         raise LadderError(f"{name}: the ladder holds {tuple(module.down.shape)}, the layer {tuple(a.shape)}")
-    balance = (module.up.norm(dim=0) / module.down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
-    a.copy_(module.down * balance[:, None])
-    b.copy_(module.up / balance / layer.scaling[adapter])
+    up, down = module.balanced()
+    a.copy_(down)
+    b.copy_(up / layer.scaling[adapter])

@@ -183,15 +183,20 @@ class Field:
         return np.abs(ranks[..., None] - of_rungs).argmin(-1)
 
     def _imposed(self, name: str, rungs_for: Callable[[Tensor, np.ndarray], np.ndarray]) -> Contender:
-        """Rungs of the calibrated ladder that `rungs_for` chooses, knowing the calibrated plan."""
+        """Rungs of the calibrated ladder that `rungs_for` chooses, knowing the calibrated plan, at its scale."""
+        scale = self._scale()
         ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
 
         def score(tokens: Tensor) -> Scored:
             rungs = rungs_for(tokens, self._rungs_of_plan(tokens))
-            log_p = log_probabilities(self.chunkwise, tokens, rungs, CALIBRATED)
+            log_p = log_probabilities(self.chunkwise, tokens, rungs, CALIBRATED, scale)
             return Scored(log_p, float(ranks[rungs].mean()), ranks=ranks[rungs])
 
         return Contender(name, self.chunkwise, None, score)
+
+    def _scale(self) -> float:
+        """What the calibrated policy scales the adapter by, on average over its levels."""
+        return float(np.mean(self.presets[CALIBRATED][1].selection.scales))
 
     def _alike(self) -> Contender:
         """Every token at one of the two rungs around the plan's mean rank, at random: no choice, the same cost."""
@@ -214,14 +219,15 @@ class Field:
         )
 
     def _oracle(self) -> Contender:
+        scale = self._scale()
         ranks = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
-            full = log_probabilities(self.chunkwise, tokens, None, self.ours)
+            full = log_probabilities(self.chunkwise, tokens, None, PLAIN)
             tried = np.unique(np.append(plan, len(ranks) - 1))
             costs = np.stack(
                 [
-                    divergence(full, log_probabilities(self.chunkwise, tokens, int(r), CALIBRATED)).numpy()
+                    divergence(full, log_probabilities(self.chunkwise, tokens, int(r), CALIBRATED, scale)).numpy()
                     for r in tried
                 ],
                 axis=-1,

@@ -59,9 +59,9 @@ per step."""
 LENGTHS, SCALES = (1, 2, 4), (1.0, 0.95, 0.9)
 """Least chunk lengths and scales of the chunks that are tried."""
 SEARCH_GAIN = 1e-3
-"""Share of the loss that anything further from single tokens at scale 1 must save."""
-ADAPTER = "adapter"
-"""Name of the ladder at whose full rank the adapter is what was given, however directions are distilled."""
+"""Share of the loss, with the price of rank, that anything further from single tokens at scale 1 must save."""
+GIVEN = "given"
+"""Name of the ladder as it was given, whose full rank all is measured against."""
 SHARES = tuple(step / 16 for step in range(5, 16))
 """Mean ranks that are tried for a loss budget, as shares of the full rank."""
 
@@ -74,7 +74,10 @@ class Track(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """What the calibrated policy does on text that had no part in it, token by token as generation would."""
+    """What the calibrated policy does on text that had no part in it, token by token as generation would.
+
+    Full rank is that of the adapter as it was given.
+    """
 
     tokens: int
     """Tokens whose prediction counts; what is per token below is per such token."""
@@ -124,13 +127,15 @@ def calibrate(
     default all do.
 
     Raises:
-        ChunkWiseError: Too little of the text counts, it is to go on from prompts (`written`), or the model is not on a
-            CPU.
+        ChunkWiseError: Too little of the text counts or is held back, it is to go on from prompts (`written`), there
+            are both `counted` and `held_tokens`, or the model is not on a CPU.
     """
     if model.device.type != "cpu":
         raise ChunkWiseError(f"calibration runs on a CPU, and the model is on {model.device}; move it: model.cpu()")
     if knobs.written and counted is not None:
         raise ChunkWiseError("what an adapter writes goes on from plain text, not from prompts; leave `written` at 0")
+    if held_tokens is not None and counted is not None:
+        raise ChunkWiseError("held text is plain text; where only answers count, the end of the text is held back")
     length = min(knobs.block, getattr(model.config.get_text_config(), "max_position_embeddings", knobs.block))
     fit, choice, check = _split(tokens, counted, held_tokens, length, knobs)
     vocab_size = model.config.get_text_config().vocab_size
@@ -140,7 +145,7 @@ def calibrate(
     lessons = _lessons(model, ladder, fit, knobs, track) if learns else fit
 
     def attached(ladder: RankLadder) -> ChunkWiseModel:
-        return ChunkWiseModel(model, {DEFAULT: ladder, ADAPTER: given})
+        return ChunkWiseModel(model, {DEFAULT: ladder, GIVEN: given})
 
     def policies_of(ladder: RankLadder) -> _Policies:
         with attached(ladder) as chunkwise:
@@ -202,7 +207,7 @@ def _split(
         held = max(LEAST_HELD, min(round(len(text) * knobs.held_share), HELD_TOKENS // length))
         fit, kept = text[:-held], text[-held:]
     else:
-        fit, kept = text, Text.blocks(held_tokens, length)[: HELD_TOKENS // length]
+        fit, kept = text, Text.blocks(held_tokens, length)[: max(LEAST_HELD, HELD_TOKENS // length)]
         if len(kept) < LEAST_HELD:
             raise ChunkWiseError(
                 f"{len(held_tokens)} held tokens are too few to choose and check by; give at least "
@@ -300,7 +305,7 @@ def _batches(text: Text, count: int, tokens: int, seed: int) -> list[Text]:
 
 def _full(model: ChunkWiseModel, tokens: Tensor) -> Tensor:
     """(batch, tokens, vocabulary) log-probabilities of the adapter as it was given."""
-    return log_probabilities(model, tokens, adapter=ADAPTER)
+    return log_probabilities(model, tokens, adapter=GIVEN)
 
 
 def _fit(

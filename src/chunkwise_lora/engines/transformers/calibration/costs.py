@@ -83,19 +83,23 @@ def hooked(model: nn.Module, hooks: Mapping[str, Callable[..., Tensor | None]]) 
 
 @torch.no_grad()
 def log_probabilities(
-    model: ChunkWiseModel, tokens: Tensor, rungs: np.ndarray | int | None = None, adapter: str | None = None
+    model: ChunkWiseModel,
+    tokens: Tensor,
+    rungs: np.ndarray | int | None = None,
+    adapter: str | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """(batch, tokens, vocabulary) of what follows each of `tokens` (batch, tokens), in one pass.
 
     `rungs` is every token's rung (batch, tokens), or one for all; None runs all at full rank. `adapter` is by default
-    the ladder loaded first.
+    the ladder loaded first, and `scale` that of every token.
     """
     adapter = adapter or next(iter(model.ladders))
     count = model.ladders[adapter].rungs
     plan = np.broadcast_to(count - 1 if rungs is None else rungs, tuple(tokens.shape))
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
-        session.follow([FixedPlan(row, count) for row in plan])
+        session.follow([FixedPlan(row, count, scale) for row in plan])
         logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
 

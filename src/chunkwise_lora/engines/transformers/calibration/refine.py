@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chunkwise_lora.engines.transformers.calibration.costs import Text, at_full_rank, divergence, hooked
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
-from chunkwise_lora.ladder import LadderModule, RankLadder
+from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.scheduler import RuntimeScheduler
 
 CHUNK = 16
@@ -154,8 +154,9 @@ def distil(
     ladder = model.ladders[adapter]
     generator = torch.Generator().manual_seed(seed)
     tables = {name: module.gate_table() for name, module in ladder.modules.items()}
-    factors = {name: _balanced(module) for name, module in ladder.modules.items()}
-    optimizer = torch.optim.AdamW([one for pair in factors.values() for one in pair], lr=DISTILLATION_RATE)
+    factors = {name: module.balanced() for name, module in ladder.modules.items()}
+    parameters = [one.requires_grad_() for pair in factors.values() for one in pair]
+    optimizer = torch.optim.AdamW(parameters, lr=DISTILLATION_RATE)
     rungs: list[Tensor] = []
 
     def moved(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
@@ -179,13 +180,6 @@ def distil(
         up, down = (one.detach() for one in factors[name])
         modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
     return replace(ladder, modules=modules, learned=None)
-
-
-def _balanced(module: LadderModule) -> tuple[Tensor, Tensor]:
-    """up and down as parameters, their directions' lengths shared evenly."""
-    up, down = module.up.float(), module.down.float()
-    balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
-    return (up / balance).requires_grad_(), (down * balance[:, None]).requires_grad_()
 
 
 def _descend(
