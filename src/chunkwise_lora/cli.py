@@ -343,7 +343,8 @@ def evaluate(
         ),
     ] = RIVALS,
     peft: Annotated[
-        list[str] | None, typer.Option(help="Another PEFT adapter as a rival, as name=folder; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Another PEFT adapter as a rival, as name=folder or name=embedded one; may be repeated."),
     ] = None,
     config: Annotated[
         list[str] | None, typer.Option(help="Knobs of your own beside the presets, as name=file.json; may be repeated.")
@@ -385,7 +386,7 @@ def evaluate(
             calibrated=calibrated and embedded.find(calibrated),
             presets=[one for one in presets if one and (calibrated or presets != EVALUATED or one != "calibrated")],
             rivals=[one for one in rivals if one],
-            peft=_named("--peft", peft),
+            peft={name: str(embedded.find(path)) for name, path in _named("--peft", peft).items()},
             configs=configs,
             limit=limit,
             stride=stride,
