@@ -75,6 +75,7 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "refinements": (-1, 2.5, "few", None),
         "rounds": (-1, 0.5, "none", None),
         "keep_directions": (2, "perhaps", None),
+        "distillations": (-1, 0.5, NAN, "many"),
         "explorations": NOT_A_COUNT,
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
         "int8": (2, "perhaps", None),

@@ -46,7 +46,7 @@ def rank_legend(ranks: Sequence[float]) -> Text:
     """The colours of a ladder's rungs."""
     text = Text("rank ")
     for rank in ranks:
-        text.append(f" {rank:g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
+        text.append(f" {rank:.3g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
     return text.append("  │ chunk boundary   prompt in italics")
 
 
