@@ -160,6 +160,7 @@ def test_a_spectrum_is_drawn_to_scale() -> None:
         ("wiki", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
         ("wiki-nested", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
         ("e2e", "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
+        ("e2e-nested", "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
     ],
 )
 def test_an_embedded_adapter_beats_the_base_on_text_of_its_kind(name: str, given: str, text: str) -> None:

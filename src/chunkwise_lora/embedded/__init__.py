@@ -11,7 +11,7 @@ BASE = _HERE / "base"
 
 ADAPTERS = {path.name: path for path in sorted((_HERE / "adapters").glob("*"))}
 """PEFT adapters for it by name: `wiki` (encyclopedia text), `wiki-nested` (the same, trained for truncation, with a
-calibrated ladder beside it) and `e2e` (restaurant facts to a sentence)."""
+calibrated ladder beside it), and `e2e` and `e2e-nested` (restaurant facts to a sentence)."""
 
 HELD_TEXT = _HERE / "held_text.txt"
 """A text that nothing here was trained on, in the style of `wiki`'s."""
