@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
-from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1
+from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1, own_answers
 from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation, markdown, page
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
+from chunkwise_lora.evaluation.tasks import calibration_tokens
 from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
 from models import VOCABULARY, adapter, build
 
@@ -61,6 +65,16 @@ def test_e2e_gathers_the_references_of_a_meaning(tmp_path: Path) -> None:
     ]
 
 
+def test_answers_need_not_be_known(tmp_path: Path) -> None:
+    file = tmp_path / "e2e.csv"
+    for content in ("mr\nname[A]\n", "mr,ref\nname[A],\n", "mr,ref\nname[A]\n"):
+        file.write_text(content)
+        assert data.e2e(str(file)) == [Example("name[A] ->", ())]
+    paragraph = {"context": "The tower was built in 1889.", "qas": [{"question": "When?"}]}
+    (example,) = data.squad_rows({"data": [{"paragraphs": [paragraph]}]})
+    assert example.references == ()
+
+
 @pytest.mark.parametrize(
     ("read", "content"), [(data.squad, "{}"), (data.squad, "no json"), (data.squad, "[]"), (data.e2e, "a,b\n1,2\n")]
 )
@@ -88,6 +102,50 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
     starts = [chr(first) for first in ids[::block]]
     assert starts[::2] == starts[1::2], "what tells about each other stays together"
     assert sorted(starts) == sorted(2 * [example.prompt[0] for example in examples])
+
+
+@pytest.fixture(scope="module")
+def respondent() -> Any:
+    """What answers with the embedded E2E adapter, and its tokenizer."""
+    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
+    ladder = RankLadder.from_peft(embedded.ADAPTERS["e2e"])
+    return partial(own_answers, base, ladder, tokenizer, batch=2), tokenizer
+
+
+UNKNOWN = [Example(f"name[{name}], area[riverside] ->", ()) for name in ("Aldhaven", "The Vaults", "Zizzi")]
+
+
+def test_an_adapter_answers_as_peft_does(respondent: Any) -> None:
+    answer, tokenizer = respondent
+    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
+    full = PeftModel.from_pretrained(base, str(embedded.ADAPTERS["e2e"]))
+    found = answer(UNKNOWN)
+    assert sorted(one.prompt for one in found) == sorted(one.prompt for one in UNKNOWN)
+    for one in found:
+        prompt = tokenizer(one.prompt, return_tensors="pt")
+        ids = full.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
+        said = tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True)
+        assert one.references == (said.strip(),)
+
+
+def test_calibration_has_the_adapter_answer_what_has_no_answer(respondent: Any, tmp_path: Path) -> None:
+    answer, tokenizer = respondent
+    file = tmp_path / "e2e.csv"
+    file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
+    ids, counted, length = calibration_tokens("e2e", str(file), tokenizer, 512, answer)
+    (own,) = answer([Example("name[Zizzi] ->", ())])
+    assert f"name[Zizzi] -> {own.references[0]}" in tokenizer.decode(ids)
+    assert "name[Aldhaven] -> It is a pub." in tokenizer.decode(ids)
+    assert counted is not None and len(ids) == len(counted) == 2 * length
+
+
+def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -> None:
+    answer, tokenizer = respondent
+    file = tmp_path / "e2e.csv"
+    file.write_text("mr\nname[Aldhaven]\n")
+    with pytest.raises(ChunkWiseError, match="has no answers"):
+        calibration_tokens("e2e", str(file), tokenizer, 512, partial(answer, new_tokens=3))
 
 
 # Metrics
@@ -267,6 +325,12 @@ def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
     assert names == ["base, no adapter", FULL, "ChunkWise balanced"]
     assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.md", "report.html"}
+
+
+def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "e2e.csv").write_text("mr\nname[Aldhaven]\n")
+    code, _, err = run("eval", "--task", "e2e", "--data", tmp_path / "e2e.csv")
+    assert code == 1 and "no answer is known" in err and "name[Aldhaven] ->" in err
 
 
 def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:

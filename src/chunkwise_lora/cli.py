@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -244,7 +245,11 @@ def calibrate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
     task: Annotated[
-        str, typer.Option(help="What --text is: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV).")
+        str,
+        typer.Option(
+            help="What --text is: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV). Prompts without "
+            "an answer are answered by the adapter itself."
+        ),
     ] = "wikitext",
     model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
     adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
@@ -284,6 +289,7 @@ def calibrate(
     in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
     """
     from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate as run
+    from chunkwise_lora.evaluation.answers import own_answers
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.rendering import calibration_table
 
@@ -300,10 +306,12 @@ def calibrate(
         raise ChunkWiseError("--held-text is plain text; with --task squad or e2e, the end of --text is held back")
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
-    ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block)
-    held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block)[0]
-    knobs = knobs.model_copy(update={"block": block})
     with _progress() as progress:
+        show = partial(progress.track, description="answering prompts")
+        answer = partial(own_answers, base, ladder, tokenizer, track=show)
+        ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block, answer)
+        held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
+        knobs = knobs.model_copy(update={"block": block})
         result = run(base, ladder, ids, knobs, cast("Any", progress.track), counted, held)
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)

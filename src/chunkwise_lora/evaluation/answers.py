@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import divergence
+from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.evaluation.contenders import FULL, Contender
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.statistics import RESAMPLES, Estimate, bootstrap
+from chunkwise_lora.ladder import RankLadder
+
+NEW_TOKENS = 64
+"""Most tokens of an answer, where nothing else is said."""
 
 Metric = Callable[[Sequence[str], Sequence[Example]], dict[str, Estimate]]
 
@@ -76,11 +83,7 @@ def evaluate_answers(
 
     `advance` is called once per contender and batch.
     """
-    prompts = [example.prompt for example in examples]
-    inputs = [
-        dict(tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True, padding_side="left"))
-        for start in range(0, len(prompts), batch)
-    ]
+    inputs = [_inputs(part, tokenizer) for part in _parts(examples, batch)]
     tallies = {one.name: _Tally() for one in contenders}
     full_rank = next(one for one in contenders if one.name == FULL)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -96,9 +99,7 @@ def evaluate_answers(
             tally.produced += int((new != pad).sum())
             tally.ranks += done.ranks
             tally.shares.append(done.kv_share)
-            tally.answers += [
-                text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)
-            ]
+            tally.answers += _texts(new, tokenizer)
             if contender is full_rank:
                 references = [
                     torch.cat([ids[mask.bool()], answer[answer != pad]])
@@ -110,6 +111,51 @@ def evaluate_answers(
             tally.kl += [float(divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
             advance()
     return [_result(contender, tallies[contender.name], metric, examples) for contender in contenders]
+
+
+def own_answers(
+    base: PreTrainedModel,
+    ladder: RankLadder,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    new_tokens: int = NEW_TOKENS,
+    batch: int = 64,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda work: work,
+) -> list[Example]:
+    """The examples with what the adapter answers at full rank, greedily, as their references.
+
+    Those without an answer that ends within `new_tokens` are left out.
+    """
+    found = []
+    alike = sorted(examples, key=lambda one: len(one.prompt))
+    lossless = ChunkWiseConfig.preset("lossless")
+    with ChunkWiseModel(base, ladder) as model:
+        for part in track(_parts(alike, batch)):
+            options: dict[str, Any] = _inputs(part, tokenizer)
+            prompts, eos = options["input_ids"], tokenizer.eos_token_id
+            options |= {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
+            new = model.generate(**options, do_sample=False, chunkwise_config=lossless)[:, prompts.shape[1] :]
+            answers = zip(part, _texts(new, tokenizer), (new == eos).any(1), strict=True)
+            found += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
+    return found
+
+
+def _parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+
+def _inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    """The prompts as a model's inputs; a tokenizer that has nothing to pad with takes its end of the sequence."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prompts = [example.prompt for example in examples]
+    return dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
+
+
+def _texts(new: Tensor, tokenizer: Any) -> list[str]:
+    """The first line of each row of new tokens (batch, tokens)."""
+    return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 @dataclass

@@ -21,6 +21,7 @@ class Example:
 
     prompt: str
     references: tuple[str, ...]
+    """None where no answer is known."""
     topic: str = ""
     """Examples of one topic tell about each other; by default, the prompt's own."""
 
@@ -84,7 +85,7 @@ def squad_rows(content: Mapping[str, Any]) -> list[Example]:
     return [
         Example(
             squad_prompt(paragraph["context"], question["question"]),
-            tuple(dict.fromkeys(answer["text"] for answer in question["answers"])),
+            tuple(dict.fromkeys(answer["text"] for answer in question.get("answers", ()))),
             paragraph["context"],
         )
         for article in content["data"]
@@ -99,17 +100,20 @@ def squad_prompt(context: str, question: str) -> str:
 
 
 def e2e(source: str) -> list[Example]:
-    """The meanings of E2E NLG, as comma-separated values with columns mr and ref, each with all its references."""
+    """The meanings of E2E NLG, as comma-separated values with columns mr and ref, each with all its references.
+
+    Without known answers there is no ref, or mr is the only column.
+    """
     if Path(source).is_file():
         rows = list(csv.DictReader(read_text(Path(source), ChunkWiseError).splitlines(keepends=True)))
-        if not rows or not {"mr", "ref"} <= rows[0].keys():
-            raise ChunkWiseError(f"{source}: needs the columns mr and ref")
-        pairs = [(row["mr"], row["ref"]) for row in rows]
+        if not rows or not ({"mr", "ref"} <= rows[0].keys() or rows[0].keys() == {"mr"}):
+            raise ChunkWiseError(f"{source}: needs the columns mr and ref, or mr alone where no answers are known")
+        pairs = [(row["mr"], row.get("ref")) for row in rows]
     else:
         pairs = [(row["meaning_representation"], row["human_reference"]) for row in _from_hub(source, "test")]
     references: dict[str, list[str]] = {}
     for meaning, reference in pairs:
-        references.setdefault(meaning, []).append(reference)
+        references.setdefault(meaning, []).extend([reference] if reference else [])
     return [Example(e2e_prompt(meaning), tuple(found)) for meaning, found in references.items()]
 
 

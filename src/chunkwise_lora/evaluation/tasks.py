@@ -12,7 +12,7 @@ from chunkwise_lora import embedded
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation import data as data_sets
-from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
+from chunkwise_lora.evaluation.answers import NEW_TOKENS, bleu, evaluate_answers, exact_match_and_f1
 from chunkwise_lora.evaluation.contenders import Contender, Field
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation
@@ -40,16 +40,26 @@ def adapter_of(task: str, adapter: str) -> str | Path:
     return embedded.find(name)
 
 
-def calibration_tokens(task: str, data: str, tokenizer: Any, block: int) -> tuple[list[int], list[bool] | None, int]:
+def calibration_tokens(
+    task: str, data: str, tokenizer: Any, block: int, answer: Callable[[Sequence[Example]], list[Example]]
+) -> tuple[list[int], list[bool] | None, int]:
     """Token ids of a task's data to calibrate on, after which of them an answer's token follows (None: all count), and
     the length, at most `block`, of the sequences they make.
+
+    `answer` is for the examples whose answers are not known; see `own_answers`.
 
     Raises:
         ChunkWiseError: The data cannot be read, or holds nothing.
     """
     if task == "wikitext":
         return tokenizer(data_sets.wikitext(data)).input_ids, None, block
-    return data_sets.packed(_examples(task, data), tokenizer, block)
+    examples = _examples(task, data)
+    known = [one for one in examples if one.references]
+    if len(known) < len(examples):
+        known += answer([one for one in examples if not one.references])
+    if not known:
+        raise ChunkWiseError(f"{data}: has no answers, and the adapter ends none; is it an adapter for {task}?")
+    return data_sets.packed(known, tokenizer, block)
 
 
 def run_task(
@@ -66,7 +76,7 @@ def run_task(
     configs: Mapping[str, ChunkWiseConfig] | None = None,
     limit: int | None = None,
     stride: int | None = None,
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     batch: int = 16,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
@@ -77,8 +87,8 @@ def run_task(
         return _text(data, base, tokenizer, contenders, limit, stride, batch, advance)
     _, metric, name = ANSWERS[task]
     examples = _examples(task, data)[:limit]
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if unknown := [one.prompt for one in examples if not one.references]:
+        raise ChunkWiseError(f"{data}: no answer is known to {len(unknown)} of {len(examples)}, such as {unknown[0]!r}")
     able = [one for one in contenders if one.options is not None]
     counter = _Counter(len(able) * -(-len(examples) // batch), advance)
     results = evaluate_answers(
