@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
@@ -163,19 +164,43 @@ def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -
     ],
 )
 def test_exact_match_and_f1_are_squads_own(answer: str, exact: float, f1: float) -> None:
-    scores = exact_match_and_f1([answer], [Example("", ("1889", "in 1889"))])
+    scores = exact_match_and_f1([answer], [Example("", ("1889", "in 1889"))]).points()
     assert scores["exact match"].value == pytest.approx(exact)
     assert scores["F1"].value == pytest.approx(f1)
 
 
 def test_bleu_takes_the_best_of_unequally_many_references() -> None:
     examples = [Example("", ("one two three four five", "six seven eight nine ten")), Example("", ("a b c d e f",))]
-    perfect = bleu(["six seven eight nine ten", "a b c d e f"], examples)["BLEU"]
+    perfect = bleu(["six seven eight nine ten", "a b c d e f"], examples).points()["BLEU"]
     assert perfect.value == pytest.approx(100)
     # 4-gram precisions 10/11, 8/9, 6/7, 4/5, no brevity penalty: hypotheses are as long as the closest references.
-    worse = bleu(["six seven eight nine ten", "a b c d e x"], examples)["BLEU"]
+    worse = bleu(["six seven eight nine ten", "a b c d e x"], examples).points()["BLEU"]
     assert worse.value == pytest.approx(100 * (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
     assert worse.low <= worse.value <= worse.high
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=12).map(" ".join)
+
+
+@given(answers=st.lists(WORDS, min_size=1, max_size=6), references=st.lists(WORDS.filter(bool), min_size=2, max_size=4))
+def test_bleu_is_sacrebleus(answers: list[str], references: list[str]) -> None:
+    examples = [Example("", tuple(references))] * len(answers)
+    corpus = BLEU().corpus_score(answers, [[reference] * len(answers) for reference in references])
+    assert bleu(answers, examples).points()["BLEU"].value == pytest.approx(corpus.score)
+
+
+@given(seed=st.integers(0, 1000))
+def test_what_is_over_full_rank_is_paired(seed: int) -> None:
+    correct = np.random.default_rng(seed).random((2, 200)) < 0.5
+    correct[1, 20:] = correct[0, 20:]  # one of ten answers differs
+    few, full = (
+        exact_match_and_f1(["yes" if one else "no" for one in row], [Example("", ("yes",))] * 200) for row in correct
+    )
+    over = few.over(full)["exact match"]
+    assert over.value == pytest.approx(few.points()["exact match"].value - full.points()["exact match"].value)
+    alone = few.points()["exact match"]
+    assert over.high - over.low < alone.high - alone.low
+    assert set(vars(full.over(full)["F1"]).values()) == {0}
 
 
 @given(seed=st.integers(0, 1000))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,13 +18,36 @@ from chunkwise_lora.engines.transformers.calibration.costs import divergence
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.evaluation.contenders import FULL, Contender
 from chunkwise_lora.evaluation.data import Example
-from chunkwise_lora.evaluation.statistics import RESAMPLES, Estimate, bootstrap
+from chunkwise_lora.evaluation.statistics import Estimate, Statistic, bootstrap
 from chunkwise_lora.ladder import RankLadder
 
 NEW_TOKENS = 64
 """Most tokens of an answer, where nothing else is said."""
 
-Metric = Callable[[Sequence[str], Sequence[Example]], dict[str, Estimate]]
+
+@dataclass(frozen=True)
+class Scores:
+    """What a metric counted in answers, and what it makes of it."""
+
+    pieces: np.ndarray
+    """(examples, fields)"""
+    statistics: Mapping[str, Statistic]
+    """Points, 0 to 100, by name."""
+
+    def points(self) -> dict[str, Estimate]:
+        return {name: bootstrap(self.pieces, statistic) for name, statistic in self.statistics.items()}
+
+    def over(self, other: Scores) -> dict[str, Estimate]:
+        """Points more than those of other answers to the same examples, paired."""
+        both, fields = np.hstack([self.pieces, other.pieces]), self.pieces.shape[1]
+
+        def difference(statistic: Statistic) -> Statistic:
+            return lambda means: statistic(means[..., :fields]) - statistic(means[..., fields:])
+
+        return {name: bootstrap(both, difference(statistic)) for name, statistic in self.statistics.items()}
+
+
+Metric = Callable[[Sequence[str], Sequence[Example]], Scores]
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,8 @@ class AnswersResult:
     """Over prompts and answers; None where the contender does not tell."""
     scores: dict[str, Estimate]
     """In points, 0 to 100."""
+    over_full: dict[str, Estimate]
+    """Points more than at full rank, paired."""
     kl: Estimate
     """Nats per token from full rank, over full rank's own answers."""
     kv_share: float
@@ -45,7 +70,7 @@ class AnswersResult:
     answers: list[str]
 
 
-def exact_match_and_f1(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Estimate]:
+def exact_match_and_f1(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
     """SQuAD's metrics with its official normalisation, the best over all references."""
     from torchmetrics.functional.text import squad
 
@@ -54,19 +79,23 @@ def exact_match_and_f1(answers: Sequence[str], examples: Sequence[Example]) -> d
         known: Any = {"answer_start": [0] * len(example.references), "text": list(example.references)}
         scores = squad({"prediction_text": answer, "id": ""}, {"answers": known, "id": ""})
         pieces.append([float(scores["exact_match"]), float(scores["f1"])])
-    both = np.array(pieces)
-    return {"exact match": bootstrap(both[:, :1]), "F1": bootstrap(both[:, 1:])}
+    return Scores(np.array(pieces), {"exact match": lambda means: means[..., 0], "F1": lambda means: means[..., 1]})
 
 
-def bleu(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, Estimate]:
+def bleu(answers: Sequence[str], examples: Sequence[Example]) -> Scores:
     """Corpus BLEU of sacrebleu with several references."""
     from sacrebleu.metrics.bleu import BLEU
 
-    width = max(len(example.references) for example in examples)
-    # Ragged references are filled up with empty ones, which sacrebleu leaves out.
-    streams = [[one.references[i] if i < len(one.references) else "" for one in examples] for i in range(width)]
-    score: Any = BLEU().corpus_score(list(answers), streams, n_bootstrap=RESAMPLES)
-    return {"BLEU": Estimate(score.score, score._mean - score._ci, score._mean + score._ci)}
+    metric = BLEU(effective_order=True)  # which changes no counts, and is what sentences are meant to have
+    found = [metric.sentence_score(answer, one.references) for answer, one in zip(answers, examples, strict=True)]
+    pieces = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found])
+
+    def corpus(mean: np.ndarray) -> float:
+        *counts, sys_len, ref_len = np.rint(mean * len(pieces)).astype(int).tolist()
+        matched, of = counts[: metric.max_ngram_order], counts[metric.max_ngram_order :]
+        return BLEU.compute_bleu(matched, of, sys_len, ref_len, smooth_method="exp").score
+
+    return Scores(pieces, {"BLEU": lambda means: np.apply_along_axis(corpus, -1, means)})
 
 
 def evaluate_answers(
@@ -110,7 +139,8 @@ def evaluate_answers(
             full = full or log_p
             tally.kl += [float(divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
             advance()
-    return [_result(contender, tallies[contender.name], metric, examples) for contender in contenders]
+    scores = {name: metric(tally.answers, examples) for name, tally in tallies.items()}
+    return [_result(one, tallies[one.name], scores[one.name], scores[FULL]) for one in contenders]
 
 
 def own_answers(
@@ -170,11 +200,12 @@ class _Tally:
     produced: int = 0
 
 
-def _result(contender: Contender, tally: _Tally, metric: Metric, examples: Sequence[Example]) -> AnswersResult:
+def _result(contender: Contender, tally: _Tally, scores: Scores, full: Scores) -> AnswersResult:
     return AnswersResult(
         contender.name,
         float(np.mean(tally.ranks)) if tally.ranks else contender.mean_rank,
-        metric(tally.answers, examples),
+        scores.points(),
+        scores.over(full),
         bootstrap(np.array(tally.kl)[:, None]),
         float(np.mean(tally.shares)),
         1e3 * tally.seconds / max(tally.produced, 1),

@@ -47,7 +47,10 @@ def columns(result: TextResult | AnswersResult) -> dict[str, str]:
             "KV bytes": f"{result.kv_share:.0%}",
             "ms/token": "" if result.ms_per_token is None else f"{result.ms_per_token:.2f}",
         }
-    scores = {name: _interval(score, ".2f") for name, score in result.scores.items()}
+    scores = {}
+    for name, score in result.scores.items():
+        scores[name] = _interval(score, ".2f")
+        scores[f"{name} over full rank"] = _interval(result.over_full[name], "+.2f")
     return {
         **scores,
         "KL to full rank": _interval(result.kl, ".4f"),

@@ -12,6 +12,10 @@ SEGMENT = 64
 """Neighbouring tokens are alike; segments of so many are taken as independent."""
 
 
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Takes means of pieces (..., fields) and gives (...,)."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A value and its 95% bootstrap interval."""
@@ -21,13 +25,8 @@ class Estimate:
     high: float
 
 
-def bootstrap(
-    pieces: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] = lambda means: means[..., 0], seed: int = 0
-) -> Estimate:
-    """The statistic of the mean of `pieces` (n, fields) and its interval over resampled pieces.
-
-    `statistic` takes means (..., fields) and gives (...,).
-    """
+def bootstrap(pieces: np.ndarray, statistic: Statistic = lambda means: means[..., 0], seed: int = 0) -> Estimate:
+    """The statistic of the mean of `pieces` (n, fields) and its interval over resampled pieces."""
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(len(pieces), np.full(len(pieces), 1 / len(pieces)), RESAMPLES)
     low, high = np.quantile(statistic(counts @ pieces / len(pieces)), [0.025, 0.975])

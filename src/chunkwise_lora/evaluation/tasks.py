@@ -96,7 +96,8 @@ def run_task(
     )
     how = (
         f"{len(examples)} examples, answered greedily with at most {new_tokens} tokens, {batch} in a batch, "
-        f"{str(base.dtype).removeprefix('torch.')}; 95% bootstrap intervals over examples."
+        f"{str(base.dtype).removeprefix('torch.')}; 95% bootstrap intervals over examples, those over full "
+        "rank paired."
     )
     return Evaluation(f"{task}: {name}", how, name, results)
 
