@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +24,14 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, Rank
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
-from chunkwise_lora.evaluation.answers import bleu, exact_match_and_f1, own_answers
+from chunkwise_lora.evaluation.answers import Scores, bleu, exact_match_and_f1, own_answers
 from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation, markdown, page
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
 from chunkwise_lora.evaluation.tasks import calibration_tokens
 from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
+from meanings import recombined, slots_of
 from models import VOCABULARY, adapter, build
 
 SQUAD = {
@@ -68,22 +71,47 @@ def test_e2e_gathers_the_references_of_a_meaning(tmp_path: Path) -> None:
 
 def test_answers_need_not_be_known(tmp_path: Path) -> None:
     file = tmp_path / "e2e.csv"
-    for content in ("mr\nname[A]\n", "mr,ref\nname[A],\n", "mr,ref\nname[A]\n"):
+    for content in ("mr\nname[A]\n", "mr,ref\nname[A],\n", "mr,ref\nname[A]\n", "\ufeffmr,ref\nname[A], \n"):
         file.write_text(content)
         assert data.e2e(str(file)) == [Example("name[A] ->", ())]
-    paragraph = {"context": "The tower was built in 1889.", "qas": [{"question": "When?"}]}
+    paragraph = {"context": "The tower was built in 1889.", "qas": [{"question": "When?", "answers": []}]}
     (example,) = data.squad_rows({"data": [{"paragraphs": [paragraph]}]})
     assert example.references == ()
 
 
+def test_a_reference_may_hold_any_letters(tmp_path: Path) -> None:
+    file = tmp_path / "e2e.csv"
+    file.write_text('mr,ref\nname[A],"One,\ntwo\u2028three."\n')
+    assert data.e2e(str(file)) == [Example("name[A] ->", ("One,\ntwo\u2028three.",))]
+
+
 @pytest.mark.parametrize(
-    ("read", "content"), [(data.squad, "{}"), (data.squad, "no json"), (data.squad, "[]"), (data.e2e, "a,b\n1,2\n")]
+    ("read", "content", "told"),
+    [
+        (data.squad, "{}", "data: Field required"),
+        (data.squad, "no json", "JSON"),
+        (data.squad, "[]", "object"),
+        (data.squad, "[" * 100_000, "JSON"),
+        (data.squad, '{"data": [{"paragraphs": [{"context": null, "qas": []}]}]}', "data.0.paragraphs.0.context"),
+        (data.squad, '{"data": [{"paragraphs": [{"context": "x", "qas": [{"question": "y"}]}]}]}', "qas.0.answers"),
+        (data.e2e, "a,b\n1,2\n", "mr and ref"),
+        (data.e2e, "mr,reff\nname[A],x\n", "mr and ref"),
+        (data.e2e, "mr,mr\nname[A],x\n", "mr and ref"),
+        (data.e2e, "", "mr and ref"),
+        (data.e2e, "mr\nname[A]\nname[B], food[C]\n", "line 3: has more values"),
+        (data.e2e, "mr,ref\n ,x\n", "line 2: mr is empty"),
+        (data.e2e, 'mr,ref\n"name[A],x\n', "after line 1"),
+        (data.e2e, f"mr,ref\nname[A],{'x' * 200_000}\n", "after line"),
+    ],
 )
-def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, read: Any, content: str) -> None:
+def test_a_file_of_another_kind_is_refused_by_name_and_place(
+    tmp_path: Path, read: Any, content: str, told: str
+) -> None:
     file = tmp_path / "other"
     file.write_text(content)
-    with pytest.raises(ChunkWiseError, match="other"):
+    with pytest.raises(ChunkWiseError, match="other") as error:
         read(str(file))
+    assert told in str(error.value) and "\n" not in str(error.value)
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), longest=st.integers(2, 40))
@@ -145,8 +173,28 @@ def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -
     answer, tokenizer = respondent
     file = tmp_path / "e2e.csv"
     file.write_text("mr\nname[Aldhaven]\n")
-    with pytest.raises(ChunkWiseError, match="has no answers"):
+    with pytest.raises(ChunkWiseError, match="within 64 tokens"):
         calibration_tokens("e2e", str(file), tokenizer, 512, partial(answer, new_tokens=3))
+
+
+def test_a_tokenizer_that_knows_no_end_is_refused(respondent: Any) -> None:
+    answer, tokenizer = respondent
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(ChunkWiseError, match="eos_token"):
+        own_answers(*answer.args[:2], endless, UNKNOWN)
+
+
+def test_recombined_meanings_are_new_and_of_known_values() -> None:
+    known = ["name[A], area[north]", "name[B, C], area[south], food[D]"]
+    found = recombined(known, 100)
+    slots = {slot for meaning in known for slot in slots_of(meaning)}
+    assert len(set(found)) == len(found) == 2 * 2 * 2 - len(known), "all that there are"
+    assert not set(found) & set(known)
+    assert all(set(slots_of(meaning)) <= slots for meaning in found)
+    assert recombined(known, 3) == found[:3]
+    with pytest.raises(ChunkWiseError, match="hello"):
+        recombined(["hello world"], 1)
 
 
 # Metrics
@@ -182,25 +230,23 @@ def test_bleu_takes_the_best_of_unequally_many_references() -> None:
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=12).map(" ".join)
 
 
-@given(answers=st.lists(WORDS, min_size=1, max_size=6), references=st.lists(WORDS.filter(bool), min_size=2, max_size=4))
-def test_bleu_is_sacrebleus(answers: list[str], references: list[str]) -> None:
-    examples = [Example("", tuple(references))] * len(answers)
-    corpus = BLEU().corpus_score(answers, [[reference] * len(answers) for reference in references])
+@given(cases=st.lists(st.tuples(WORDS, st.lists(WORDS.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_bleu_is_sacrebleus(cases: list[tuple[str, list[str]]]) -> None:
+    answers, references = zip(*cases, strict=True)
+    corpus = BLEU().corpus_score(answers, list(zip_longest(*references)))
+    examples = [Example("", tuple(of_one)) for of_one in references]
     assert bleu(answers, examples).points()["BLEU"].value == pytest.approx(corpus.score)
 
 
 @given(seed=st.integers(0, 1000))
 def test_what_is_over_full_rank_is_paired(seed: int) -> None:
-    correct = np.random.default_rng(seed).random((2, 200)) < 0.5
-    correct[1, 20:] = correct[0, 20:]  # one of ten answers differs
-    few, full = (
-        exact_match_and_f1(["yes" if one else "no" for one in row], [Example("", ("yes",))] * 200) for row in correct
-    )
-    over = few.over(full)["exact match"]
-    assert over.value == pytest.approx(few.points()["exact match"].value - full.points()["exact match"].value)
-    alone = few.points()["exact match"]
+    right = np.random.default_rng(seed).random((2, 200, 1)) < 0.5
+    right[1, 20:] = right[0, 20:]  # one of ten answers may differ
+    few, full = (Scores(100.0 * one, {"right": lambda means: means[..., 0]}) for one in right)
+    over, alone = few.over(full)["right"], few.points()["right"]
+    assert over.value == pytest.approx(100 * (right[0].mean() - right[1].mean()))
     assert over.high - over.low < alone.high - alone.low
-    assert set(vars(full.over(full)["F1"]).values()) == {0}
+    assert set(vars(full.over(full)["right"]).values()) == {0}
 
 
 @given(seed=st.integers(0, 1000))
@@ -385,11 +431,13 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "mean_rank"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
-        (("calibrate", "--text", __file__, "-o", "x", "--mean-rank", "50%"), "too few"),
+        (("calibrate", "--text", embedded.HELD_TEXT, "-o", "x", "--mean-rank", "50%"), "too few"),
         (
             ("calibrate", "--task", "e2e", "--text", "x", "--held-text", "x", "-o", "x", "--mean-rank", "50%"),
             "plain text",
         ),
+        (("calibrate", "--task", "e2e", "--text", "x", "--written", 9, "-o", "x", "--mean-rank", "50%"), "--written"),
+        (("calibrate", "--task", "squad", "--text", "x", "-o", "x", "--mean-rank", "50%"), "--adapter"),
     ],
 )
 def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:

@@ -12,34 +12,48 @@ import csv
 import io
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.evaluation.data import e2e_meanings
 from chunkwise_lora.files import write_atomically
 
 SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
-TRIES = 20
-"""Draws per meaning that is wanted; where there are enough slots, nearly every one is new."""
+TRIES = 10_000
+"""Draws in a row without anything new after which there is taken to be no more."""
 
 
-def recombined(meanings: list[str], count: int, seed: int) -> list[str]:
-    """At most `count` meanings that are none of `meanings`."""
-    slots = [[(name.strip(), value) for name, value in SLOT.findall(meaning)] for meaning in meanings]
+def slots_of(meaning: str) -> list[tuple[str, str]]:
+    """Names and values."""
+    slots = [(name.strip(), value) for name, value in SLOT.findall(meaning)]
+    if in_words(slots) != meaning:
+        raise ChunkWiseError(f"{meaning!r} is no meaning: it should be like 'name[Zizzi], area[riverside]'")
+    return slots
+
+
+def in_words(slots: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name}[{value}]" for name, value in slots)
+
+
+def recombined(meanings: list[str], count: int, seed: int = 0) -> list[str]:
+    """`count` meanings, or as many as there are, that are none of `meanings`."""
+    patterns = [slots_of(meaning) for meaning in meanings]
     values: dict[str, list[str]] = {}
-    for of_meaning in slots:
-        for name, value in of_meaning:
+    for slots in patterns:
+        for name, value in slots:
             values.setdefault(name, []).append(value)
     draw = random.Random(seed)
-    known = set(meanings)
-    found: dict[str, None] = {}
-    for _ in range(TRIES * count):
-        if len(found) == count:
-            break
-        meaning = ", ".join(f"{name}[{draw.choice(values[name])}]" for name, _ in draw.choice(slots))
-        if meaning not in known:
-            found[meaning] = None
+    known, found = set(meanings), dict[str, None]()
+    tries = 0
+    while len(found) < count and tries < TRIES:
+        meaning = in_words([(name, draw.choice(values[name])) for name, _ in draw.choice(patterns)])
+        tries += 1
+        if meaning not in known and meaning not in found:
+            found[meaning], tries = None, 0
     return list(found)
 
 
@@ -50,13 +64,15 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
 ) -> None:
     """Recombine E2E meanings into prompts without answers."""
-    with data.open(newline="") as lines:
-        meanings = list(dict.fromkeys(row["mr"] for row in csv.DictReader(lines)))
-    content = io.StringIO()
-    writer = csv.writer(content)
-    writer.writerow(["mr"])
-    writer.writerows([meaning] for meaning in meanings + recombined(meanings, count, seed))
-    write_atomically(out, content.getvalue().encode())
+    try:
+        meanings = e2e_meanings(str(data))
+        new = recombined(meanings, count, seed) if meanings else []
+        content = io.StringIO()
+        csv.writer(content).writerows([["mr"], *([meaning] for meaning in meanings + new)])
+        write_atomically(out, content.getvalue().encode())
+    except ChunkWiseError as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(meanings)} meanings and {len(new)} new ones written to {out}")
 
 
 if __name__ == "__main__":

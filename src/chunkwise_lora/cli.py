@@ -22,6 +22,7 @@ from typer.core import TyperCommand
 from chunkwise_lora import embedded
 from chunkwise_lora.config import PRESETS, CalibrationConfig, ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, first_line
+from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.ladder import RankLadder, describe
 
@@ -302,13 +303,25 @@ def calibrate(
         seed=seed,
         **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds, distillations=distillations),
     )
+    if written and task != "wikitext":
+        raise ChunkWiseError(
+            "--written goes on from plain text; with --task squad or e2e, prompts without answers do so"
+        )
     if held_text is not None and task != "wikitext":
         raise ChunkWiseError("--held-text is plain text; with --task squad or e2e, the end of --text is held back")
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = _load(model)
     with _progress() as progress:
-        show = partial(progress.track, description="answering prompts")
-        answer = partial(own_answers, base, ladder, tokenizer, track=show)
+
+        def answer(examples: Sequence[Example]) -> list[Example]:
+            track = partial(progress.track, description="answering prompts")
+            found = own_answers(base, ladder, tokenizer, examples, track=track)
+            console.print(
+                f"Of {len(examples):,} prompts without an answer, the adapter answered {len(found):,} within "
+                f"{NEW_TOKENS} tokens; the others are left out."
+            )
+            return found
+
         ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block, answer)
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
         knobs = knobs.model_copy(update={"block": block})
@@ -362,7 +375,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens from one window's start to the next; by default they do not overlap."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = NEW_TOKENS,
     batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
     json_file: JsonOption = None,

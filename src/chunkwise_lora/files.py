@@ -10,9 +10,9 @@ from chunkwise_lora.errors import ChunkWiseError
 
 
 def read_text(path: Path, error: type[ChunkWiseError]) -> str:
-    """The text of `path`; raises `error` naming it when that fails."""
+    """The text of `path`, without a byte order mark; raises `error` naming it when that fails."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as cause:
         raise error(f"{path}: cannot be read ({cause})") from None
 

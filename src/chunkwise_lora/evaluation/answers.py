@@ -16,13 +16,11 @@ from transformers import PreTrainedModel
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import divergence
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.contenders import FULL, Contender
-from chunkwise_lora.evaluation.data import Example
+from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.statistics import Estimate, Statistic, bootstrap
 from chunkwise_lora.ladder import RankLadder
-
-NEW_TOKENS = 64
-"""Most tokens of an answer, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Scores:
     """Points, 0 to 100, by name."""
 
     def points(self) -> dict[str, Estimate]:
+        """With their intervals."""
         return {name: bootstrap(self.pieces, statistic) for name, statistic in self.statistics.items()}
 
     def over(self, other: Scores) -> dict[str, Estimate]:
@@ -112,6 +111,7 @@ def evaluate_answers(
 
     `advance` is called once per contender and batch.
     """
+    _can_end(tokenizer)
     inputs = [_inputs(part, tokenizer) for part in _parts(examples, batch)]
     tallies = {one.name: _Tally() for one in contenders}
     full_rank = next(one for one in contenders if one.name == FULL)
@@ -153,10 +153,14 @@ def own_answers(
     batch: int = 64,
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda work: work,
 ) -> list[Example]:
-    """The examples with what the adapter answers at full rank, greedily, as their references.
+    """The examples with the first line of what the adapter answers at full rank, greedily, as their references.
 
-    Those without an answer that ends within `new_tokens` are left out.
+    Those without one that ends within `new_tokens` are left out.
+
+    Raises:
+        ChunkWiseError: The tokenizer has no end of the sequence.
     """
+    _can_end(tokenizer)
     found = []
     alike = sorted(examples, key=lambda one: len(one.prompt))
     lossless = ChunkWiseConfig.preset("lossless")
@@ -175,10 +179,16 @@ def _parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
 
-def _inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-    """The prompts as a model's inputs; a tokenizer that has nothing to pad with takes its end of the sequence."""
+def _can_end(tokenizer: Any) -> None:
+    """Make sure that a tokenizer has an end of the sequence, and something to pad with: that, if nothing else."""
+    if tokenizer.eos_token is None:
+        raise ChunkWiseError("the tokenizer has no end of the sequence (eos_token), so that no answer ends; set one")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    """The prompts as a model's inputs."""
     prompts = [example.prompt for example in examples]
     return dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
 

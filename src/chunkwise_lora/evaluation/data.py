@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from chunkwise_lora.errors import ChunkWiseError, first_line
 from chunkwise_lora.files import read_text
+
+NEW_TOKENS = 64
+"""Most tokens of an answer, where nothing else is said."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and the answers that count as right."""
+    """A prompt, and its answers."""
 
     prompt: str
     references: tuple[str, ...]
-    """None where no answer is known."""
+    """Empty where none is known."""
     topic: str = ""
     """Examples of one topic tell about each other; by default, the prompt's own."""
 
@@ -63,34 +68,67 @@ def wikitext(source: str) -> str:
     return "".join(row["text"] for row in _from_hub(source, "test"))
 
 
+class _Answer(BaseModel):
+    text: str
+
+
+class _Question(BaseModel):
+    question: str
+    answers: list[_Answer]
+
+
+class _Paragraph(BaseModel):
+    context: str
+    qas: list[_Question]
+
+
+class _Article(BaseModel):
+    paragraphs: list[_Paragraph]
+
+
+class _Squad(BaseModel):
+    data: list[_Article]
+
+
 def squad(source: str) -> list[Example]:
-    """The questions of SQuAD v1.1 JSON, or of a data set on the hub laid out like `rajpurkar/squad`."""
+    """The questions of SQuAD v1.1 JSON, or of a data set on the hub laid out like `rajpurkar/squad`.
+
+    `answers` may be empty where none is known.
+    """
     if not Path(source).is_file():
         return [
             Example(
                 squad_prompt(row["context"], row["question"]),
-                tuple(dict.fromkeys(row["answers"]["text"])),
+                _told(dict.fromkeys(row["answers"]["text"])),
                 row["context"],
             )
             for row in _from_hub(source, "validation")
         ]
     try:
-        return squad_rows(json.loads(read_text(Path(source), ChunkWiseError)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ChunkWiseError(f"{source}: is not SQuAD v1.1 JSON ({type(error).__name__}: {error})") from None
+        content = _Squad.model_validate_json(read_text(Path(source), ChunkWiseError))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        what = f"{place}: {problem['msg']}" if place else problem["msg"]
+        raise ChunkWiseError(f"{source}: is not SQuAD v1.1 JSON ({what})") from None
+    return _questions(content)
 
 
 def squad_rows(content: Mapping[str, Any]) -> list[Example]:
     """Every question of parsed SQuAD v1.1 JSON."""
+    return _questions(_Squad.model_validate(content))
+
+
+def _questions(content: _Squad) -> list[Example]:
     return [
         Example(
-            squad_prompt(paragraph["context"], question["question"]),
-            tuple(dict.fromkeys(answer["text"] for answer in question.get("answers", ()))),
-            paragraph["context"],
+            squad_prompt(paragraph.context, one.question),
+            _told(dict.fromkeys(answer.text for answer in one.answers)),
+            paragraph.context,
         )
-        for article in content["data"]
-        for paragraph in article["paragraphs"]
-        for question in paragraph["qas"]
+        for article in content.data
+        for paragraph in article.paragraphs
+        for one in paragraph.qas
     ]
 
 
@@ -100,21 +138,50 @@ def squad_prompt(context: str, question: str) -> str:
 
 
 def e2e(source: str) -> list[Example]:
-    """The meanings of E2E NLG, as comma-separated values with columns mr and ref, each with all its references.
+    """The meanings of E2E NLG, each with all its references: columns mr and ref of comma-separated values.
 
-    Without known answers there is no ref, or mr is the only column.
+    ref may be empty, or not be there, where none is known.
     """
     if Path(source).is_file():
-        rows = list(csv.DictReader(read_text(Path(source), ChunkWiseError).splitlines(keepends=True)))
-        if not rows or not ({"mr", "ref"} <= rows[0].keys() or rows[0].keys() == {"mr"}):
-            raise ChunkWiseError(f"{source}: needs the columns mr and ref, or mr alone where no answers are known")
-        pairs = [(row["mr"], row.get("ref")) for row in rows]
+        pairs = _columns(source, "mr", "ref")
     else:
         pairs = [(row["meaning_representation"], row["human_reference"]) for row in _from_hub(source, "test")]
     references: dict[str, list[str]] = {}
     for meaning, reference in pairs:
-        references.setdefault(meaning, []).extend([reference] if reference else [])
-    return [Example(e2e_prompt(meaning), tuple(found)) for meaning, found in references.items()]
+        references.setdefault(meaning, []).append(reference)
+    return [Example(e2e_prompt(meaning), _told(found)) for meaning, found in references.items()]
+
+
+def e2e_meanings(source: str) -> list[str]:
+    """The distinct values of the column mr of comma-separated values."""
+    return list(dict.fromkeys(meaning for meaning, _ in _columns(source, "mr", "ref")))
+
+
+def _columns(source: str, first: str, second: str) -> list[tuple[str, str]]:
+    """Two columns of comma-separated values, of which the second may be empty or not be there."""
+    reader = csv.DictReader(io.StringIO(read_text(Path(source), ChunkWiseError)), strict=True)
+    pairs = []
+    try:
+        names = list(reader.fieldnames or ())
+        if sorted(names) != [first] and not (names.count(first) == names.count(second) == 1):
+            raise ChunkWiseError(f"{source}: needs the columns {first} and {second}, or {first} alone")
+        for row in reader:
+            where = f"{source}, line {reader.line_num}"
+            if None in row:
+                raise ChunkWiseError(f"{where}: has more values than columns; put those with commas in quotes")
+            if not (row[first] or "").strip():
+                raise ChunkWiseError(f"{where}: {first} is empty")
+            pairs.append((row[first], row.get(second) or ""))
+    except csv.Error as error:
+        raise ChunkWiseError(
+            f"{source}: is not comma-separated values after line {reader.line_num} ({error})"
+        ) from None
+    return pairs
+
+
+def _told(answers: Iterable[str]) -> tuple[str, ...]:
+    """Those that are not blank."""
+    return tuple(answer for answer in answers if answer.strip())
 
 
 def e2e_prompt(meaning: str) -> str:

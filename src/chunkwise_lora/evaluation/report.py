@@ -50,7 +50,7 @@ def columns(result: TextResult | AnswersResult) -> dict[str, str]:
     scores = {}
     for name, score in result.scores.items():
         scores[name] = _interval(score, ".2f")
-        scores[f"{name} over full rank"] = _interval(result.over_full[name], "+.2f")
+        scores[f"{name} over full"] = _interval(result.over_full[name], "+.2f")
     return {
         **scores,
         "KL to full rank": _interval(result.kl, ".4f"),

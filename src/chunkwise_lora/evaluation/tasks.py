@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from chunkwise_lora import embedded
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation import data as data_sets
-from chunkwise_lora.evaluation.answers import NEW_TOKENS, bleu, evaluate_answers, exact_match_and_f1
+from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
 from chunkwise_lora.evaluation.contenders import Contender, Field
-from chunkwise_lora.evaluation.data import Example
+from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.report import Evaluation
 from chunkwise_lora.evaluation.text import evaluate_text, windows_of
 from chunkwise_lora.ladder import RankLadder
@@ -32,11 +33,13 @@ def adapter_of(task: str, adapter: str) -> str | Path:
     """Where an adapter lies that may be an embedded one, or, if empty, the embedded one of the task.
 
     Raises:
-        ChunkWiseError: The task is unknown.
+        ChunkWiseError: The task is unknown, or no adapter for it is embedded.
     """
     if task not in TASKS:
         raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
     name = adapter or {"wikitext": "wiki"}.get(task, task)
+    if not adapter and name not in embedded.ADAPTERS:
+        raise ChunkWiseError(f"--task {task}: no adapter for it is embedded; give --adapter")
     return embedded.find(name)
 
 
@@ -58,7 +61,9 @@ def calibration_tokens(
     if len(known) < len(examples):
         known += answer([one for one in examples if not one.references])
     if not known:
-        raise ChunkWiseError(f"{data}: has no answers, and the adapter ends none; is it an adapter for {task}?")
+        raise ChunkWiseError(
+            f"{data}: no answer is known, and the adapter ends none within {NEW_TOKENS} tokens; is it one for {task}?"
+        )
     return data_sets.packed(known, tokenizer, block)
 
 
@@ -88,7 +93,10 @@ def run_task(
     _, metric, name = ANSWERS[task]
     examples = _examples(task, data)[:limit]
     if unknown := [one.prompt for one in examples if not one.references]:
-        raise ChunkWiseError(f"{data}: no answer is known to {len(unknown)} of {len(examples)}, such as {unknown[0]!r}")
+        such = textwrap.shorten(unknown[0], 80, placeholder="...")
+        raise ChunkWiseError(
+            f"{data}: no answer is known to {len(unknown)} of {len(examples)} prompts, such as {such!r}"
+        )
     able = [one for one in contenders if one.options is not None]
     counter = _Counter(len(able) * -(-len(examples) // batch), advance)
     results = evaluate_answers(
