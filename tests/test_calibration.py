@@ -368,7 +368,7 @@ def test_distilled_directions_serve_a_plan_better_and_keep_their_rungs() -> None
         return torch.where(tokens % 2 == 0, 2, 6)
 
     with ChunkWiseModel(build("llama"), plain) as model:
-        ladder = distil(model, 4 * taught, plan, steps=4 * len(taught))
+        ladder = distil(model, 4 * taught, plan, steps=4 * len(taught), rate=5e-4)
     tokens = held.view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), {"plain": plain, "distilled": ladder}) as model:
         full, rungs = log_probabilities(model, tokens), plan(tokens).numpy()

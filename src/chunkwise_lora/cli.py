@@ -275,6 +275,9 @@ def calibrate(
     distillations: Annotated[
         int | None, typer.Option(help=CalibrationConfig.model_fields["distillations"].description)
     ] = None,
+    distillation_rate: Annotated[
+        float | None, typer.Option(help=CalibrationConfig.model_fields["distillation_rate"].description)
+    ] = None,
     held_text: Annotated[
         str | None,
         typer.Option(
@@ -301,7 +304,14 @@ def calibrate(
         mean_rank=_share(mean_rank),
         keep_directions=keep_directions,
         seed=seed,
-        **_given(tokens=tokens, written=written, refinements=refinements, rounds=rounds, distillations=distillations),
+        **_given(
+            tokens=tokens,
+            written=written,
+            refinements=refinements,
+            rounds=rounds,
+            distillations=distillations,
+            distillation_rate=distillation_rate,
+        ),
     )
     if written and task != "wikitext":
         raise ChunkWiseError(

@@ -242,6 +242,9 @@ class CalibrationConfig(Knobs):
     distillations: int = Field(
         0, ge=0, description="Steps in which directions learn, at the rungs of the plan, what full rank says."
     )
+    distillation_rate: float = Field(
+        5e-4, gt=0, le=1, description="Learning rate of distilling; short answers learn well at 1e-3."
+    )
     explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
     held_share: float = Field(
         0.1,

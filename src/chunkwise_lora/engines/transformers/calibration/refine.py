@@ -22,7 +22,6 @@ SHIFT = 1
 SOFTNESS = 0.5
 """Width, in the log of a direction's worth, over which a threshold's gradient is felt."""
 BASIS_RATE, WORTH_RATE = 4e-3, 5e-3
-DISTILLATION_RATE = 5e-4
 
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
@@ -136,6 +135,7 @@ def distil(
     draw: Draw,
     *,
     steps: int,
+    rate: float,
     adapter: str = DEFAULT,
     seed: int = 0,
 ) -> RankLadder:
@@ -148,6 +148,7 @@ def distil(
         batches: One per step.
         draw: The rungs to learn for.
         steps: Number of batches, for the schedule.
+        rate: Learning rate, at its highest.
         adapter: The ladder's name.
         seed: Of what is drawn.
     """
@@ -156,7 +157,7 @@ def distil(
     tables = {name: module.gate_table() for name, module in ladder.modules.items()}
     factors = {name: module.balanced() for name, module in ladder.modules.items()}
     parameters = [one.requires_grad_() for pair in factors.values() for one in pair]
-    optimizer = torch.optim.AdamW(parameters, lr=DISTILLATION_RATE)
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
     rungs: list[Tensor] = []
 
     def moved(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
