@@ -76,6 +76,7 @@ IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
         "rounds": (-1, 0.5, "none", None),
         "keep_directions": (2, "perhaps", None),
         "distillations": (-1, 0.5, NAN, "many"),
+        "distillation_rate": (0, -1e-3, 1.5, NAN, "fast"),
         "explorations": NOT_A_COUNT,
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
         "int8": (2, "perhaps", None),
