@@ -14,13 +14,11 @@ lower rank. With ``--teacher``, once or several times, all this learns from the 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +45,7 @@ from base import Blocks
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
 from chunkwise_lora.engines.transformers.calibration.costs import Text
 from chunkwise_lora.engines.transformers.calibration.written import written
-from chunkwise_lora.evaluation.data import e2e_prompt, encode, squad_rows
+from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
 from chunkwise_lora.training import GrowRank, NestedRank
 
 BASE_NAME = "chunkwise_lora/embedded/base"
@@ -381,24 +379,20 @@ def e2e(
     """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 
-    def read(file: Path, count: int | None = None) -> list[dict[str, str]]:
-        with file.open(newline="") as lines:
-            return list(islice(csv.DictReader(lines), count))
-
-    rows = read(data)
-    meanings = list(dict.fromkeys(row["mr"] for row in rows))
+    rows = e2e_rows(str(data))
+    meanings = list(dict.fromkeys(meaning for meaning, _ in rows))
     unseen = set(meanings[int(len(meanings) * (1 - HELD_OUT)) :])
 
-    def examples(rows: list[dict[str, str]]) -> Answers:
-        return Answers(tokenizer, [(e2e_prompt(row["mr"]), row["ref"]) for row in rows])
+    def examples(rows: list[tuple[str, str]]) -> Answers:
+        return Answers(tokenizer, [(e2e_prompt(meaning), reference) for meaning, reference in rows])
 
     make(
         changed(E2E, rank, steps, False, ladder, teacher, grow, init),
         base,
         out,
-        examples=examples([row for row in rows if row["mr"] not in unseen]),
-        held_out=examples([row for row in rows if row["mr"] in unseen]),
-        test=examples(read(test, TEST_ROWS)) if test else None,
+        examples=examples([row for row in rows if row[0] not in unseen]),
+        held_out=examples([row for row in rows if row[0] in unseen]),
+        test=examples(e2e_rows(str(test))[:TEST_ROWS]) if test else None,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from chunkwise_lora.errors import ChunkWiseError
-from chunkwise_lora.evaluation.data import e2e_meanings
+from chunkwise_lora.evaluation.data import e2e_rows
 from chunkwise_lora.files import write_atomically
 
 SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
@@ -65,7 +65,7 @@ def main(
 ) -> None:
     """Recombine E2E meanings into prompts without answers."""
     try:
-        meanings = e2e_meanings(str(data))
+        meanings = list(dict.fromkeys(meaning for meaning, _ in e2e_rows(str(data))))
         new = recombined(meanings, count, seed) if meanings else []
         content = io.StringIO()
         csv.writer(content).writerows([["mr"], *([meaning] for meaning in meanings + new)])

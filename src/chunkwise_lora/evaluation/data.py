@@ -143,7 +143,7 @@ def e2e(source: str) -> list[Example]:
     ref may be empty, or not be there, where none is known.
     """
     if Path(source).is_file():
-        pairs = _columns(source, "mr", "ref")
+        pairs = e2e_rows(source)
     else:
         pairs = [(row["meaning_representation"], row["human_reference"]) for row in _from_hub(source, "test")]
     references: dict[str, list[str]] = {}
@@ -152,26 +152,25 @@ def e2e(source: str) -> list[Example]:
     return [Example(e2e_prompt(meaning), _told(found)) for meaning, found in references.items()]
 
 
-def e2e_meanings(source: str) -> list[str]:
-    """The distinct values of the column mr of comma-separated values."""
-    return list(dict.fromkeys(meaning for meaning, _ in _columns(source, "mr", "ref")))
+def e2e_rows(source: str) -> list[tuple[str, str]]:
+    """The columns mr and ref of a file of comma-separated values; ref may be empty, or not be there.
 
-
-def _columns(source: str, first: str, second: str) -> list[tuple[str, str]]:
-    """Two columns of comma-separated values, of which the second may be empty or not be there."""
+    Raises:
+        ChunkWiseError: The file is none of these, or a meaning is empty.
+    """
     reader = csv.DictReader(io.StringIO(read_text(Path(source), ChunkWiseError)), strict=True)
     pairs = []
     try:
         names = list(reader.fieldnames or ())
-        if sorted(names) != [first] and not (names.count(first) == names.count(second) == 1):
-            raise ChunkWiseError(f"{source}: needs the columns {first} and {second}, or {first} alone")
+        if names != ["mr"] and not (names.count("mr") == names.count("ref") == 1):
+            raise ChunkWiseError(f"{source}: needs the columns mr and ref, or mr alone")
         for row in reader:
             where = f"{source}, line {reader.line_num}"
             if None in row:
                 raise ChunkWiseError(f"{where}: has more values than columns; put those with commas in quotes")
-            if not (row[first] or "").strip():
-                raise ChunkWiseError(f"{where}: {first} is empty")
-            pairs.append((row[first], row.get(second) or ""))
+            if not (row["mr"] or "").strip():
+                raise ChunkWiseError(f"{where}: mr is empty")
+            pairs.append((row["mr"], row.get("ref") or ""))
     except csv.Error as error:
         raise ChunkWiseError(
             f"{source}: is not comma-separated values after line {reader.line_num} ({error})"

@@ -177,8 +177,8 @@ def calibrate(
         draw, batches = draw_for(policies), _batches(lessons, knobs.distillations, DISTILLATION_TOKENS, knobs.seed)
         with ChunkWiseModel(model, policies.ladder) as chunkwise:
             steps = track(batches, description="distilling")
-            options: dict[str, Any] = {"steps": knobs.distillations, "rate": knobs.distillation_rate}
-            ladder = distil(chunkwise, steps, draw, seed=knobs.seed, **options)
+            count, rate = knobs.distillations, knobs.distillation_rate
+            ladder = distil(chunkwise, steps, draw, steps=count, rate=rate, seed=knobs.seed)
         policies = policies_of(ladder)
     policy = policies.at(share_for(policies))
     with attached(policies.ladder) as chunkwise:
