@@ -20,6 +20,7 @@ from peft import PeftModel
 from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import answers
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
 from chunkwise_lora.config import CalibrationConfig
 from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
@@ -183,6 +184,23 @@ def test_a_tokenizer_that_knows_no_end_is_refused(respondent: Any) -> None:
     endless.eos_token = None
     with pytest.raises(ChunkWiseError, match="eos_token"):
         own_answers(*answer.args[:2], endless, UNKNOWN)
+
+
+@pytest.mark.parametrize("name", ["e2e", "e2e-nested"])
+def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "answers.csv"
+    file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
+    answers.main(file, adapter=name, out=file)
+    folder = Path(embedded.find(name))
+    planned = ChunkWiseConfig.from_pretrained(folder) if name == "e2e-nested" else ChunkWiseConfig.preset("lossless")
+    tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
+    rows = data.e2e_rows(str(file))
+    assert [meaning for meaning, _ in rows] == ["name[Zizzi], area[riverside]", "name[Aldhaven]"], "in the given order"
+    with ChunkWiseModel.from_pretrained(embedded.BASE, folder, planned, dtype=torch.float32) as model:
+        for meaning, answer in rows:
+            prompt = tokenizer(data.e2e_prompt(meaning), return_tensors="pt")
+            ids = model.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
+            assert answer == tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def test_recombined_meanings_are_new_and_of_known_values() -> None:

@@ -148,14 +148,15 @@ def own_answers(
     ladder: RankLadder,
     tokenizer: Any,
     examples: Sequence[Example],
+    config: ChunkWiseConfig | None = None,
     *,
     new_tokens: int = NEW_TOKENS,
     batch: int = 64,
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda work: work,
 ) -> list[Example]:
-    """The examples with the first line of what the adapter answers at full rank, greedily, as their references.
+    """The examples with the first line of what the adapter answers, greedily, as their references.
 
-    Those without one that ends within `new_tokens` are left out.
+    At full rank, unless `config` plans it. Those without one that ends within `new_tokens` are left out.
 
     Raises:
         ChunkWiseError: The tokenizer has no end of the sequence.
@@ -163,13 +164,12 @@ def own_answers(
     _can_end(tokenizer)
     found = []
     alike = sorted(examples, key=lambda one: len(one.prompt))
-    lossless = ChunkWiseConfig.preset("lossless")
-    with ChunkWiseModel(base, ladder) as model:
+    with ChunkWiseModel(base, ladder, config or ChunkWiseConfig.preset("lossless")) as model:
         for part in track(_parts(alike, batch)):
             options: dict[str, Any] = _inputs(part, tokenizer)
             prompts, eos = options["input_ids"], tokenizer.eos_token_id
             options |= {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
-            new = model.generate(**options, do_sample=False, chunkwise_config=lossless)[:, prompts.shape[1] :]
+            new = model.generate(**options, do_sample=False)[:, prompts.shape[1] :]
             answers = zip(part, _texts(new, tokenizer), (new == eos).any(1), strict=True)
             found += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
     return found
