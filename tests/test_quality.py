@@ -190,7 +190,7 @@ def test_a_tokenizer_that_knows_no_end_is_refused(respondent: Any) -> None:
 def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: str, tmp_path: Path) -> None:
     file = tmp_path / "answers.csv"
     file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
-    answers.main(file, adapter=name, out=file)
+    answers.main(file, adapter=[name], out=file)
     folder = Path(embedded.find(name))
     planned = ChunkWiseConfig.from_pretrained(folder) if name == "e2e-nested" else ChunkWiseConfig.preset("lossless")
     tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
@@ -201,6 +201,22 @@ def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: 
             prompt = tokenizer(data.e2e_prompt(meaning), return_tensors="pt")
             ids = model.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
             assert answer == tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_several_adapters_answer_what_the_mean_of_them_says(respondent: Any) -> None:
+    answer, tokenizer = respondent
+    base = answer.args[0]
+    names = ("e2e", "e2e-nested")
+    peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(embedded.ADAPTERS[name])) for name in names]
+    ladders = {name: RankLadder.from_peft(embedded.ADAPTERS[name]) for name in names}
+    for one in own_answers(base, ladders, tokenizer, UNKNOWN, batch=2):
+        ids = tokenizer(one.prompt, return_tensors="pt").input_ids
+        begin = ids.shape[1]
+        while ids[0, -1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                said = torch.stack([model(ids).logits[:, -1].softmax(-1) for model in peft])
+            ids = torch.cat([ids, said.mean(0).argmax(-1, keepdim=True)], 1)
+        assert one.references == (tokenizer.decode(ids[0, begin:-1]).strip(),)
 
 
 def test_recombined_meanings_are_new_and_of_known_values() -> None:

@@ -1,10 +1,10 @@
-"""Let an adapter answer E2E prompts, for others to be trained on: sequence-level distillation.
+"""Let adapters answer E2E prompts, for others to be trained on: sequence-level distillation.
 
-    python training/answers.py prompts.csv --adapter e2e --out answers.csv
+    python training/answers.py prompts.csv --adapter e2e --adapter runs/e2e-r8 --out answers.csv
 
-An embedded adapter, a PEFT folder or a ladder answers greedily at full rank, a calibrated folder as its policy plans
-(Kim & Rush, 2016, arXiv 1606.07947). What does not end in time is left out. `adapters.py e2e answers.csv` reads the
-result, and `meanings.py` makes prompts.
+Adapters answer greedily (Kim & Rush, 2016, arXiv 1606.07947): one at full rank, or as its policy plans where there is
+one beside it, several the mean of what they say at full rank. What does not end in time is left out. `meanings.py`
+makes prompts, and `adapters.py e2e answers.csv` learns the answers.
 """
 
 from __future__ import annotations
@@ -31,21 +31,24 @@ from chunkwise_lora.files import write_atomically
 
 def main(
     data: Annotated[Path, typer.Argument(help="Comma-separated values with a column mr.")],
-    adapter: Annotated[str, typer.Option(help="Embedded adapter, or folder of an adapter or a calibrated ladder.")],
+    adapter: Annotated[
+        list[str], typer.Option(help="Embedded adapter, or folder of an adapter or a ladder. Repeat for more.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write: comma-separated values with columns mr and ref.")],
     base: Annotated[Path, typer.Option(help="Folder of the base model.")] = embedded.BASE,
 ) -> None:
-    """Let an adapter answer E2E prompts."""
+    """Let adapters answer E2E prompts."""
     try:
         meanings = {e2e_prompt(meaning): meaning for meaning, _ in e2e_rows(str(data))}
-        found = Path(embedded.find(adapter))
-        planned = (found / CONFIG_NAME).exists()
+        folders = {name: Path(embedded.find(name)) for name in adapter}
+        first, *others = folders.values()
+        planned = not others and (first / CONFIG_NAME).exists()
         answered = own_answers(
             load_base(base, dtype=torch.float32),
-            RankLadder.load(found),
+            {name: RankLadder.load(folder) for name, folder in folders.items()},
             AutoTokenizer.from_pretrained(base),
             [Example(prompt, ()) for prompt in meanings],
-            ChunkWiseConfig.from_pretrained(found) if planned else None,
+            ChunkWiseConfig.from_pretrained(first) if planned else None,
             track=partial(track, description="answering prompts"),
         )
         answers = {one.prompt: one.references[0] for one in answered}

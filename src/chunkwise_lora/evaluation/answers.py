@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.engines.transformers.calibration.costs import divergence
@@ -143,9 +143,21 @@ def evaluate_answers(
     return [_result(one, tallies[one.name], scores[one.name], scores[FULL]) for one in contenders]
 
 
+class _Mean(LogitsProcessor):
+    """Has the rows of every one of several adapters say the mean of what all say, so that they go on alike."""
+
+    def __init__(self, adapters: int) -> None:
+        self.adapters = adapters
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(adapters * sequences, vocabulary), one adapter after the other."""
+        log_p = scores.log_softmax(-1).unflatten(0, (self.adapters, -1))
+        return log_p.logsumexp(0).repeat(self.adapters, 1)
+
+
 def own_answers(
     base: PreTrainedModel,
-    ladder: RankLadder,
+    ladder: RankLadder | Mapping[str, RankLadder],
     tokenizer: Any,
     examples: Sequence[Example],
     config: ChunkWiseConfig | None = None,
@@ -156,7 +168,8 @@ def own_answers(
 ) -> list[Example]:
     """The examples with the first line of what the adapter answers, greedily, as their references.
 
-    At full rank, unless `config` plans it. Those without one that ends within `new_tokens` are left out.
+    At full rank, unless `config` plans it; of several ladders, what the mean of them says. Those without an answer that
+    ends within `new_tokens` are left out.
 
     Raises:
         ChunkWiseError: The tokenizer has no end of the sequence.
@@ -164,12 +177,16 @@ def own_answers(
     _can_end(tokenizer)
     found = []
     alike = sorted(examples, key=lambda one: len(one.prompt))
+    eos = tokenizer.eos_token_id
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
     with ChunkWiseModel(base, ladder, config or ChunkWiseConfig.preset("lossless")) as model:
+        names = list(model.ladders)
+        options["logits_processor"] = [_Mean(len(names))]
         for part in track(_parts(alike, batch)):
-            options: dict[str, Any] = _inputs(part, tokenizer)
-            prompts, eos = options["input_ids"], tokenizer.eos_token_id
-            options |= {"max_new_tokens": new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": eos}
-            new = model.generate(**options, do_sample=False)[:, prompts.shape[1] :]
+            inputs = {name: given.repeat(len(names), 1) for name, given in _inputs(part, tokenizer).items()}
+            options |= {**inputs, "adapter_names": [name for name in names for _ in part]}
+            new = model.generate(**options)[: len(part), inputs["input_ids"].shape[1] :]
             answers = zip(part, _texts(new, tokenizer), (new == eos).any(1), strict=True)
             found += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
     return found
