@@ -231,6 +231,14 @@ def test_recombined_meanings_are_new_and_of_known_values() -> None:
         recombined(["hello world"], 1)
 
 
+def test_recombined_meanings_can_have_names_of_another_text() -> None:
+    known = ["name[A], area[north]", "name[B, C], area[south], food[D]"]
+    slots = [slot for meaning in recombined(known, 100, names=["Karsund"]) for slot in slots_of(meaning)]
+    assert {value for name, value in slots if name == "name"} == {"A", "B, C", "Karsund"}
+    assert {value for name, value in slots if name == "food"} == {"D", "Karsund"}
+    assert {value for name, value in slots if name == "area"} == {"north", "south"}, "which are not names"
+
+
 # Metrics
 
 

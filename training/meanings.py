@@ -1,9 +1,10 @@
 """Recombine E2E meanings into prompts without answers, which an adapter can answer itself.
 
-    python training/meanings.py devset.csv --out prompts.csv --count 6000
+    python training/meanings.py devset.csv --out prompts.csv --count 6000 [--names valid.txt]
 
 Each has the slots of one meaning of the data, and in every slot a value that some meaning has there, as often as the
-data has it. The data's own meanings come first.
+data has it. With `--names`, every other value that is some kind of name is instead one from that text, so that an
+adapter is asked about what it does not know. The data's own meanings come first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import random
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +22,12 @@ import typer
 
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import e2e_rows
-from chunkwise_lora.files import write_atomically
+from chunkwise_lora.files import read_text, write_atomically
 
 SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
+NAMES = re.compile(r"[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?")
+NAMED = ("name", "eatType", "food", "near")
+"""Slots of which there are more values than the data has."""
 TRIES = 10_000
 """Draws in a row without anything new after which there is taken to be no more."""
 
@@ -39,18 +44,22 @@ def in_words(slots: list[tuple[str, str]]) -> str:
     return ", ".join(f"{name}[{value}]" for name, value in slots)
 
 
-def recombined(meanings: list[str], count: int, seed: int = 0) -> list[str]:
-    """`count` meanings, or as many as there are, that are none of `meanings`."""
+def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[str] = ()) -> list[str]:
+    """`count` meanings, or as many as there are, that are none of `meanings`; some with values from `names`."""
     patterns = [slots_of(meaning) for meaning in meanings]
     values: dict[str, list[str]] = {}
     for slots in patterns:
         for name, value in slots:
             values.setdefault(name, []).append(value)
     draw = random.Random(seed)
+
+    def value(slot: str) -> str:
+        return draw.choice(names if names and slot in NAMED and draw.random() < 0.5 else values[slot])
+
     known, found = set(meanings), dict[str, None]()
     tries = 0
     while len(found) < count and tries < TRIES:
-        meaning = in_words([(name, draw.choice(values[name])) for name, _ in draw.choice(patterns)])
+        meaning = in_words([(slot, value(slot)) for slot, _ in draw.choice(patterns)])
         tries += 1
         if meaning not in known and meaning not in found:
             found[meaning], tries = None, 0
@@ -62,11 +71,15 @@ def main(
     out: Annotated[Path, typer.Option(help="File to write: comma-separated values with the column mr alone.")],
     count: Annotated[int, typer.Option(min=1, help="New meanings.")] = 6000,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    names: Annotated[Path | None, typer.Option(help="Text of which to take names: capitalised words.")] = None,
 ) -> None:
     """Recombine E2E meanings into prompts without answers."""
     try:
         meanings = list(dict.fromkeys(meaning for meaning, _ in e2e_rows(str(data))))
-        new = recombined(meanings, count, seed) if meanings else []
+        found = NAMES.findall(read_text(names, ChunkWiseError)) if names else []
+        if names and not found:
+            raise ChunkWiseError(f"{names}: holds no capitalised words to take as names")
+        new = recombined(meanings, count, seed, found) if meanings else []
         content = io.StringIO()
         csv.writer(content).writerows([["mr"], *([meaning] for meaning in meanings + new)])
         write_atomically(out, content.getvalue().encode())
