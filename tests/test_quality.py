@@ -203,6 +203,14 @@ def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: 
             assert answer == tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_no_answers_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "answers.csv"
+    file.write_text("mr\n")
+    with pytest.raises(SystemExit, match="none of 0 prompts"):
+        answers.main(file, adapter=["e2e"], out=file)
+    assert file.read_text() == "mr\n"
+
+
 def test_several_adapters_answer_what_the_mean_of_them_says(respondent: Any) -> None:
     answer, tokenizer = respondent
     base = answer.args[0]

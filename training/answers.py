@@ -25,7 +25,7 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, embedded
 from chunkwise_lora.config import CONFIG_NAME
 from chunkwise_lora.engines.transformers.model import load_base
 from chunkwise_lora.evaluation.answers import own_answers
-from chunkwise_lora.evaluation.data import Example, e2e_prompt, e2e_rows
+from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
 from chunkwise_lora.files import write_atomically
 
 
@@ -52,6 +52,8 @@ def main(
             track=partial(track, description="answering prompts"),
         )
         answers = {one.prompt: one.references[0] for one in answered}
+        if not answers:
+            raise ChunkWiseError(f"{data}: none of {len(meanings)} prompts was answered in {NEW_TOKENS} tokens")
         content = io.StringIO()
         rows = [[meaning, answers[prompt]] for prompt, meaning in meanings.items() if prompt in answers]
         csv.writer(content).writerows([["mr", "ref"], *rows])
