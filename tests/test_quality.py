@@ -217,10 +217,12 @@ def test_several_adapters_answer_what_the_mean_of_them_says(respondent: Any) -> 
     names = ("e2e", "e2e-nested")
     peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(embedded.ADAPTERS[name])) for name in names]
     ladders = {name: RankLadder.from_peft(embedded.ADAPTERS[name]) for name in names}
-    for one in own_answers(base, ladders, tokenizer, UNKNOWN, batch=2):
+    found = own_answers(base, ladders, tokenizer, UNKNOWN, batch=2)
+    assert len(found) == len(UNKNOWN)
+    for one in found:
         ids = tokenizer(one.prompt, return_tensors="pt").input_ids
         begin = ids.shape[1]
-        while ids[0, -1] != tokenizer.eos_token_id:
+        while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < begin + data.NEW_TOKENS:
             with torch.no_grad():
                 said = torch.stack([model(ids).logits[:, -1].softmax(-1) for model in peft])
             ids = torch.cat([ids, said.mean(0).argmax(-1, keepdim=True)], 1)

@@ -39,6 +39,8 @@ def main(
 ) -> None:
     """Let adapters answer E2E prompts."""
     try:
+        if len(set(adapter)) < len(adapter):
+            raise ChunkWiseError("--adapter names the same adapter twice")
         meanings = {e2e_prompt(meaning): meaning for meaning, _ in e2e_rows(str(data))}
         folders = {name: Path(embedded.find(name)) for name in adapter}
         first, *others = folders.values()

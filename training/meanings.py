@@ -3,7 +3,7 @@
     python training/meanings.py devset.csv --out prompts.csv --count 6000 [--names valid.txt]
 
 Each has the slots of one meaning of the data, and in every slot a value that some meaning has there, as often as the
-data has it. With `--names`, every other value that is some kind of name is instead one from that text, so that an
+data has it. With `--names`, about half of the names, kinds and foods are capitalised words of that text, so that an
 adapter is asked about what it does not know. The data's own meanings come first.
 """
 
@@ -27,7 +27,8 @@ from chunkwise_lora.files import read_text, write_atomically
 SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
 NAMES = re.compile(r"[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?")
 NAMED = ("name", "eatType", "food", "near")
-"""Slots of which there are more values than the data has."""
+"""Slots that have more values in use than in the data."""
+NAMED_SHARE = 0.5
 TRIES = 10_000
 """Draws in a row without anything new after which there is taken to be no more."""
 
@@ -53,13 +54,13 @@ def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[s
             values.setdefault(name, []).append(value)
     draw = random.Random(seed)
 
-    def value(slot: str) -> str:
-        return draw.choice(names if names and slot in NAMED and draw.random() < 0.5 else values[slot])
+    def drawn(slot: str) -> str:
+        return draw.choice(names if names and slot in NAMED and draw.random() < NAMED_SHARE else values[slot])
 
     known, found = set(meanings), dict[str, None]()
     tries = 0
     while len(found) < count and tries < TRIES:
-        meaning = in_words([(slot, value(slot)) for slot, _ in draw.choice(patterns)])
+        meaning = in_words([(slot, drawn(slot)) for slot, _ in draw.choice(patterns)])
         tries += 1
         if meaning not in known and meaning not in found:
             found[meaning], tries = None, 0

@@ -150,7 +150,7 @@ class _Mean(LogitsProcessor):
         self.adapters = adapters
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(adapters * sequences, vocabulary), one adapter after the other."""
+        """(adapters * sequences, vocabulary), one adapter after the other; up to a constant."""
         log_p = scores.log_softmax(-1).unflatten(0, (self.adapters, -1))
         return log_p.logsumexp(0).repeat(self.adapters, 1)
 
@@ -169,7 +169,7 @@ def own_answers(
     """The examples with the first line of what the adapter answers, greedily, as their references.
 
     At full rank, unless `config` plans it; of several ladders, what the mean of them says. Those without an answer that
-    ends within `new_tokens` are left out.
+    ends within `new_tokens` are left out; the others come in the order of their prompts' lengths.
 
     Raises:
         ChunkWiseError: The tokenizer has no end of the sequence.
@@ -184,9 +184,10 @@ def own_answers(
         names = list(model.ladders)
         options["logits_processor"] = [_Mean(len(names))]
         for part in track(_parts(alike, batch)):
-            inputs = {name: given.repeat(len(names), 1) for name, given in _inputs(part, tokenizer).items()}
-            options |= {**inputs, "adapter_names": [name for name in names for _ in part]}
-            new = model.generate(**options)[: len(part), inputs["input_ids"].shape[1] :]
+            inputs: dict[str, Any] = {name: ids.repeat(len(names), 1) for name, ids in _inputs(part, tokenizer).items()}
+            adapters = [name for name in names for _ in part]
+            done = model.generate(**inputs, **options, adapter_names=adapters)
+            new = done[: len(part), inputs["input_ids"].shape[1] :]
             answers = zip(part, _texts(new, tokenizer), (new == eos).any(1), strict=True)
             found += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
     return found
