@@ -9,8 +9,6 @@ makes prompts, and `adapters.py e2e answers.csv` learns the answers.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from chunkwise_lora.config import CONFIG_NAME
 from chunkwise_lora.engines.transformers.model import load_base
 from chunkwise_lora.evaluation.answers import own_answers
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
-from chunkwise_lora.files import write_atomically
+from meanings import write_rows
 
 
 def main(
@@ -56,10 +54,8 @@ def main(
         answers = {one.prompt: one.references[0] for one in answered}
         if not answers:
             raise ChunkWiseError(f"{data}: none of {len(meanings)} prompts was answered in {NEW_TOKENS} tokens")
-        content = io.StringIO()
         rows = [[meaning, answers[prompt]] for prompt, meaning in meanings.items() if prompt in answers]
-        csv.writer(content).writerows([["mr", "ref"], *rows])
-        write_atomically(out, content.getvalue().encode())
+        write_rows(out, [["mr", "ref"], *rows])
     except ChunkWiseError as error:
         sys.exit(f"error: {error}")
     print(f"{len(answers)} of {len(meanings)} prompts answered in {out}")

@@ -67,6 +67,13 @@ def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[s
     return list(found)
 
 
+def write_rows(file: Path, rows: list[list[str]]) -> None:
+    """As comma-separated values, all or nothing."""
+    content = io.StringIO()
+    csv.writer(content).writerows(rows)
+    write_atomically(file, content.getvalue().encode())
+
+
 def main(
     data: Annotated[Path, typer.Argument(help="Comma-separated values with a column mr.")],
     out: Annotated[Path, typer.Option(help="File to write: comma-separated values with the column mr alone.")],
@@ -81,9 +88,7 @@ def main(
         if names and not found:
             raise ChunkWiseError(f"{names}: holds no capitalised words to take as names")
         new = recombined(meanings, count, seed, found) if meanings else []
-        content = io.StringIO()
-        csv.writer(content).writerows([["mr"], *([meaning] for meaning in meanings + new)])
-        write_atomically(out, content.getvalue().encode())
+        write_rows(out, [["mr"], *([meaning] for meaning in meanings + new)])
     except ChunkWiseError as error:
         sys.exit(f"error: {error}")
     print(f"{len(meanings)} meanings and {len(new)} new ones written to {out}")
