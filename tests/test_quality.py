@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer import BadParameter
 
+import adapters
 import answers
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
 from chunkwise_lora.config import CalibrationConfig
@@ -209,6 +211,13 @@ def test_no_answers_leave_the_file_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="none of 0 prompts"):
         answers.main(file, adapter=["e2e"], out=file)
     assert file.read_text() == "mr\n"
+
+
+def test_prompts_without_answers_teach_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
+    with pytest.raises(BadParameter, match="1 of 2 rows have no ref"):
+        adapters.e2e(file, base=embedded.BASE, out=tmp_path / "out")
 
 
 def test_several_adapters_answer_what_the_mean_of_them_says(respondent: Any) -> None:

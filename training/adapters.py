@@ -380,6 +380,8 @@ def e2e(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 
     rows = e2e_rows(str(data))
+    if unanswered := sum(not reference.strip() for _, reference in rows):
+        raise typer.BadParameter(f"{data}: {unanswered} of {len(rows)} rows have no ref to learn; see answers.py")
     meanings = list(dict.fromkeys(meaning for meaning, _ in rows))
     unseen = set(meanings[int(len(meanings) * (1 - HELD_OUT)) :])
 
