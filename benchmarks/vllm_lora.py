@@ -96,8 +96,8 @@ Contestants = dict[str, tuple[Engine, Path | None, str | None]]
 
 def contestants(folder: Path, options: argparse.Namespace) -> tuple[Contestants, list[Path]]:
     """Who competes, and all adapters."""
+    from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter
     from chunkwise_lora.engines.vllm import plugin
-    from chunkwise_lora.evaluation.shapes import SHAPES, random_adapter
 
     config = SHAPES[options.shape]
     config.max_position_embeddings, config.architectures = 1024, ["LlamaForCausalLM"]

@@ -16,9 +16,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler, Trace
-from chunkwise_lora.config import ChunkingConfig, CompositionConfig, KVCacheConfig, LevelKVPolicy, SelectionConfig
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache, ChunkWiseLayer, Int8Pool, quantise
-from chunkwise_lora.kv_policy import KVDecision
+from chunkwise_lora.method.config import (
+    ChunkingConfig,
+    CompositionConfig,
+    KVCacheConfig,
+    LevelKVPolicy,
+    SelectionConfig,
+)
+from chunkwise_lora.method.kv_policy import KVDecision
 from models import FAST, PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
 
 INT8 = LevelKVPolicy(precision="int8")

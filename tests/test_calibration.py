@@ -16,17 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
-from chunkwise_lora.calibration import CostModel, Observations, choose_rungs, fit_costs
-from chunkwise_lora.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
-from chunkwise_lora.config import (
-    CalibrationConfig,
-    ChunkingConfig,
-    ComplexityConfig,
-    CompositionConfig,
-    SelectionConfig,
-)
-from chunkwise_lora.engines.transformers.calibration import calibrate as module_under_test
-from chunkwise_lora.engines.transformers.calibration.calibrate import (
+from chunkwise_lora.calibration.calibrate import (
     LEAST_BLOCKS,
     LENGTHS,
     SCALES,
@@ -34,18 +24,28 @@ from chunkwise_lora.engines.transformers.calibration.calibrate import (
     Calibration,
     calibrate,
 )
-from chunkwise_lora.engines.transformers.calibration.costs import (
+from chunkwise_lora.calibration.cost_model import CostModel, Observations, choose_rungs, fit_costs
+from chunkwise_lora.calibration.cost_model import calibrate as module_under_test
+from chunkwise_lora.calibration.costs import (
     Text,
     divergence,
     log_probabilities,
     log_probabilities_planned,
     losses,
 )
-from chunkwise_lora.engines.transformers.calibration.fisher import sensitivities
-from chunkwise_lora.engines.transformers.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
-from chunkwise_lora.engines.transformers.calibration.written import BEGINNING, written
+from chunkwise_lora.calibration.fisher import sensitivities
+from chunkwise_lora.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
+from chunkwise_lora.calibration.self_generated import BEGINNING, written
 from chunkwise_lora.ladder import _learned
-from chunkwise_lora.scheduler import RuntimeScheduler
+from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
+from chunkwise_lora.method.config import (
+    CalibrationConfig,
+    ChunkingConfig,
+    ComplexityConfig,
+    CompositionConfig,
+    SelectionConfig,
+)
+from chunkwise_lora.method.scheduler import RuntimeScheduler
 from models import VOCABULARY, adapter, build
 
 BLOCK = 24

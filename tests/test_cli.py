@@ -145,7 +145,7 @@ def test_bench_takes_lists_and_writes_numbers_and_a_picture(run: Any, tmp_path: 
 
 
 def test_bench_times_random_weights_and_an_adapter_per_sequence(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    from chunkwise_lora.evaluation import shapes
+    from chunkwise_lora.benchmark import shapes
     from models import build
 
     monkeypatch.setitem(shapes.SHAPES, "135M", build("llama").config)

@@ -1,4 +1,4 @@
-"""Knobs: every one refuses what it cannot be, by name, and survives the way through JSON."""
+"""Settings: every one refuses what it cannot be, by name, and survives the way through JSON."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ConfigError
-from chunkwise_lora.config import (
+from chunkwise_lora.engines.vllm.settings import Choice
+from chunkwise_lora.method.config import (
     CONFIG_NAME,
     PRESETS,
     CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
-    Knobs,
     KVCacheConfig,
     LevelKVPolicy,
     SelectionConfig,
+    StrictConfig,
 )
-from chunkwise_lora.engines.vllm.settings import Choice
 
 NAN, INFINITY = float("nan"), float("inf")
 NOT_A_WEIGHT = (-0.1, 1e7, NAN, INFINITY, "high", None)
 NOT_A_SHARE = (-0.1, 1.1, NAN, INFINITY, "half", None)
 NOT_A_COUNT = (0, -1, 2.5, NAN, "many", None)
 
-IMPOSSIBLE: dict[type[Knobs], dict[str, tuple[Any, ...]]] = {
+IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
     ComplexityConfig: {
         "entropy": NOT_A_WEIGHT,
         "novelty": NOT_A_WEIGHT,
@@ -94,7 +94,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "knob", "value"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
-def test_an_impossible_value_is_refused_by_name(kind: type[Knobs], knob: str, value: Any) -> None:
+def test_an_impossible_value_is_refused_by_name(kind: type[StrictConfig], knob: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{kind.__name__}: .*{knob}"):
         kind(**{knob: value})
 
@@ -120,17 +120,17 @@ def test_an_impossible_value_deep_inside_is_refused_by_the_name_of_its_knob(
 
 
 def test_every_knob_has_impossible_values_listed_here() -> None:
-    assert set(IMPOSSIBLE) == set(Knobs.__subclasses__()) - {ChunkWiseConfig}
+    assert set(IMPOSSIBLE) == set(StrictConfig.__subclasses__()) - {ChunkWiseConfig}
     assert {kind: set(kind.model_fields) for kind in IMPOSSIBLE} == {k: set(v) for k, v in IMPOSSIBLE.items()}
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-def test_every_knob_is_documented(kind: type[Knobs]) -> None:
+def test_every_knob_is_documented(kind: type[StrictConfig]) -> None:
     assert all(field.description for field in kind.model_fields.values())
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-def test_an_unknown_knob_is_refused_by_name(kind: type[Knobs]) -> None:
+def test_an_unknown_knob_is_refused_by_name(kind: type[StrictConfig]) -> None:
     with pytest.raises(ConfigError, match=r"no_such_knob"):
         kind(no_such_knob=1)
 

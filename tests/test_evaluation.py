@@ -12,17 +12,17 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
-from chunkwise_lora.engines.transformers.calibration.costs import (
+from chunkwise_lora.benchmark.measure import BASE, STATIC, UNMERGED, Contestant, Run, contestants, measure, score
+from chunkwise_lora.benchmark.memory import PeakMemory
+from chunkwise_lora.benchmark.plots import plot_bench
+from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
+from chunkwise_lora.calibration.costs import (
     log_probabilities,
     log_probabilities_planned,
     losses,
 )
-from chunkwise_lora.evaluation.bench import BASE, STATIC, UNMERGED, Contestant, Run, contestants, measure, score
-from chunkwise_lora.evaluation.memory import PeakMemory
-from chunkwise_lora.evaluation.plots import plot_bench
-from chunkwise_lora.evaluation.shapes import SHAPES, random_adapter, random_model
+from chunkwise_lora.method.trace import SequenceTrace
 from chunkwise_lora.rendering import bench_table, coloured_tokens, sparkline
-from chunkwise_lora.trace import SequenceTrace
 from models import VOCABULARY, adapter, build, peft_model
 
 LOSSLESS = {"lossless": ChunkWiseConfig.preset("lossless")}

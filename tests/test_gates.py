@@ -15,12 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
-from chunkwise_lora.config import ChunkingConfig, CompositionConfig, KVCacheConfig, LevelKVPolicy, SelectionConfig
-from chunkwise_lora.engines import gating
-from chunkwise_lora.engines.gating import Factors, parts_of
+from chunkwise_lora.backends import segments as gating
+from chunkwise_lora.backends.segments import Factors, segments_of
 from chunkwise_lora.engines.transformers import FastPaths
 from chunkwise_lora.engines.transformers.layers import GatedLinear, Step
 from chunkwise_lora.ladder import LadderModule
+from chunkwise_lora.method.config import (
+    ChunkingConfig,
+    CompositionConfig,
+    KVCacheConfig,
+    LevelKVPolicy,
+    SelectionConfig,
+)
 from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_plus, prompts
 
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
@@ -109,7 +115,7 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
             rows = (members[:, None] * case.width + np.arange(case.width)).ravel()
             everyone = len(members) == len(case.owners)
             ranks, weights = np.array(module.ranks, float), case.weights[name]
-            step.parts += parts_of(name, weights, ranks, None if everyone else rows)
+            step.parts += segments_of(name, weights, ranks, None if everyone else rows)
             addition = gate_form(module, x.reshape(-1, 6)[rows], torch.from_numpy(weights))
             expected = expected.index_add(0, torch.from_numpy(rows), addition)
         assert torch.allclose(gated(x).reshape(-1, 5), expected, atol=1e-4)
@@ -131,7 +137,7 @@ def test_a_pass_is_split_only_where_that_pays(
 ) -> None:
     monkeypatch.setattr(gating, "GROUPING_GAIN", gain)
     plan = np.array(weights, np.float32)
-    made = parts_of("a", plan, np.array([0.0, 4.0, 8.0]), None)
+    made = segments_of("a", plan, np.array([0.0, 4.0, 8.0]), None)
     assert len(made) == parts
     assert (made[0].weights is None) == (parts == 1 and (plan == plan[0]).all() and plan[0].max() == 1) or parts > 1
 
@@ -284,7 +290,7 @@ def test_a_module_that_sees_routed_tokens_refuses_gates_per_token() -> None:
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
     gated.factors["a"] = Factors(module, torch.device("cpu"), torch.float32)
     plan = np.array([[1, 0], [0, 1]] * 3, np.float32)
-    step.parts = parts_of("a", plan, np.array([0.0, 4.0]), None)
+    step.parts = segments_of("a", plan, np.array([0.0, 4.0]), None)
     for tokens in (5, 4, 7):
         with pytest.raises(EngineError, match=r"experts\.0"):
             gated(torch.randn(tokens, 6))

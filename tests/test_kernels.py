@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseModel
-from chunkwise_lora.engines import native
-from chunkwise_lora.engines.gating import FEW_TOKENS
-from chunkwise_lora.engines.native import Kernels, kernels
+from chunkwise_lora.backends import native
+from chunkwise_lora.backends.native import Kernels, kernels
+from chunkwise_lora.backends.segments import FEW_TOKENS
 from chunkwise_lora.engines.transformers.attention import attention
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
 from chunkwise_lora.engines.transformers.layers import FastPaths, Step, WideProduct

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chunkwise_lora import ChunkWiseModel, LadderError, RankLadder
-from chunkwise_lora.engines.transformers.calibration.moments import second_moments
+from chunkwise_lora.calibration.moments import second_moments
 from chunkwise_lora.ladder import LadderModule, describe, even_ranks
-from chunkwise_lora.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from models import ADAPTERS, adapter, build, linear_outputs_plus, peft_model, prompts
 
 

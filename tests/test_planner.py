@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
-from chunkwise_lora.engines import native
-from chunkwise_lora.engines.gating import FEW_TOKENS, Part
-from chunkwise_lora.engines.vllm import addition, settings
-from chunkwise_lora.engines.vllm.addition import Columns, PartAdditions
+from chunkwise_lora.backends import base as addition
+from chunkwise_lora.backends import native
+from chunkwise_lora.backends.base import Columns, PartAdditions
+from chunkwise_lora.backends.segments import FEW_TOKENS, Part
+from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
 from chunkwise_lora.ladder import LadderModule
 
@@ -221,7 +222,7 @@ def test_without_a_gpu_or_triton_layers_add_part_by_part(monkeypatch: pytest.Mon
     if reason == "switched off":
         monkeypatch.setenv("CHUNKWISE_TRITON", "0")
     else:
-        monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", None)
+        monkeypatch.setitem(sys.modules, "chunkwise_lora.backends.triton.backend", None)
     device = torch.device("cpu" if reason == "a CPU" else "cuda")
     seen: list[str] = []
     monkeypatch.setattr(addition.logger, "warning", lambda message, *_: seen.append(message))
@@ -232,7 +233,7 @@ def test_without_a_gpu_or_triton_layers_add_part_by_part(monkeypatch: pytest.Mon
 def test_on_a_gpu_layers_add_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("triton_addition")
     module.TritonAdditions = lambda *given: given
-    monkeypatch.setitem(sys.modules, "chunkwise_lora.engines.vllm.triton_addition", module)
+    monkeypatch.setitem(sys.modules, "chunkwise_lora.backends.triton.backend", module)
     given = torch.device("cuda"), torch.bfloat16, 8, 2
     assert addition.additions_on(*given) == given
 

@@ -24,16 +24,16 @@ from typer import BadParameter
 import adapters
 import answers
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
-from chunkwise_lora.config import CalibrationConfig
-from chunkwise_lora.engines.transformers.calibration.calibrate import calibrate
+from chunkwise_lora.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
 from chunkwise_lora.evaluation.answers import Scores, bleu, exact_match_and_f1, own_answers
-from chunkwise_lora.evaluation.contenders import FULL, TIERS, Contender, Field, Scored, cheapest
+from chunkwise_lora.evaluation.baselines import FULL, TIERS, Contender, Field, Scored, cheapest
 from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.report import Evaluation, markdown, page
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
 from chunkwise_lora.evaluation.tasks import calibration_tokens
 from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
+from chunkwise_lora.method.config import CalibrationConfig
 from meanings import recombined, slots_of
 from models import VOCABULARY, adapter, build
 

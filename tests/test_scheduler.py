@@ -13,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, RuntimeScheduler
-from chunkwise_lora.chunking import AdaptiveChunker, Chunk
-from chunkwise_lora.complexity import TokenComplexityEstimator
-from chunkwise_lora.composition import BoundarySafeComposer
-from chunkwise_lora.config import (
+from chunkwise_lora.method.chunking import AdaptiveChunker, Chunk
+from chunkwise_lora.method.complexity import TokenComplexityEstimator
+from chunkwise_lora.method.composition import BoundarySafeComposer
+from chunkwise_lora.method.config import (
     PRESETS,
     ChunkingConfig,
     ComplexityConfig,
@@ -25,8 +25,8 @@ from chunkwise_lora.config import (
     LevelKVPolicy,
     SelectionConfig,
 )
-from chunkwise_lora.kv_policy import KVCachePolicyController, KVDecision
-from chunkwise_lora.selection import RankScaleSelector, Selection
+from chunkwise_lora.method.kv_policy import KVCachePolicyController, KVDecision
+from chunkwise_lora.method.selection import RankScaleSelector, Selection
 
 VOCABULARY = 50
 RUNG_RANKS = tuple(float(rank) for rank in range(9))

@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, LadderError, RankLadder, RuntimeScheduler
-from chunkwise_lora.config import (
+from chunkwise_lora.calibration.calibrate import LEAST_BLOCKS, calibrate
+from chunkwise_lora.method.config import (
     CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
     SelectionConfig,
 )
-from chunkwise_lora.engines.transformers.calibration.calibrate import LEAST_BLOCKS, calibrate
 from chunkwise_lora.training import GrowRank, NestedRank
 from models import VOCABULARY, adapter, build, peft_model
 

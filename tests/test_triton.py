@@ -21,8 +21,8 @@ from chunkwise_lora.ladder import LadderModule
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from chunkwise_lora.engines.vllm import triton_kernels
-from chunkwise_lora.engines.vllm.triton_kernels import AdapterTable, Directions, Schedule, most_blocks, plan_blocks
+from chunkwise_lora.backends.triton import kernels as triton_kernels
+from chunkwise_lora.backends.triton.kernels import AdapterTable, Directions, Schedule, most_blocks, plan_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -357,7 +357,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from chunkwise_lora.engines.vllm.triton_kernels import FEW, MANY, expand_kernel, shrink_kernel
+from chunkwise_lora.backends.triton.kernels import FEW, MANY, expand_kernel, shrink_kernel
 
 types = dict.fromkeys(["x", "y"], "*bf16") | dict.fromkeys(["hidden", "weights"], "*fp32") | {"addresses": "*i64"}
 types |= dict.fromkeys(["ranks", "blocks", "order", "spans"], "*i32")

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig
-from chunkwise_lora.engines import gating
-from chunkwise_lora.engines.gating import Part, parts_of
-from chunkwise_lora.engines.vllm import addition
-from chunkwise_lora.engines.vllm.addition import Additions, Columns, PartAdditions
+from chunkwise_lora.backends import base as addition
+from chunkwise_lora.backends import segments as gating
+from chunkwise_lora.backends.base import Additions, Columns, PartAdditions
+from chunkwise_lora.backends.segments import Part, segments_of
 from chunkwise_lora.engines.vllm.planner import AdapterPlan, Planner, Scheduled
 from chunkwise_lora.ladder import LadderModule
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from chunkwise_lora.engines.vllm.triton_addition import FIRST_RANK, FIRST_RUNGS, TritonAdditions
+from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, TritonAdditions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = {
@@ -121,7 +121,7 @@ def test_a_mixed_pass_adds_what_products_add(
             if len(rows):
                 weights = weights_of(["whole" if alike else tokens[row][1] for row in rows], rungs, rng)
                 ranks = np.linspace(0, RANKS[name], rungs)
-                parts += parts_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
+                parts += segments_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
     for way in ways:
         way.begin(len(tokens))
         way.plan(parts)

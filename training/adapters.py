@@ -43,8 +43,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
-from chunkwise_lora.engines.transformers.calibration.costs import Text
-from chunkwise_lora.engines.transformers.calibration.written import written
+from chunkwise_lora.calibration.costs import Text
+from chunkwise_lora.calibration.self_generated import written
 from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
 from chunkwise_lora.training import GrowRank, NestedRank
 

@@ -20,10 +20,10 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, embedded
-from chunkwise_lora.config import CONFIG_NAME
 from chunkwise_lora.engines.transformers.model import load_base
 from chunkwise_lora.evaluation.answers import own_answers
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
+from chunkwise_lora.method.config import CONFIG_NAME
 from meanings import write_rows
 
 

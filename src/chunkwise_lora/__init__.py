@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, EngineError, LadderError
 from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.scheduler import Plan, RuntimeScheduler
-from chunkwise_lora.trace import Trace
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.scheduler import Plan, RuntimeScheduler
+from chunkwise_lora.method.trace import Trace
 
 if TYPE_CHECKING:
     from chunkwise_lora.engines.transformers import ChunkWiseModel

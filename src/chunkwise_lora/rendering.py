@@ -12,12 +12,12 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from chunkwise_lora.evaluation.bench import Measurement
+from chunkwise_lora.benchmark.measure import Measurement
 from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.trace import SequenceTrace
+from chunkwise_lora.method.trace import SequenceTrace
 
 if TYPE_CHECKING:
-    from chunkwise_lora.engines.transformers.calibration.calibrate import Calibration
+    from chunkwise_lora.calibration.calibrate import Calibration
 
 COLD, WARM = (198, 219, 239), (253, 141, 60)
 """Background of rank 0 and of the full rank."""

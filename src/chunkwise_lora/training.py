@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.calibration.refine import Draw, planned_rungs, random_rungs
+from chunkwise_lora.calibration.refine import Draw, planned_rungs, random_rungs
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
-from chunkwise_lora.peft_adapter import PeftAdapter
-from chunkwise_lora.scheduler import RuntimeScheduler
+from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from chunkwise_lora.engines.vllm.addition import PartAdditions
+from chunkwise_lora.backends.base import PartAdditions
 from conftest import E2E, OPTIONS, WIKI, Engine
 
 PROMPTS, ADAPTERS, TOKENS = ["The king", "name[The Eagle]", "He said"], [WIKI, E2E, None], 3
@@ -20,7 +20,7 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from chunkwise_lora.engines.vllm import manager
-from chunkwise_lora.engines.vllm.triton_addition import TritonAdditions
+from chunkwise_lora.backends.triton.backend import TritonAdditions
 manager.additions_on = TritonAdditions
 options, prompts, adapters, tokens = json.load(sys.stdin)
 llm = LLM(**options)

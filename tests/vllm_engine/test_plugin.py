@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder, embedded
-from chunkwise_lora.complexity import LearnedComplexity
-from chunkwise_lora.config import ComplexityConfig
+from chunkwise_lora.benchmark.shapes import random_adapter
 from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
-from chunkwise_lora.evaluation.shapes import random_adapter
+from chunkwise_lora.method.complexity import LearnedComplexity
+from chunkwise_lora.method.config import ComplexityConfig
 from conftest import OPTIONS, PROMPTS, WIKI, Engine
 
 

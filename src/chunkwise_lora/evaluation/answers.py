@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedModel
 
-from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.transformers.calibration.costs import divergence
+from chunkwise_lora.calibration.costs import divergence
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
-from chunkwise_lora.evaluation.contenders import FULL, Contender
+from chunkwise_lora.evaluation.baselines import FULL, Contender
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.statistics import Estimate, Statistic, bootstrap
 from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.method.config import ChunkWiseConfig
 
 
 @dataclass(frozen=True)

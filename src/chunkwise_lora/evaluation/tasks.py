@@ -10,15 +10,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from chunkwise_lora import embedded
-from chunkwise_lora.config import ChunkWiseConfig
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
-from chunkwise_lora.evaluation.contenders import Contender, Field
+from chunkwise_lora.evaluation.baselines import Contender, Field
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.report import Evaluation
 from chunkwise_lora.evaluation.text import evaluate_text, windows_of
 from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.method.config import ChunkWiseConfig
 
 TASKS = ("wikitext", "squad", "e2e")
 ANSWERS = {

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise_lora.engines.transformers.calibration.costs import divergence, losses
-from chunkwise_lora.evaluation.contenders import FULL, Contender
+from chunkwise_lora.calibration.costs import divergence, losses
+from chunkwise_lora.evaluation.baselines import FULL, Contender
 from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from chunkwise_lora.engines.native import Pools, Shape, give_memory_back, kernels
-from chunkwise_lora.kv_policy import KVDecision
+from chunkwise_lora.backends.native import Pools, Shape, give_memory_back, kernels
+from chunkwise_lora.method.kv_policy import KVDecision
 
 ROOM = 16
 """Storage grows by so many slots at least, or by a 32nd, so that a step rarely copies it."""

@@ -13,8 +13,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.engines.gating import FEW_TOKENS, Factors, Part
-from chunkwise_lora.engines.native import emulates, kernels
+from chunkwise_lora.backends.native import emulates, kernels
+from chunkwise_lora.backends.segments import FEW_TOKENS, Factors, Part
 from chunkwise_lora.errors import EngineError
 
 

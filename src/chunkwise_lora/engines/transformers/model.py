@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig
-from chunkwise_lora.engines.gating import Factors
+from chunkwise_lora.backends.segments import Factors
 from chunkwise_lora.engines.transformers import attention
 from chunkwise_lora.engines.transformers.layers import FastPaths, GatedLinear, ReplacedModule, Step, widens
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
 from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.trace import Trace
+from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig
+from chunkwise_lora.method.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ChunkWiseModel:
     Args:
         model: A loaded causal language model, not wrapped by PEFT.
         ladder: A ladder, the folder of a ladder or of a PEFT adapter, or several of these by name.
-        config: Knobs of the method. By default those beside the ladder's folder, or else the `balanced` preset.
+        config: Settings of the method. By default those beside the ladder's folder, or else the `balanced` preset.
         fast: Which fast paths may run; by default all that the machine allows.
 
     Raises:
@@ -255,7 +255,7 @@ class ChunkWiseModel:
             generation_config: As for the model's own `generate`.
             adapter_names: The ladder of all prompts, or one name per prompt; `"__base__"` runs without.
                 By default the ladder loaded first.
-            chunkwise_config: Knobs of this call instead of the model's.
+            chunkwise_config: Settings of this call instead of the model's.
             options: As for the model's own `generate`.
 
         Raises:

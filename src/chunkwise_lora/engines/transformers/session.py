@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from chunkwise_lora.complexity import LearnedComplexity
-from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.gating import entropies_of, parts_of, ranks_of
+from chunkwise_lora.backends.segments import entropies_of, ranks_of, segments_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
 from chunkwise_lora.engines.transformers.layers import Step
 from chunkwise_lora.errors import EngineError
-from chunkwise_lora.kv_policy import KVDecision
-from chunkwise_lora.scheduler import FixedPlan, RuntimeScheduler
-from chunkwise_lora.trace import SequenceTrace, Trace
+from chunkwise_lora.method.complexity import LearnedComplexity
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.kv_policy import KVDecision
+from chunkwise_lora.method.scheduler import FixedScheduler, RuntimeScheduler
+from chunkwise_lora.method.trace import SequenceTrace, Trace
 
 BASE = "__base__"
 """The adapter name of sequences that run without one, as in PEFT."""
@@ -95,7 +95,7 @@ class Session:
         self._prompt_columns = prompt_columns
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ended: list[bool] = []
-        self._schedulers: list[RuntimeScheduler | FixedPlan] = []
+        self._schedulers: list[RuntimeScheduler | FixedScheduler] = []
         self._tokens: list[list[int]] = []
         self._weights: list[list[np.ndarray]] = []
         self._entropies: list[float | None] = []
@@ -105,7 +105,7 @@ class Session:
         self._passes = 0
         self._scheduler_seconds = 0.0
 
-    def follow(self, plans: Sequence[FixedPlan]) -> None:
+    def follow(self, plans: Sequence[FixedScheduler]) -> None:
         """Before the first pass: take `plans`, one per sequence, instead of planning."""
         self._open(len(plans))
         self._schedulers = list(plans)
@@ -203,7 +203,7 @@ class Session:
     def _plan(
         self,
         row: int,
-        scheduler: RuntimeScheduler | FixedPlan,
+        scheduler: RuntimeScheduler | FixedScheduler,
         columns: np.ndarray,
         ids: Sequence[int],
         tokens: np.ndarray,
@@ -239,7 +239,7 @@ class Session:
             everyone = len(members) == batch
             weights = np.concatenate([_without_padding(self._of_pass(row, width)) for row in members])
             rows = None if everyone else (members[:, None] * width + np.arange(width)).ravel()
-            parts = parts_of(name, weights, info[name].rung_ranks, rows)
+            parts = segments_of(name, weights, info[name].rung_ranks, rows)
             step.parts += parts
             step.sequences[name] = None if everyone else torch.from_numpy(members)
             self._bytes_read += sum(int(info[name].rung_bytes[part.rung]) for part in parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from chunkwise_lora.engines.vllm.addition import Additions, Columns
+from chunkwise_lora.backends.base import Additions, Columns
 
 
 class LadderLayer:

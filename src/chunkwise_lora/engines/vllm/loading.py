@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder, is_ladder
-from chunkwise_lora.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig
 
 logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
 

@@ -22,13 +22,13 @@ from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_nam
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 
-from chunkwise_lora.config import ChunkWiseConfig
+from chunkwise_lora.backends.base import Additions, Columns, additions_on
 from chunkwise_lora.engines.vllm import loading, settings
-from chunkwise_lora.engines.vllm.addition import Additions, Columns, additions_on
 from chunkwise_lora.engines.vllm.layers import LadderLayer
 from chunkwise_lora.engines.vllm.planner import AdapterPlan
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
+from chunkwise_lora.method.config import ChunkWiseConfig
 
 
 @dataclass

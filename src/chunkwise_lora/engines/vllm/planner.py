@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from chunkwise_lora.complexity import LearnedComplexity
-from chunkwise_lora.config import ChunkWiseConfig
-from chunkwise_lora.engines.gating import Part, entropies_of, highest_rungs, parts_of, ranks_of
-from chunkwise_lora.scheduler import RuntimeScheduler
+from chunkwise_lora.backends.segments import Part, entropies_of, highest_rungs, ranks_of, segments_of
+from chunkwise_lora.method.complexity import LearnedComplexity
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Planner:
         parts, tallies = [], {}
         for adapter_id, (adapter, of_requests, rows) in adapters.items():
             planned, where = np.concatenate(of_requests), np.concatenate(rows)
-            parts += parts_of(adapter_id, planned, adapter.rung_ranks, None if len(where) == offset else where)
+            parts += segments_of(adapter_id, planned, adapter.rung_ranks, None if len(where) == offset else where)
             tallies[adapter.name] = Tally.of(planned, adapter.rung_ranks)
         return parts, tallies
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from chunkwise_lora.config import CONFIG_NAME, ChunkWiseConfig, Knobs
 from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig, StrictConfig
 
 KEY = "chunkwise"
 """Our key in vLLM's `--additional-config`, and with an underscore the prefix of a request's extra arguments."""
@@ -26,7 +26,7 @@ PRIVATE = ":private"
 """Ends the salt of requests whose generated tokens ran by a plan that no other request would give them."""
 
 
-class Choice(Knobs):
+class Choice(StrictConfig):
     """One way to name a config, or none."""
 
     preset: Literal["lossless", "balanced", "compact"] | None = Field(None, description="A preset's name.")

@@ -11,10 +11,10 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from chunkwise_lora.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
 from chunkwise_lora.engines.vllm.planner import Planner, Scheduled
+from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 
 
 def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: torch.device) -> nn.Module:

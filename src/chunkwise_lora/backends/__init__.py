@@ -1,0 +1,1 @@
+"""Compute what adapters add to a layer. Backends know no engine."""

@@ -1,0 +1,1 @@
+"""Adapters on a GPU, by Triton kernels. Importing it needs Triton."""

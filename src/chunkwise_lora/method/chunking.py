@@ -1,0 +1,74 @@
+"""Component 2: where does one chunk end and the next begin? (paper, adaptive chunker)"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chunkwise_lora.method.config import ChunkingConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `start` to `end` (exclusive; None while the chunk is open) of one sequence."""
+
+    start: int
+    level: int
+    """How many thresholds the running mean had passed when the chunk opened; 0 is easiest."""
+    complexity: float
+    """The running mean complexity when the chunk opened, in [0, 1]."""
+    end: int | None = None
+
+
+class AdaptiveChunker:
+    """Streams complexity scores of one sequence into chunks.
+
+    The running mean is exponential over about `memory` tokens. An open chunk is cut when it is `max_length`
+    long, or at least `min_length` long and the mean has passed a threshold by more than `hysteresis`. A chunk of
+    the highest level opens only while at most `hard_share` of the tokens so far were at that level, which bounds
+    their number among any first n tokens by `hard_share * n + max_length`.
+    """
+
+    def __init__(self, config: ChunkingConfig) -> None:
+        self.config = config
+        self._chunk: Chunk | None = None
+        self._mean = 0.0
+        self._position = 0
+        self._hard_tokens = 0
+
+    @property
+    def chunk(self) -> Chunk | None:
+        """The open chunk, None before the first token."""
+        return self._chunk
+
+    def update(self, scores: Sequence[float]) -> list[Chunk]:
+        """(len(scores),) the chunk, still open, that each token belongs to."""
+        return [self._place(score) for score in scores]
+
+    def _place(self, score: float) -> Chunk:
+        config = self.config
+        memory = min(config.memory, self._position + 1)
+        self._mean += (score - self._mean) / memory
+        if self._chunk is None or self._is_cut(self._chunk):
+            self._chunk = Chunk(self._position, self._affordable_level(), self._mean)
+        self._hard_tokens += self._chunk.level == len(config.thresholds)
+        self._position += 1
+        return self._chunk
+
+    def _is_cut(self, chunk: Chunk) -> bool:
+        length = self._position - chunk.start
+        if length >= self.config.max_length:
+            return True
+        margin = self.config.hysteresis
+        thresholds = self.config.thresholds
+        risen = chunk.level < len(thresholds) and self._mean > thresholds[chunk.level] + margin
+        fallen = chunk.level > 0 and self._mean < thresholds[chunk.level - 1] - margin
+        # A chunk held below its wish by the budget is not cut just to be refused again.
+        return length >= self.config.min_length and (fallen or (risen and self._affordable_level() > chunk.level))
+
+    def _affordable_level(self) -> int:
+        level = bisect_right(self.config.thresholds, self._mean)
+        hardest = len(self.config.thresholds)
+        over_budget = self._hard_tokens > self.config.hard_share * self._position
+        return level - 1 if level == hardest > 0 and over_budget else level

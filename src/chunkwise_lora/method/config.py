@@ -1,0 +1,278 @@
+"""Every knob of the method, with its unit, range and source, and the presets made of them.
+
+A knob is declared once, here. The command line, the JSON files and the documentation take it from
+this place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.files import read_text, write_atomically
+
+CONFIG_NAME = "chunkwise_config.json"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+KVPrecision = Literal["full", "int8"]
+
+
+class StrictConfig(BaseModel):
+    """Frozen; an unknown name or an impossible value raises `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_clearly(cls, values: Any, handler: Any) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc'])) or 'value'} = {problem['input']!r}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            raise ConfigError(f"{cls.__name__}: {problems}") from None
+
+
+class ComplexityConfig(StrictConfig):
+    """Weights and ranges of the four complexity signals (paper, token complexity estimator)."""
+
+    entropy: Weight = Field(0.4, description="Weight of the next-token entropy.")
+    novelty: Weight = Field(0.3, description="Weight of the n-gram novelty.")
+    attention: Weight = Field(0.2, description="Weight of the attention proxy.")
+    position: Weight = Field(0.1, description="Weight of the positional prior.")
+    ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
+    window: int = Field(512, ge=1, le=10**9, description="How far back novelty and attention look, tokens.")
+    half_life: float = Field(64.0, gt=0, description="The positional prior halves every so many tokens.")
+    learned: bool = Field(
+        False,
+        description="Score by what calibration learned, which a calibrated ladder holds; a weight above 0 then only "
+        "lets its signal in.",
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if not self.learned and self.entropy + self.novelty + self.attention + self.position == 0:
+            raise ConfigError("ComplexityConfig: all four weights are 0; give at least one signal weight")
+        return self
+
+
+class ChunkingConfig(StrictConfig):
+    """Where chunks are cut (paper, adaptive chunker)."""
+
+    min_length: int = Field(4, ge=1, description="Shortest chunk, tokens.")
+    max_length: int = Field(32, ge=1, description="Longest chunk, tokens.")
+    thresholds: tuple[Share, ...] = Field(
+        (0.45, 0.6), description="Rising bounds on the running mean complexity; n bounds make n + 1 levels."
+    )
+    hysteresis: float = Field(0.03, ge=0, lt=1, description="How far past a bound the mean must go to cut.")
+    memory: float = Field(6.0, ge=1, description="Length of the running mean, tokens.")
+    hard_share: Share = Field(0.1, description="Budget: largest share of tokens at the highest level.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ConfigError(
+                f"ChunkingConfig: min_length = {self.min_length} is above max_length = {self.max_length}; "
+                "lower min_length or raise max_length"
+            )
+        if list(self.thresholds) != sorted(set(self.thresholds)):
+            raise ConfigError(f"ChunkingConfig: thresholds = {self.thresholds} must rise strictly")
+        return self
+
+
+class SelectionConfig(StrictConfig):
+    """Rank and scale of each level, easiest first (paper, rank and scale selector)."""
+
+    rank_shares: tuple[Share, ...] = Field(
+        (0.625, 0.75, 0.875),
+        description="Share of the full rank per level; the rung nearest to it is taken. 0 turns the adapter off.",
+    )
+    scales: tuple[Annotated[float, Field(ge=0, le=4)], ...] = Field(
+        (1.0, 1.0, 1.0), description="Factor on the adapter's own scale, per level."
+    )
+
+
+class CompositionConfig(StrictConfig):
+    """The cross-fade at chunk boundaries (paper, boundary-safe composer)."""
+
+    window: int = Field(2, ge=0, description="Tokens of the incoming chunk that are cross-faded; 0 switches at once.")
+
+
+class LevelKVPolicy(StrictConfig):
+    """What happens to the keys and values of a chunk of one level once the chunk is closed."""
+
+    precision: KVPrecision = Field("full", description="Storage of the chunk: the model's own precision, or INT8.")
+    duplicate_similarity: float | None = Field(
+        None, gt=0, le=1, description="Drop a key whose cosine with the next one is above this; none keeps all."
+    )
+    max_age: int | None = Field(
+        None, ge=1, description="Drop the chunk once it lies this many tokens behind; none keeps it."
+    )
+
+
+class KVCacheConfig(StrictConfig):
+    """The KV-cache policy per level, easiest first (paper, KV-cache policy controller)."""
+
+    levels: tuple[LevelKVPolicy, ...] = Field(
+        (LevelKVPolicy(precision="int8"), LevelKVPolicy(precision="int8"), LevelKVPolicy()),
+        description="One policy per level.",
+    )
+    int8_head_share: Share = Field(
+        1.0, description="Share of the key-value heads of a layer that INT8 may use: those it hurts least."
+    )
+    sinks: int = Field(4, ge=0, description="First tokens of a sequence, never dropped or quantised.")
+
+    @property
+    def acts(self) -> bool:
+        """Whether any policy does anything."""
+        return any(level != LevelKVPolicy() for level in self.levels)
+
+
+class ChunkWiseConfig(StrictConfig):
+    """All knobs of the method. Without arguments: the `balanced` preset."""
+
+    complexity: ComplexityConfig = ComplexityConfig()
+    chunking: ChunkingConfig = ChunkingConfig()
+    selection: SelectionConfig = SelectionConfig()
+    composition: CompositionConfig = CompositionConfig()
+    kv_cache: KVCacheConfig = KVCacheConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        levels = self.levels
+        for name, given in (
+            ("selection.rank_shares", self.selection.rank_shares),
+            ("selection.scales", self.selection.scales),
+            ("kv_cache.levels", self.kv_cache.levels),
+        ):
+            if len(given) != levels:
+                raise ConfigError(
+                    f"ChunkWiseConfig: {name} has {len(given)} entries, but {levels - 1} chunking.thresholds "
+                    f"make {levels} levels; give {levels} entries"
+                )
+        if self.composition.window > self.chunking.min_length:
+            raise ConfigError(
+                f"ChunkWiseConfig: composition.window = {self.composition.window} is above chunking.min_length = "
+                f"{self.chunking.min_length}, so cross-fades would overlap; lower the window"
+            )
+        return self
+
+    @property
+    def levels(self) -> int:
+        """Number of difficulty levels."""
+        return len(self.chunking.thresholds) + 1
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether next-token entropies can change a plan."""
+        return self.levels > 1 and self.complexity.entropy > 0
+
+    @classmethod
+    def preset(cls, name: str) -> ChunkWiseConfig:
+        """`lossless` (full rank, full cache), `balanced` or `compact`.
+
+        `balanced` and `compact` are uncalibrated: the paper's four signals choose between close rungs.
+        On their own these signals pick tokens little better than chance; what the presets save comes from
+        the lower ranks and the KV policy.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def uniform(cls, share: float) -> ChunkWiseConfig:
+        """Every token alike, at the rung nearest to `share` of the full rank, with a full cache."""
+        return cls(
+            chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
+            selection=SelectionConfig(rank_shares=(share,), scales=(1.0,)),
+            composition=CompositionConfig(window=0),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "config") -> ChunkWiseConfig:
+        """Parse `text`; `where` names the source in errors."""
+        try:
+            return cls.model_validate_json(text)
+        except (ConfigError, ValidationError) as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    def to_json(self) -> str:
+        """The JSON that `from_json` reads."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ChunkWiseConfig:
+        """Read `chunkwise_config.json` of a ladder folder."""
+        path = Path(folder) / CONFIG_NAME
+        return cls.from_json(read_text(path, ConfigError), str(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `chunkwise_config.json` beside a ladder."""
+        write_atomically(Path(folder) / CONFIG_NAME, self.to_json().encode(), ConfigError)
+
+
+class CalibrationConfig(StrictConfig):
+    """How `chunkwise calibrate` works and what it may spend. Either budget, not both."""
+
+    mean_rank: float | None = Field(None, gt=0, le=1, description="Budget: mean rank as a share of the full rank.")
+    max_loss_increase: float | None = Field(
+        None, gt=0, le=1, description="Budget: how much the loss (nats per token) may rise, as a share of it."
+    )
+    tokens: int = Field(
+        160_000, ge=1, description="Most tokens of the text to learn from; more teach more of rare ids."
+    )
+    written: int = Field(
+        0, ge=0, description="Tokens beside the text to find the directions on, which the adapter writes itself."
+    )
+    block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
+    rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
+    lowest_share: float = Field(0.25, ge=0, lt=1, description="Lowest rung to try, as a share of the full rank.")
+    refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
+    rounds: int = Field(1, ge=0, description="Times that the directions are turned again, for the plan fitted to them.")
+    keep_directions: bool = Field(
+        False, description="Find no directions and rungs; those of a ladder are what the policy is fitted to."
+    )
+    distillations: int = Field(
+        0, ge=0, description="Steps in which directions learn, at the rungs of the plan, what full rank says."
+    )
+    distillation_rate: float = Field(
+        5e-4, gt=0, le=1, description="Learning rate of distilling; short answers learn well at 1e-3."
+    )
+    explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
+    held_share: float = Field(
+        0.1,
+        gt=0,
+        lt=0.5,
+        description="Share of the text, its end, kept for choice and check, unless other text is held back.",
+    )
+    int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")
+    seed: int = Field(0, ge=0, description="Of every draw.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.mean_rank is None) == (self.max_loss_increase is None):
+            raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
+        return self
+
+
+PRESETS: dict[str, ChunkWiseConfig] = {
+    "lossless": ChunkWiseConfig.uniform(1.0),
+    "balanced": ChunkWiseConfig(),
+    "compact": ChunkWiseConfig(
+        selection=SelectionConfig(rank_shares=(0.375, 0.5, 0.625)),
+        kv_cache=KVCacheConfig(
+            levels=(
+                LevelKVPolicy(precision="int8", duplicate_similarity=0.98, max_age=512),
+                LevelKVPolicy(precision="int8", max_age=2048),
+                LevelKVPolicy(precision="int8"),
+            )
+        ),
+    ),
+}
