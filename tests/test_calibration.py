@@ -25,7 +25,7 @@ from chunkwise_lora.calibration.calibrate import (
     calibrate,
 )
 from chunkwise_lora.calibration.cost_model import CostModel, Observations, choose_rungs, fit_costs
-from chunkwise_lora.calibration.cost_model import calibrate as module_under_test
+from chunkwise_lora.calibration import calibrate as module_under_test
 from chunkwise_lora.calibration.costs import (
     Text,
     divergence,
