@@ -36,7 +36,7 @@ from chunkwise_lora.calibration.costs import (
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
 from chunkwise_lora.calibration.self_generated import BEGINNING, written
-from chunkwise_lora.ladder import _learned
+from chunkwise_lora.ladder.rank_ladder import _learned
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.config import (
     CalibrationConfig,
