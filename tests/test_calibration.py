@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
+from chunkwise_lora.calibration import calibrate as module_under_test
 from chunkwise_lora.calibration.calibrate import (
     LEAST_BLOCKS,
     LENGTHS,
@@ -25,7 +26,6 @@ from chunkwise_lora.calibration.calibrate import (
     calibrate,
 )
 from chunkwise_lora.calibration.cost_model import CostModel, Observations, choose_rungs, fit_costs
-from chunkwise_lora.calibration import calibrate as module_under_test
 from chunkwise_lora.calibration.costs import (
     Text,
     divergence,
