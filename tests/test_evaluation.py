@@ -21,8 +21,8 @@ from chunkwise_lora.calibration.costs import (
     log_probabilities_planned,
     losses,
 )
+from chunkwise_lora.cli.rendering import bench_table, coloured_tokens, sparkline
 from chunkwise_lora.method.trace import SequenceTrace
-from chunkwise_lora.rendering import bench_table, coloured_tokens, sparkline
 from models import VOCABULARY, adapter, build, peft_model
 
 LOSSLESS = {"lossless": ChunkWiseConfig.preset("lossless")}

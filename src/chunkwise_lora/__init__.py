@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, EngineError, LadderError
-from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.scheduler import Plan, RuntimeScheduler
 from chunkwise_lora.method.trace import Trace
 
 if TYPE_CHECKING:
     from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.ladder import RankLadder
 
 __all__ = [
     "ChunkWiseConfig",
@@ -27,11 +28,11 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_LAZY = {"ChunkWiseModel": "chunkwise_lora.engines.transformers", "RankLadder": "chunkwise_lora.ladder"}
+"""Names that need PyTorch or an engine, which take seconds to import, and their modules."""
+
 
 def __getattr__(name: str) -> Any:
-    # No engine is imported unless it is used.
-    if name == "ChunkWiseModel":
-        from chunkwise_lora.engines.transformers import ChunkWiseModel
-
-        return ChunkWiseModel
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import Any
 from chunkwise_lora.evaluation.answers import AnswersResult
 from chunkwise_lora.evaluation.statistics import Estimate
 from chunkwise_lora.evaluation.text import TextResult
-from chunkwise_lora.rendering import COLD, WARM
+from chunkwise_lora.rank_colour import rank_colour
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
@@ -123,8 +123,7 @@ def _sample(evaluation: Evaluation) -> str:
     pieces, ranks, full = evaluation.sample
     spans = []
     for piece, rank in zip(pieces, ranks, strict=True):
-        share = min(1.0, rank / full)
-        colour = ",".join(str(round(cold + (warm - cold) * share)) for cold, warm in zip(COLD, WARM, strict=True))
+        colour = ",".join(map(str, rank_colour(rank / full)))
         spans.append(f'<span title="rank {rank:.1f}" style="background:rgb({colour})">{html.escape(piece)}</span>')
     return f'<h2>Where rank went</h2><p>Blue is low, orange is high.</p><div class="sample">{"".join(spans)}</div>'
 

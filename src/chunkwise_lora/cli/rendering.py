@@ -12,15 +12,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from chunkwise_lora.benchmark.measure import Measurement
-from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.method.trace import SequenceTrace
+from chunkwise_lora.rank_colour import rank_colour
 
 if TYPE_CHECKING:
+    from chunkwise_lora.benchmark.measure import Measurement
     from chunkwise_lora.calibration.calibrate import Calibration
-
-COLD, WARM = (198, 219, 239), (253, 141, 60)
-"""Background of rank 0 and of the full rank."""
+    from chunkwise_lora.ladder import RankLadder
+    from chunkwise_lora.method.trace import SequenceTrace
 
 
 def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: float, prompt_tokens: int = 0) -> Text:
@@ -37,9 +35,7 @@ def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: f
 
 
 def _style(share: float, italic: bool) -> Style:
-    share = min(1.0, max(0.0, share))
-    red, green, blue = (round(cold + (warm - cold) * share) for cold, warm in zip(COLD, WARM, strict=True))
-    return Style(color="black", bgcolor=Color.from_rgb(red, green, blue), italic=italic)
+    return Style(color="black", bgcolor=Color.from_rgb(*rank_colour(share)), italic=italic)
 
 
 def rank_legend(ranks: Sequence[float]) -> Text:

@@ -1,0 +1,48 @@
+"""The `chunkwise` command: its subcommands, and what happens when one of them refuses its input."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from chunkwise_lora.cli.bench import bench
+from chunkwise_lora.cli.calibrate import calibrate
+from chunkwise_lora.cli.demo import demo
+from chunkwise_lora.cli.evaluate import evaluate
+from chunkwise_lora.cli.generate import generate
+from chunkwise_lora.cli.ladder.build import build
+from chunkwise_lora.cli.ladder.export import export
+from chunkwise_lora.cli.ladder.show import show
+from chunkwise_lora.cli.options import ListCommand
+from chunkwise_lora.errors import ChunkWiseError
+
+app = typer.Typer(
+    help="Run, calibrate and measure ChunkWise LoRA.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(demo)
+app.command()(generate)
+app.command(cls=ListCommand)(bench)
+app.command()(calibrate)
+app.command("eval", cls=ListCommand)(evaluate)
+
+ladder_app = typer.Typer(help="Build, show and export rank ladders.", no_args_is_help=True)
+ladder_app.command()(build)
+ladder_app.command()(show)
+ladder_app.command()(export)
+app.add_typer(ladder_app, name="ladder")
+
+
+def main() -> None:
+    """Run the command. A `ChunkWiseError` is printed as one line on standard error, and the exit status is 1."""
+    try:
+        app()
+    except ChunkWiseError as error:
+        line = Text("error: ", "bold red").append(" ".join(str(error).split()), "default")
+        Console(stderr=True).print(line, soft_wrap=True)
+        sys.exit(1)

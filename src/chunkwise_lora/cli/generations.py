@@ -1,0 +1,68 @@
+"""Generated texts, printed with the rank of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.panel import Panel
+
+from chunkwise_lora.cli.output import console
+from chunkwise_lora.cli.rendering import coloured_tokens
+
+if TYPE_CHECKING:
+    from chunkwise_lora.engines.transformers import ChunkWiseModel
+
+
+def print_generations(
+    model: ChunkWiseModel,
+    tokenizer: Any,
+    prompts: list[str],
+    adapters: list[str] | None,
+    new_tokens: int,
+    show_ranks: bool = True,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Generate for all prompts in one batch, print the texts and return what happened."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
+    output = model.generate(
+        inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        adapter_names=adapters,
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    trace = model.trace
+    assert trace is not None
+    shown = []
+    for row, sequence in enumerate(trace.sequences):
+        prompt_tokens = int(inputs.attention_mask[row].sum())
+        text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        if show_ranks:
+            full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
+            coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), full_rank, prompt_tokens)
+            ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
+            title = f"{sequence.adapter}, {ranks}, {len(sequence.chunks)} chunks"
+            console.print(Panel(coloured, title=title))
+        else:
+            console.print(text, markup=False, highlight=False)
+        shown.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
+    console.print(
+        f"KV cache {trace.kv_bytes / 1024:,.0f} KB of {trace.kv_bytes_full / 1024:,.0f} KB in full precision, "
+        f"adapter {trace.adapter_bytes_read / trace.passes / 1024:,.0f} KB read per pass, "
+        f"scheduler {trace.scheduler_seconds / trace.passes * 1e3:.2f} ms per pass",
+        style="dim",
+    )
+    return shown
+
+
+def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens comes with the last of them."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]

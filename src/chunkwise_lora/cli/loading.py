@@ -1,0 +1,37 @@
+"""The base model, its tokenizer and token ids of a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from chunkwise_lora.errors import EngineError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
+    """The base model and tokenizer in a folder or on the hub. On a CPU float16 weights become float32.
+
+    Raises:
+        EngineError: The model or its tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from chunkwise_lora.engines.transformers.model import load_base
+
+    logging.disable_progress_bar()
+    base = load_base(name)
+    if base.device.type == "cpu" and str(base.dtype) == "torch.float16":
+        base = base.float()  # CPUs compute float16 slowly
+    try:
+        return base, AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a damaged tokenizer raises whatever its reader meets
+        raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+
+
+def token_ids(tokenizer: Any, text: str) -> torch.Tensor:
+    """(1, tokens) int64 ids of `text`."""
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+    return ids.long()
