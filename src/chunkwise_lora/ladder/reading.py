@@ -1,0 +1,116 @@
+"""Reading files of strangers: regular files only, bounded, into memory, and every failure names the file.
+
+Tensors are not memory-mapped: a mapped file that somebody cuts off later kills the process that reads it (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from torch import Tensor
+
+from chunkwise_lora.errors import LadderError, shown
+
+LARGEST_JSON = 16 * 2**20
+"""Bytes. A ladder of 10,000 modules and 64 rungs needs 3 MB; parsing 16 MB takes at most about a gigabyte."""
+
+
+def read_file(path: Path, limit: int | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        LadderError: The file cannot be read, is too long, or is a folder, pipe or device (which might never end).
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise LadderError(f"{path}: is not a regular file; give a folder that holds the file itself")
+            content = file.read() if limit is None else file.read(limit + 1)
+    except OSError as error:
+        raise LadderError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # a path with a NUL
+        raise LadderError(f"{path}: cannot be read ({error})") from None
+    if limit is not None and len(content) > limit:
+        raise LadderError(f"{path}: has more than {limit:,} bytes; a file of this kind is much shorter")
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits for a writer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file: UTF-8, no key twice, no NaN or infinity, no half characters.
+
+    Raises:
+        LadderError: The file cannot be read or holds anything else.
+    """
+    try:
+        content = json.loads(read_file(path, LARGEST_JSON).decode("utf-8-sig"), object_pairs_hook=_distinct)
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise LadderError(f"{path}: not valid JSON ({shown(error)}); save it anew") from None
+    _check_scalars(path, content)
+    return content
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"'{counts.most_common(1)[0][0]}' is there twice")
+    return content
+
+
+def _check_scalars(path: Path, content: dict[str, Any]) -> None:
+    """Refuse strings that no file can hold and numbers that are none, in the whole tree."""
+    stack: list[tuple[str, Any]] = list(content.items())
+    for name in content:
+        _check_string(path, name, name)
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, str):
+            _check_string(path, name, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise LadderError(f"{path}: {shown(name)} holds {value}, which is not a number; correct it")
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                _check_string(path, name, key)
+                stack.append((name, one))
+        elif isinstance(value, list):
+            stack.extend((name, one) for one in value)
+
+
+def _check_string(path: Path, name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise LadderError(
+            f"{path}: {shown(name)} holds '{shown(value)}', which is not valid Unicode; correct it"
+        ) from None
+
+
+def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose content was read from `path`; they share no memory with the file.
+
+    Raises:
+        LadderError: Not a whole safetensors file, or a dtype that PyTorch does not have.
+    """
+    try:
+        return tensors_from(content)
+    except SafetensorError as error:
+        raise LadderError(f"{path}: cannot be read as safetensors ({shown(error)}); save it anew") from None
+    except (KeyError, ValueError, RuntimeError, AssertionError, OverflowError, MemoryError) as error:
+        raise LadderError(
+            f"{path}: holds a tensor that PyTorch cannot hold ({type(error).__name__}: {shown(error)}); "
+            "save it in float32 or bfloat16"
+        ) from None
