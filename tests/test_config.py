@@ -36,6 +36,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
         "novelty": NOT_A_WEIGHT,
         "attention": NOT_A_WEIGHT,
         "position": NOT_A_WEIGHT,
+        "signals": ({"no_such_signal": 1}, {"novelty": 1}, {"entropy": 0.5}, 3, None),
         "ngram": (*NOT_A_COUNT, 9),
         "window": (*NOT_A_COUNT, 10**400),
         "half_life": (0, -1, NAN, INFINITY, "long", None),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chunkwise_lora import ChunkWiseConfig, RuntimeScheduler
+from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
 from chunkwise_lora.method.chunking import AdaptiveChunker, Chunk
 from chunkwise_lora.method.complexity import TokenComplexityEstimator
 from chunkwise_lora.method.composition import BoundarySafeComposer
@@ -27,6 +28,7 @@ from chunkwise_lora.method.config import (
 )
 from chunkwise_lora.method.kv_policy import KVCachePolicyController, KVDecision
 from chunkwise_lora.method.selection import RankScaleSelector, Selection
+from chunkwise_lora.method.signals import SIGNAL_REGISTRY, Signal, register_signal
 
 VOCABULARY = 50
 RUNG_RANKS = tuple(float(rank) for rank in range(9))
@@ -216,6 +218,78 @@ def test_the_estimators_memory_is_bounded() -> None:
         estimator.update(list(range(start, start + 32)), [None] * 32)
         sizes.append(len(pickle.dumps(estimator)))
     assert max(sizes[50:]) < 1.1 * max(sizes[10:50])
+
+
+@pytest.fixture
+def every_third_token() -> Iterator[str]:
+    """The name of a signal that somebody else registered: every third token is hard."""
+
+    @register_signal("every_third_token")
+    @dataclass
+    class EveryThirdToken(Signal):
+        position: int = 0
+
+        def update(self, token: int, entropy: float | None) -> float | None:
+            self.position += 1
+            return float(self.position % 3 == 0)
+
+    yield "every_third_token"
+    SIGNAL_REGISTRY.remove("every_third_token")
+
+
+NO_PAPER_SIGNALS = {"entropy": 0.0, "novelty": 0.0, "attention": 0.0, "position": 0.0}
+
+
+def test_a_registered_signal_scores_tokens_by_its_weight(every_third_token: str) -> None:
+    alone = ComplexityConfig(**NO_PAPER_SIGNALS, signals={every_third_token: 2.0})
+    assert TokenComplexityEstimator(alone, VOCABULARY).update([7] * 6, [None] * 6) == [0, 0, 1, 0, 0, 1]
+    beside = ComplexityConfig(**{**NO_PAPER_SIGNALS, "novelty": 1.0}, signals={every_third_token: 3.0})
+    assert TokenComplexityEstimator(beside, VOCABULARY).update([1, 2, 3], [None] * 3) == [0.25, 0.25, 1.0]
+
+
+def test_a_config_with_a_registered_signal_survives_json_and_can_be_hashed(every_third_token: str) -> None:
+    config = ChunkWiseConfig(complexity=ComplexityConfig(signals={every_third_token: 0.5}))
+    again = ChunkWiseConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_a_signal_that_is_not_registered_is_refused_with_the_known_names() -> None:
+    with pytest.raises(ConfigError, match=r"'every_third_token' is not registered; registered are .*novelty.*Import"):
+        ChunkWiseConfig.from_json('{"complexity": {"signals": {"every_third_token": 1}}}')
+
+
+def test_learned_scores_refuse_signals_that_they_do_not_know(every_third_token: str) -> None:
+    with pytest.raises(ConfigError, match="learned scores know only the paper's four signals"):
+        ComplexityConfig(learned=True, signals={every_third_token: 1.0})
+
+
+def test_a_registered_name_cannot_be_taken_by_another_signal() -> None:
+    with pytest.raises(ConfigError, match=r"'novelty' is taken by .*Novelty; choose another name"):
+        register_signal("novelty")(type("Other", (Signal,), {}))
+    with pytest.raises(ConfigError, match="use lower-case letters"):
+        register_signal("My Signal")
+
+
+@pytest.mark.parametrize(
+    ("needs_entropy", "weight", "expected"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)]
+)
+def test_entropies_are_computed_only_if_a_signal_in_use_reads_them(
+    every_third_token: str, needs_entropy: bool, weight: float, expected: bool
+) -> None:
+    SIGNAL_REGISTRY.factory(every_third_token).needs_entropy = needs_entropy  # type: ignore[attr-defined]
+    complexity = ComplexityConfig(entropy=0, signals={every_third_token: weight})
+    assert ChunkWiseConfig(complexity=complexity).reads_entropy is expected
+
+
+def test_a_signal_that_leaves_its_range_is_named() -> None:
+    try:
+        register_signal("too_large")(type("TooLarge", (Signal,), {"update": lambda self, token, entropy: 1.5}))
+        estimator = TokenComplexityEstimator(ComplexityConfig(signals={"too_large": 1.0}), VOCABULARY)
+        with pytest.raises(ConfigError, match=r"'too_large' gave 1.5; a signal must stay within 0 and 1"):
+            estimator.update([1], [None])
+    finally:
+        SIGNAL_REGISTRY.remove("too_large")
 
 
 # 2 AdaptiveChunker

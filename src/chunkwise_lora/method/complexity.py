@@ -1,4 +1,4 @@
-"""Component 1: how hard is each token? (paper, token complexity estimator)"""
+"""Component 1: how hard is each token? (arXiv 2601.21109, token complexity estimator)"""
 
 from __future__ import annotations
 
@@ -8,35 +8,45 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.method.config import ComplexityConfig
+from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY, Signal
 
-SIGNALS = ("entropy", "novelty", "attention", "position")
+SIGNALS = PAPER_SIGNALS
+"""The order of `LearnedComplexity.weights`."""
 
 
 @dataclass(frozen=True)
 class LearnedComplexity:
-    """What calibration learned about an adapter: how the cost of a low rank depends on what is known of a token.
+    """What calibration learned about an adapter: the predicted cost of running a token at a low rank.
 
-    The log of a token's cost over the mean token's is, up to a constant, the sum of one number for its id, one for
-    the id before it, and `weights` on the signals.
+    The logarithm of a token's cost, relative to the mean cost, is modelled as a sum: one number for the token's id,
+    one number for the id before it, and a weight on each of the paper's four signals. Other registered signals play
+    no part in it.
     """
 
     token: np.ndarray
-    """(vocabulary,) float32 by token id; ids beyond it count as 0."""
+    """(vocabulary,) float32, the number of each token id. Ids beyond the array count as 0."""
     previous: np.ndarray
-    """(vocabulary,) float32 by the id of the token before."""
+    """(vocabulary,) float32, the number of each id that precedes a token."""
     weights: np.ndarray
-    """(4,) float32 on `SIGNALS`, less their `means`; a signal that is not known counts as its mean."""
+    """(4,) float32, a weight per entry of `SIGNALS`, applied to the signal minus its mean."""
     means: np.ndarray
-    """(4,) float32"""
+    """(4,) float32, the mean of each signal. A signal that is not known counts as its mean."""
 
     @classmethod
     def neutral(cls) -> LearnedComplexity:
-        """Knows nothing: every token is as hard as the mean one."""
+        """Return a model that knows nothing: it predicts the mean cost for every token."""
         return cls(np.zeros(0), np.zeros(0), np.zeros(len(SIGNALS)), np.zeros(len(SIGNALS)))
 
     def log_cost(self, token: int, previous: int | None, signals: Sequence[float | None]) -> float:
-        """Log of the token's relative cost."""
+        """Return the natural logarithm of the token's cost relative to the mean cost.
+
+        Args:
+            token: The token's id.
+            previous: The id before it, None for the first token.
+            signals: (4,) the values of `SIGNALS`, None where not known.
+        """
         cost = float(self.token[token]) if token < len(self.token) else 0.0
         if previous is not None and previous < len(self.previous):
             cost += float(self.previous[previous])
@@ -47,63 +57,69 @@ class LearnedComplexity:
 
 
 class TokenComplexityEstimator:
-    """Streams tokens of one sequence into complexity scores in [0, 1].
+    """Turns the tokens of one sequence into complexity scores in [0, 1], token by token.
 
-    Four signals, each in [0, 1] and causal:
+    Without `learned`, the score is the weighted mean of the signals that `config` gives a weight. A signal that is
+    not known for a token is left out, and the other weights are renormalised. With `learned`, the score is
+    a / (1 + a) for a token whose predicted cost is a times the mean cost.
 
-    - *entropy* of the distribution that predicted the token, over its maximum. Unknown for prompt tokens.
-    - *novelty*: the share of the 1- to n-grams ending here that the last `window` tokens did not contain.
-    - *attention proxy*: how far back the same token last stood, on a log scale. A token that must be related
-      to a distant or missing past asks more of attention than one just repeated. The paper does not fix its
-      proxy; this one needs no attention weights, so it works with fused kernels.
-    - *position*: `2 ** (-t / half_life)`, early tokens are harder.
-
-    Uncalibrated, the score is their weighted mean; a signal that is not known is left out and the other weights
-    renormalised. With `learned`, it is a / (1 + a) for a token that costs a times the mean token's.
+    Args:
+        config: Weights and settings of the signals.
+        vocab_size: Entries of the model's vocabulary.
+        learned: What calibration learned, or None for the weighted mean.
     """
 
     def __init__(self, config: ComplexityConfig, vocab_size: int, learned: LearnedComplexity | None = None) -> None:
         self.config = config
         self._learned = learned
-        self._max_entropy = math.log(max(vocab_size, 2))
-        self._last_seen: dict[tuple[int, ...], int] = {}
-        self._recent: tuple[int, ...] = ()
-        self._position = 0
+        self._previous: int | None = None
+        settings = {
+            "vocab_size": vocab_size,
+            "ngram": config.ngram,
+            "window": config.window,
+            "half_life": config.half_life,
+        }
+        self._signals = [SIGNAL_REGISTRY.create(name, settings) for name in SIGNALS]
+        self._weights = [getattr(config, name) for name in SIGNALS]
+        self._others: list[tuple[str, float, Signal]] = [
+            (name, weight, SIGNAL_REGISTRY.create(name, settings)) for name, weight in config.signals.items() if weight
+        ]
 
     def update(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> list[float]:
-        """Scores of the next `tokens`; `entropies` in nats, None where not known."""
+        """Score the next tokens.
+
+        Args:
+            tokens: (n,) token ids.
+            entropies: (n,) entropy in nats of the distribution that predicted each token, None where not known.
+
+        Returns:
+            (n,) scores in [0, 1].
+
+        Raises:
+            ConfigError: A registered signal gave a value outside [0, 1].
+        """
         return [self._score(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
 
+    def signals(self, token: int, entropy: float | None) -> tuple[float | None, ...]:
+        """Read the next token, as `update` does, and return (4,) the values of `SIGNALS`, None where not known."""
+        return tuple([signal.update(token, entropy) for signal in self._signals])
+
     def _score(self, token: int, entropy: float | None) -> float:
-        previous = self._recent[-1] if self._recent else None
         signals = self.signals(token, entropy)
         if self._learned is not None:
+            previous, self._previous = self._previous, token
             return 0.5 * (1 + math.tanh(self._learned.log_cost(token, previous, signals) / 2))
-        weights = [getattr(self.config, name) for name in SIGNALS]
-        known = [(weight, value) for weight, value in zip(weights, signals, strict=True) if value is not None]
-        total = sum(weight for weight, _ in known)
-        # Nothing known: neither easy nor hard.
-        return sum(weight * value for weight, value in known) / total if total else 0.5
-
-    def signals(self, token: int, entropy: float | None) -> tuple[float | None, float, float, float]:
-        """Take the next token in and give its `SIGNALS`; the entropy is None where not known."""
-        config, now = self.config, self._position
-        self._recent = (*self._recent, token)[-config.ngram :]
-        ngrams = [self._recent[-n:] for n in range(1, len(self._recent) + 1)]
-        ages = [now - self._last_seen.get(ngram, -math.inf) for ngram in ngrams]
-        for ngram in ngrams:
-            self._last_seen[ngram] = now
-        self._position += 1
-        if self._position % config.window == 0:
-            self._forget()
-        return (
-            None if entropy is None else min(1.0, max(0.0, entropy / self._max_entropy)),
-            sum(age > config.window for age in ages) / len(ages),
-            min(1.0, math.log1p(ages[0]) / math.log1p(config.window)),
-            2.0 ** (-now / config.half_life),
-        )
-
-    def _forget(self) -> None:
-        """Drop n-grams that left the window, so that memory stays bounded."""
-        oldest = self._position - self.config.window
-        self._last_seen = {ngram: seen for ngram, seen in self._last_seen.items() if seen >= oldest}
+        weighted = total = 0.0
+        for weight, value in zip(self._weights, signals, strict=True):
+            if value is not None:
+                weighted += weight * value
+                total += weight
+        for name, weight, signal in self._others:
+            value = signal.update(token, entropy)
+            if value is not None:
+                if not 0 <= value <= 1:
+                    raise ConfigError(f"complexity.signals: {name!r} gave {value}; a signal must stay within 0 and 1")
+                weighted += weight * value
+                total += weight
+        # Where nothing is known, the token is neither easy nor hard.
+        return weighted / total if total else 0.5

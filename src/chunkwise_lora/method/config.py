@@ -1,11 +1,11 @@
-"""Every knob of the method, with its unit, range and source, and the presets made of them.
+"""Every setting of the method, with its unit, range and source, and the presets made of them.
 
-A knob is declared once, here. The command line, the JSON files and the documentation take it from
-this place.
+A setting is declared once, here. The command line and the JSON files take it from this place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.files import read_text, write_atomically
+from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY
 
 CONFIG_NAME = "chunkwise_config.json"
 
@@ -40,26 +41,48 @@ class StrictConfig(BaseModel):
 
 
 class ComplexityConfig(StrictConfig):
-    """Weights and ranges of the four complexity signals (paper, token complexity estimator)."""
+    """Weights and ranges of the complexity signals (paper, token complexity estimator)."""
 
     entropy: Weight = Field(0.4, description="Weight of the next-token entropy.")
     novelty: Weight = Field(0.3, description="Weight of the n-gram novelty.")
     attention: Weight = Field(0.2, description="Weight of the attention proxy.")
     position: Weight = Field(0.1, description="Weight of the positional prior.")
+    signals: Mapping[str, Weight] = Field({}, description="Weights of other registered signals, by name.")
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
     window: int = Field(512, ge=1, le=10**9, description="How far back novelty and attention look, tokens.")
     half_life: float = Field(64.0, gt=0, description="The positional prior halves every so many tokens.")
     learned: bool = Field(
         False,
-        description="Score by what calibration learned, which a calibrated ladder holds; a weight above 0 then only "
-        "lets its signal in.",
+        description="Score by what calibration learned, which a calibrated ladder holds. The weights then have no "
+        "effect, except that entropies are computed only if entropy is above 0.",
     )
 
     @model_validator(mode="after")
-    def _some_weight(self) -> Self:
-        if not self.learned and self.entropy + self.novelty + self.attention + self.position == 0:
-            raise ConfigError("ComplexityConfig: all four weights are 0; give at least one signal weight")
+    def _usable_signals(self) -> Self:
+        for name in self.signals:
+            if name in PAPER_SIGNALS:
+                raise ConfigError(f"ComplexityConfig: signals.{name}: give this signal its weight as {name!r} instead")
+            SIGNAL_REGISTRY.check(name, "ComplexityConfig: signals")
+        others = sum(self.signals.values())
+        if self.learned and others:
+            raise ConfigError(
+                "ComplexityConfig: signals: learned scores know only the paper's four signals; remove the other "
+                "signals, or set learned to false"
+            )
+        if not self.learned and self.entropy + self.novelty + self.attention + self.position + others == 0:
+            raise ConfigError("ComplexityConfig: all weights are 0; give at least one signal a weight")
         return self
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a mapping has no hash of its own
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether a signal with a weight reads next-token entropies."""
+        return self.entropy > 0 or any(
+            weight > 0 and getattr(SIGNAL_REGISTRY.factory(name), "needs_entropy", True)
+            for name, weight in self.signals.items()
+        )
 
 
 class ChunkingConfig(StrictConfig):
@@ -171,7 +194,7 @@ class ChunkWiseConfig(StrictConfig):
     @property
     def reads_entropy(self) -> bool:
         """Whether next-token entropies can change a plan."""
-        return self.levels > 1 and self.complexity.entropy > 0
+        return self.levels > 1 and self.complexity.reads_entropy
 
     @classmethod
     def preset(cls, name: str) -> ChunkWiseConfig:

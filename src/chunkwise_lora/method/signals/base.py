@@ -1,0 +1,44 @@
+"""What a complexity signal is, and the registry of signals."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from chunkwise_lora.method.registry import Registry
+
+
+class Signal(ABC):
+    """One sign of how hard a token is (paper arXiv 2601.21109, token complexity estimator).
+
+    A signal reads the tokens of one sequence in order. It is causal: its value for token t depends on tokens up to t
+    and on the distribution that predicted token t, on nothing later. One object serves one sequence and must support
+    `copy.deepcopy`, because a beam search copies sequences.
+
+    A subclass is usually a dataclass whose fields are its settings. Fields called `vocab_size` (entries of the
+    model's vocabulary), `ngram`, `window` and `half_life` get the values of the model and of `ComplexityConfig`; other
+    fields keep their defaults.
+    """
+
+    needs_entropy: ClassVar[bool] = False
+    """Whether the signal reads the entropy. An engine computes entropies only if a signal in use reads them."""
+
+    @abstractmethod
+    def update(self, token: int, entropy: float | None) -> float | None:
+        """Read the next token and return its value.
+
+        Args:
+            token: The token's id.
+            entropy: Entropy in nats of the distribution that predicted the token. None where it is not known, as for
+                the tokens of a prompt.
+
+        Returns:
+            A value in [0, 1], where 1 is hardest, or None where the signal does not know.
+        """
+
+
+PAPER_SIGNALS = ("entropy", "novelty", "attention", "position")
+"""The paper's four signals, which have a weight of their own in `ComplexityConfig`."""
+
+SIGNAL_REGISTRY: Registry[Signal] = Registry("signal")
+register_signal = SIGNAL_REGISTRY.register
