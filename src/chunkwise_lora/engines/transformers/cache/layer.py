@@ -1,0 +1,170 @@
+"""The cache of one attention layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from chunkwise_lora.backends.native import Pools, Shape, kernels
+from chunkwise_lora.engines.transformers.cache.pool import Int8Pool, appended, quantise, take
+
+
+class ChunkWiseLayer(CacheLayerMixin):
+    """The cache of one attention layer: a hot and a cold pool.
+
+    `kernels` may attend to it in decode steps; see `attention`.
+    """
+
+    is_sliding = False
+    read_by_attention = False
+    """Whether the model hands what `update` gives straight to `attention`, which reads the cold pool itself."""
+
+    def __init__(self, int8_head_share: float = 1.0, use_kernels: bool = True) -> None:
+        super().__init__()
+        self.int8_head_share = int8_head_share
+        self.keys: Tensor
+        self.values: Tensor
+        self.seen = 0
+        """Tokens seen, whether still held or not."""
+        self.hot = 0
+        """Hot slots in use."""
+        self.cold: tuple[Int8Pool, Int8Pool] | None = None
+        """Keys and values in INT8, None before the first."""
+        self._use_kernels = use_kernels
+
+    @property
+    def slots(self) -> int:
+        """Slots that attention sees."""
+        return self.hot + (self.cold[0].used if self.cold else 0)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take shapes, dtype and device from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self.is_initialized = True
+        if self.device.type != "cpu" or key_states.shape != value_states.shape:
+            self._use_kernels = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store states (batch, heads, tokens, head_dim) and return all that attention sees.
+
+        Where attention reads this layer itself, the hot pool stands for it.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = appended(self.keys, self.hot, key_states)
+        self.values = appended(self.values, self.hot, value_states)
+        self.seen += key_states.shape[2]
+        self.hot += key_states.shape[2]
+        keys, values = self._hot() if self.read_by_attention else self.read()
+        keys.layer = values.layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (batch, heads, slots, head_dim) of all slots, cold ones first."""
+        keys, values = self._hot()
+        if self.cold is None:
+            return keys, values
+        cold_keys, cold_values = (pool.read(self.dtype) for pool in self.cold)
+        return torch.cat([cold_keys, keys], dim=2), torch.cat([cold_values, values], dim=2)
+
+    def _hot(self) -> tuple[Tensor, Tensor]:
+        return self.keys[:, :, : self.hot], self.values[:, :, : self.hot]
+
+    def attends(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether `attend` takes these: one token per sequence, and a mask of slots alone or none."""
+        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
+            return False
+        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
+            return False
+        if kernels(self.dtype) is None:
+            return False
+        slots = (self.keys.shape[0], 1, 1, self.slots)
+        return mask is None or (mask.dtype == torch.bool and mask.shape == slots and mask.stride(3) == 1)
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """(batch, 1, query heads, head_dim) attention of query (batch, query heads, 1, head_dim) over all slots."""
+        kernel = kernels(self.dtype)
+        assert kernel is not None
+        batch, heads, room, width = self.keys.shape
+        shape = Shape(batch, heads, query.shape[1] // heads, width, self.hot, room)
+        keys, values = (Pools(hot.data_ptr()) for hot in (self.keys, self.values))
+        if self.cold is not None:
+            first = self.cold[0]
+            shape.cold, shape.cold_room, shape.int8_heads = first.used, first.codes.shape[2], first.codes.shape[1]
+            shape.places = first.places.data_ptr()
+            for pool, cold in zip((keys, values), self.cold, strict=True):
+                pool.codes, pool.scales = cold.codes.data_ptr(), cold.scales.data_ptr()
+                pool.others = cold.others.data_ptr()
+        return kernel.attend(query, keys, values, shape, mask, scaling)
+
+    def quantise(self, slots: Tensor) -> None:
+        """Add hot `slots` (batch, n) to the cold pool; they stay hot until `sweep`."""
+        keys, values = take(self.keys, slots), take(self.values, slots)
+        if self.cold is None:
+            heads = self._int8_heads(keys, values)
+            self.cold = Int8Pool(keys, heads), Int8Pool(values, heads)
+        self.cold[0].append(keys)
+        self.cold[1].append(values)
+
+    def sweep(self, cold: Tensor | None, hot: Tensor | None) -> None:
+        """Keep only the slots `cold` and `hot`, each (batch, n); None keeps all."""
+        if cold is not None:
+            for pool in self.cold or ():
+                pool.pick(cold)
+        if hot is not None:
+            self.keys, self.values = take(self.keys, hot), take(self.values, hot)
+            self.hot = hot.shape[1]
+
+    def _int8_heads(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The share of heads that INT8 hurts least, measured on the first states to be quantised."""
+        errors = torch.zeros(keys.shape[1], device=keys.device)
+        for states in (keys, values):
+            codes, scales = quantise(states)
+            difference = codes.float() * scales.float() - states.float()
+            errors += difference.square().sum((0, 2, 3)) / states.float().square().sum((0, 2, 3)).clamp_min(1e-12)
+        count = round(self.int8_head_share * len(errors))
+        return errors.argsort()[:count].sort().values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what attention sees."""
+        return self.slots + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep only `sequences` of the batch, in that order."""
+        self.keys, self.values = self.keys[sequences], self.values[sequences]
+        for pool in self.cold or ():
+            pool.select(sequences)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search's choice of sequences."""
+        if self.is_initialized:
+            self.select(beam_idx.to(self.device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        if not self.is_initialized:
+            return 0
+        hot = sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values))
+        return hot + sum(pool.nbytes for pool in self.cold or ())
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that every token seen would take in the model's precision."""
+        if not self.is_initialized:
+            return 0
+        tensors = (self.keys, self.values)
+        return sum(t.shape[0] * t.shape[1] * self.seen * t.shape[3] * t.itemsize for t in tensors)

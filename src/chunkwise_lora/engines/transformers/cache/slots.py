@@ -1,0 +1,40 @@
+"""Which token lies in which slot of the cache: (batch, slots) arrays of token positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chunkwise_lora.method.kv_policy import KVDecision
+
+NO_TOKEN = -1
+"""Marks a slot that holds nothing for a sequence."""
+
+WASTE = 16
+"""Slots that no sequence uses are swept out once they are so many, and an eighth of all."""
+
+
+def kept(tokens: np.ndarray) -> np.ndarray | None:
+    """(batch, n) the slots in use, packed to one side; None while those that are not are too few to sweep out."""
+    used = tokens != NO_TOKEN
+    waste = tokens.shape[1] - int(used.sum(1).max(initial=0))
+    return packed(used) if waste >= max(WASTE, tokens.shape[1] // 8) else None
+
+
+def within(tokens: np.ndarray, decision: KVDecision) -> np.ndarray:
+    return np.flatnonzero((tokens >= decision.start) & (tokens < decision.end))
+
+
+def packed(chosen: np.ndarray) -> np.ndarray:
+    """(batch, n) the chosen slots of each row, packed to the left; `NO_TOKEN` fills up."""
+    packed = np.full((len(chosen), int(chosen.sum(1).max(initial=0))), NO_TOKEN)
+    for row, flags in enumerate(chosen):
+        slots = np.flatnonzero(flags)
+        packed[row, : len(slots)] = slots
+    return packed
+
+
+def picked(tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """The tokens in packed slots."""
+    if not tokens.shape[1]:
+        return np.full(slots.shape, NO_TOKEN)
+    return np.where(slots == NO_TOKEN, NO_TOKEN, np.take_along_axis(tokens, np.maximum(slots, 0), axis=1))
