@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, __version__, embedded
+from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
+from chunkwise_lora.cli.options import share
+from chunkwise_lora.cli.output import escaped_lines
+from chunkwise_lora.cli.progress import Bars, Lines
+from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table
+from chunkwise_lora.method.trace import SequenceTrace
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
 
@@ -20,7 +30,7 @@ def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: py
     held.write_text(TEXT * 3)
     monkeypatch.setattr(embedded, "HELD_TEXT", held)
     code, out, err = run("demo", "--new-tokens", 4, "--rounds", 1, "--json", tmp_path / "demo.json")
-    assert (code, err) == (0, "")
+    assert code == 0 and err.startswith("comparing with PEFT: 1 of 18 after ")
     assert "mean rank" in out and "│" in out
     assert max(len(line) for line in out.splitlines()) <= 80
     result = json.loads((tmp_path / "demo.json").read_text())
@@ -48,8 +58,8 @@ def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:
     assert 0 < result["mean_rank"] < 16
 
 
-def test_generate_takes_knobs_from_a_file(run: Any, tmp_path: Path) -> None:
-    config = tmp_path / "knobs.json"
+def test_generate_takes_settings_from_a_file(run: Any, tmp_path: Path) -> None:
+    config = tmp_path / "settings.json"
     config.write_text(ChunkWiseConfig.preset("lossless").to_json())
     code, *_ = run("generate", "--prompt", TEXT, "--max-new-tokens", 2, "--config", config, "--json", tmp_path / "o")
     assert code == 0 and json.loads((tmp_path / "o").read_text())["mean_rank"] == 16
@@ -73,7 +83,7 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
     [
         (("generate", "--prompt", ""), "empty"),
         (("generate", "--prompt", "a", "--preset", "fast"), "lossless, balanced, compact"),
-        (("generate", "--prompt", "a", "--preset", "compact", "--config", "x.json"), "one of them"),
+        (("generate", "--prompt", "a", "--preset", "compact", "--config", "x.json"), "only one of them"),
         (("generate", "--prompt", "a", "--config", "no/such.json"), "no/such.json"),
         (("generate", "--prompt", "a", "--adapter", "no/such"), "no/such"),
         (("generate", "--prompt", "a", "--model", "no/such"), "no/such"),
@@ -124,11 +134,132 @@ def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("demo",), ("generate",), ("ladder",), ("ladder", "build"), ("ladder", "show"), ("bench",)]
+    "command",
+    [
+        (),
+        ("demo",),
+        ("generate",),
+        ("calibrate",),
+        ("eval",),
+        ("bench",),
+        ("ladder",),
+        ("ladder", "build"),
+        ("ladder", "show"),
+        ("ladder", "export"),
+    ],
 )
 def test_every_command_has_help(run: Any, command: tuple[str, ...]) -> None:
     code, out, _ = run(*command, "--help")
     assert code == 0 and "Usage" in out
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from chunkwise_lora.cli.app import app; app(['calibrate', '--help'], standalone_mode=False); "
+        "print([name for name in ('torch', 'transformers', 'peft', 'matplotlib', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_module_runs_as_the_command_and_tells_its_version() -> None:
+    command = [sys.executable, "-m", "chunkwise_lora.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"chunkwise-lora {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("50%", 0.5), ("0.5", 0.5), ("50", 0.5), ("0.5%", 0.005), ("1", 1), ("100", 1), ("100%", 1), (" 25 % ", 0.25)],
+)
+def test_a_share_is_written_with_or_without_a_percent_sign(written: str, value: float) -> None:
+    assert share("--mean-rank", written) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("written", ["", "%", "half", "0", "0%", "-5%", "-0.5", "101", "150%", "nan", "inf", "0,5%"])
+def test_what_is_no_share_is_refused_with_the_remedy(written: str) -> None:
+    with pytest.raises(ChunkWiseError, match=r"--mean-rank .*: write a percentage"):
+        share("--mean-rank", written)
+
+
+def test_a_loss_increase_that_may_be_meant_in_percent_is_refused() -> None:
+    for written in ("0.5", "1", "0.1"):
+        with pytest.raises(ChunkWiseError, match="write the percent sign"):
+            share("--max-loss-increase", written, AMBIGUOUS_LOSS)
+    assert share("--max-loss-increase", "0.005", AMBIGUOUS_LOSS) == 0.005
+    assert share("--max-loss-increase", "2", AMBIGUOUS_LOSS) == 0.02
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--prompt", "a", "--adapter", "wikki"),
+        ("bench", "--adapter", "wikki"),
+        ("eval", "--task", "wikitext", "--data", "x", "--adapter", "wikki"),
+        ("eval", "--task", "wikitext", "--data", "x", "--calibrated", "wikki"),
+        ("eval", "--task", "wikitext", "--data", "x", "--peft", "r8=wikki"),
+        ("calibrate", "--text", "x", "-o", "y", "--mean-rank", "50%", "--adapter", "wikki"),
+        ("ladder", "build", "wikki", "-o", "x"),
+        ("ladder", "show", "wikki"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistyped_adapter_is_answered_with_the_closest_name_and_no_hub(
+    run: Any, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: pytest.fail("a hub was asked"))
+    code, _, err = run(*command)
+    assert code == 1 and "Did you mean wiki?" in err and "owner/name" in err
+
+
+def test_a_folder_is_an_adapter_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wikki").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert embedded.find("wikki") == "wikki"
+    assert embedded.find("owner/name") == "owner/name"
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal() -> None:
+    written: list[str] = []
+    seconds = iter([0.0, 0.0, 1.0, 40.0, 41.0, 100.0])
+    with Lines(written.append, lambda: next(seconds)) as reports:
+        assert list(reports.track([7, 8, 9, 10], description="working")) == [7, 8, 9, 10]
+    assert written == ["working ...\n", "working: 2 of 4 after 40 s\n", "working: 4 of 4 after 1 min 40 s\n"]
+
+
+def test_a_stage_that_never_begins_prints_nothing() -> None:
+    written: list[str] = []
+    with Lines(written.append) as reports:
+        reports.steps("working", 3)
+    assert written == []
+
+
+def test_a_bar_leaves_redirected_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = io.StringIO()
+    with Bars(Console(file=terminal, force_terminal=True)) as reports:
+        for _ in reports.track(range(3), description="[red]working"):
+            print("result")
+    assert "[red]working" in terminal.getvalue() and "result" not in terminal.getvalue()
+    assert capsys.readouterr().out == "result\n" * 3
+
+
+def test_what_files_and_models_say_cannot_reach_the_terminal_as_commands() -> None:
+    evil = "\x1b[2J[bold]\u202etext[/nonsense]"
+    modules = list(RankLadder.load(embedded.ADAPTERS["wiki"]).modules.values())
+    sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), chunks=())
+    console = Console(width=200, file=io.StringIO(), record=True, force_terminal=True)
+    console.print(ladder_table(RankLadder({f"{evil}.a": modules[0], f"{evil}.b": modules[1]})))
+    console.print(coloured_tokens(sequence, [evil], full_rank=16))
+    printed = console.export_text()
+    assert printed.count("[bold]") == 2 and printed.count("[/nonsense]") == 2
+    assert "\x1b" not in printed and "\u202e" not in printed
+    assert escaped_lines("a\n\tb\x07") == "a\n\tb\\x07"
+
+
+def test_a_path_is_printed_as_it_is(run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "[red]x[/red]"
+    code, out, _ = run("ladder", "build", "wiki", "-o", folder)
+    assert code == 0 and "[red]x[/red]" in out
 
 
 def test_bench_takes_lists_and_writes_numbers_and_a_picture(run: Any, tmp_path: Path) -> None:
@@ -158,7 +289,7 @@ def test_bench_times_random_weights_and_an_adapter_per_sequence(run: Any, tmp_pa
         2,
         "--contexts",
         16,
-        "--contestants",
+        "--methods",
         "ChunkWise",
     )
     quick = ("--rounds", 1, "--prefill-rounds", 0, "--new-tokens", 2, "--slow", "kernels", "products")

@@ -12,9 +12,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
-from chunkwise_lora.benchmark.measure import BASE, STATIC, UNMERGED, Contestant, Run, contestants, measure, score
+from chunkwise_lora.benchmark.measure import measure
 from chunkwise_lora.benchmark.memory import PeakMemory
+from chunkwise_lora.benchmark.methods import BASE, STATIC, UNMERGED, Method, methods
 from chunkwise_lora.benchmark.plots import plot_bench
+from chunkwise_lora.benchmark.run import Run, perplexity
 from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
 from chunkwise_lora.calibration.costs import (
     log_probabilities,
@@ -29,8 +31,8 @@ LOSSLESS = {"lossless": ChunkWiseConfig.preset("lossless")}
 
 
 @pytest.fixture(scope="module")
-def entrants() -> list[Contestant]:
-    return contestants(build("llama"), {"a": adapter("llama")}, LOSSLESS)
+def all_methods() -> list[Method]:
+    return methods(build("llama"), {"a": adapter("llama")}, LOSSLESS)
 
 
 @pytest.fixture
@@ -39,23 +41,23 @@ def text() -> torch.Tensor:
 
 
 def test_merged_unmerged_and_lossless_score_alike_and_unlike_the_base(
-    entrants: list[Contestant], text: torch.Tensor
+    all_methods: list[Method], text: torch.Tensor
 ) -> None:
-    base, merged, unmerged, lossless = (score(entrant, text) for entrant in entrants)
+    base, merged, unmerged, lossless = (perplexity(method, text) for method in all_methods)
     assert merged == pytest.approx(unmerged, rel=1e-4)
     assert lossless == pytest.approx(unmerged, rel=1e-5)
     assert base != pytest.approx(unmerged, rel=1e-2)
 
 
-def test_contestants_share_the_weights_of_the_base_but_for_the_merged_one(entrants: list[Contestant]) -> None:
-    first = [next(entrant.model.parameters()) for entrant in entrants]
+def test_methods_share_the_weights_of_the_base_but_for_the_merged_one(all_methods: list[Method]) -> None:
+    first = [next(method.model.parameters()) for method in all_methods]
     assert [weight.data_ptr() == first[0].data_ptr() for weight in first] == [True, False, True, True]
 
 
-def test_a_measurement_counts_real_bytes(entrants: list[Contestant], text: torch.Tensor) -> None:
+def test_a_measurement_counts_real_bytes(all_methods: list[Method], text: torch.Tensor) -> None:
     advances: list[int] = []
-    results = measure(entrants, text, new_tokens=4, rounds=2, prefill_rounds=3, advance=lambda: advances.append(1))
-    assert len(advances) == len(entrants) * (2 + 3)
+    results = measure(all_methods, text, new_tokens=4, rounds=2, prefill_rounds=3, advance=lambda: advances.append(1))
+    assert len(advances) == len(all_methods) * (2 + 3)
     base, merged, unmerged, lossless = results
     assert base.adapter_bytes_per_pass == merged.adapter_bytes_per_pass == 0
     assert unmerged.adapter_bytes_per_pass == lossless.adapter_bytes_per_pass > 0
@@ -68,26 +70,26 @@ def test_a_measurement_counts_real_bytes(entrants: list[Contestant], text: torch
 
 
 def test_without_rounds_of_prefill_the_caches_of_others_are_filled(
-    entrants: list[Contestant], text: torch.Tensor
+    all_methods: list[Method], text: torch.Tensor
 ) -> None:
-    base, *_, lossless = measure(entrants, text, new_tokens=2, rounds=1, prefill_rounds=0)
+    base, *_, lossless = measure(all_methods, text, new_tokens=2, rounds=1, prefill_rounds=0)
     assert base.kv_bytes == 2 * 2 * 2 * 8 * 4 * (24 + 3)
     assert base.prefill_ms is base.prefill_ratio is base.peak_bytes is None
     assert lossless.prefill_ms is not None
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one adapter", "an adapter per sequence"])
-def test_every_contestant_generates_what_its_model_would(several: bool) -> None:
+def test_every_method_generates_what_its_model_would(several: bool) -> None:
     folders = {"a": adapter("llama"), **({"b": adapter("llama", seed=2)} if several else {})}
-    entrants = contestants(build("llama"), folders, LOSSLESS, caches=True)
+    all_methods = methods(build("llama"), folders, LOSSLESS, caches=True)
     prompt = torch.randint(3, VOCABULARY, (2, 24))
     last = {}
     with torch.inference_mode():
-        for entrant in entrants:
-            run = Run(entrant, prompt, 24 + 8)
+        for method in all_methods:
+            run = Run(method, prompt, 24 + 8)
             run.prefill()
             run.decode(8)
-            last[entrant.name] = run._next.flatten().tolist()
+            last[method.name] = run._next.flatten().tolist()
             run.close()
     base = build("llama").generate(prompt, max_new_tokens=9, do_sample=False)[:, -1].tolist()
     tuned = peft_model("llama").generate(input_ids=prompt, max_new_tokens=9, do_sample=False)[:, -1].tolist()
@@ -98,20 +100,20 @@ def test_every_contestant_generates_what_its_model_would(several: bool) -> None:
     assert (last[UNMERGED][1] == tuned[1]) == (not several)
 
 
-def test_the_table_fits_a_narrow_terminal(entrants: list[Contestant], text: torch.Tensor) -> None:
-    results = measure(entrants, text, new_tokens=2, rounds=1)
+def test_the_table_fits_a_narrow_terminal(all_methods: list[Method], text: torch.Tensor) -> None:
+    results = measure(all_methods, text, new_tokens=2, rounds=1)
     console = Console(width=80, record=True)
     console.print(bench_table(results))
-    console.print(bench_table(results, {entrant.name: 50.0 for entrant in entrants}))
+    console.print(bench_table(results, {method.name: 50.0 for method in all_methods}))
     printed = console.export_text()
-    assert all(printed.count(f"{entrant.name}  ") >= 2 for entrant in entrants)
+    assert all(printed.count(f"{method.name}  ") >= 2 for method in all_methods)
     assert "…" not in printed
 
 
-def test_a_plot_is_a_picture(entrants: list[Contestant], text: torch.Tensor, tmp_path: Path) -> None:
+def test_a_plot_is_a_picture(all_methods: list[Method], text: torch.Tensor, tmp_path: Path) -> None:
     results = [
-        *measure(entrants, text, new_tokens=2, rounds=1),
-        *measure(entrants, text[:, :16], new_tokens=2, rounds=1),
+        *measure(all_methods, text, new_tokens=2, rounds=1),
+        *measure(all_methods, text[:, :16], new_tokens=2, rounds=1),
     ]
     plot_bench(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -139,7 +141,7 @@ def test_a_random_adapter_is_one_that_peft_and_ladders_read(tmp_path: Path) -> N
     ladder = RankLadder.from_peft(folder)
     assert ladder.rung_ranks[-1] == 4
     assert len(ladder.modules) == 2 * 7
-    assert len(contestants(build("llama"), {"a": folder}, LOSSLESS)) == 4
+    assert len(methods(build("llama"), {"a": folder}, LOSSLESS)) == 4
 
 
 def test_coloured_tokens_keep_the_text() -> None:
@@ -170,8 +172,8 @@ def test_an_embedded_adapter_beats_the_base_on_text_of_its_kind(name: str, given
     labels = tokens.clone()
     labels[:, : len(tokenizer(given).input_ids)] = -100
     without, _, tuned = (
-        entrant.model(input_ids=tokens, labels=labels).loss
-        for entrant in contestants(base, {name: embedded.ADAPTERS[name]}, {})
+        method.model(input_ids=tokens, labels=labels).loss
+        for method in methods(base, {name: embedded.ADAPTERS[name]}, {})
     )
     assert tuned < without - 1
 

@@ -451,9 +451,10 @@ def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, Text
 def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" = Karsund = \n \n Karsund is a small town on the north side of the island . \n")
-    arguments = ("--data", text, "--rivals", "base", "--report", tmp_path / "r", "--json", tmp_path / "r.json")
+    arguments = ("--data", text, "--baselines", "base", "--report", tmp_path / "r", "--json", tmp_path / "r.json")
     code, out, err = run("eval", "--task", "wikitext", *arguments)
-    assert (code, err) == (0, "") and "perplexity" in out
+    assert code == 0 and "perplexity" in out
+    assert err.startswith("evaluating wikitext: 1 of ")
     names = [row["name"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
     assert names == ["base, no adapter", FULL, "ChunkWise balanced"]
     assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.md", "report.html"}
@@ -468,7 +469,7 @@ def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
 def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "squad.json"
     file.write_text(json.dumps(SQUAD))
-    arguments = ("--data", file, "--rivals", "svd", "--presets", "lossless", "--json", tmp_path / "r.json")
+    arguments = ("--data", file, "--baselines", "svd", "--presets", "lossless", "--json", tmp_path / "r.json")
     code, out, _ = run("eval", "--task", "squad", "--adapter", "wiki", "--new-tokens", 4, *arguments)
     assert code == 0 and "exact match" in out and "2 examples" in out
     results = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["results"]}
@@ -490,14 +491,29 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--task", "chess", "--text", "x", "-o", "x", "--mean-rank", "50%"), "wikitext, squad, e2e"),
         (("calibrate", "--task", "e2e", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),
-        (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "mean_rank"),
+        (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "at most 100%"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
         (("calibrate", "--text", embedded.HELD_TEXT, "-o", "x", "--mean-rank", "50%"), "too few"),
         (
             ("calibrate", "--task", "e2e", "--text", "x", "--held-text", "x", "-o", "x", "--mean-rank", "50%"),
             "plain text",
         ),
-        (("calibrate", "--task", "e2e", "--text", "x", "--written", 9, "-o", "x", "--mean-rank", "50%"), "--written"),
+        (
+            (
+                "calibrate",
+                "--task",
+                "e2e",
+                "--text",
+                "x",
+                "--self-generated-tokens",
+                9,
+                "-o",
+                "x",
+                "--mean-rank",
+                "50%",
+            ),
+            "--self-generated",
+        ),
         (("calibrate", "--task", "squad", "--text", "x", "-o", "x", "--mean-rank", "50%"), "--adapter"),
     ],
 )

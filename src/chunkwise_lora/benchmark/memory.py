@@ -1,4 +1,4 @@
-"""The peak of a stretch of work: memory of the process, or of the GPU it runs on."""
+"""The largest memory that a block of code needs: memory of the process, or of the GPU that it runs on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Measures a `with` block; afterwards `bytes` is how far memory rose above its start, None where unknown.
+    """Measures a `with` block.
 
-    On a CPU that is resident memory as Linux counts it; weights and whatever else was there before do not count.
+    On a CPU this is the resident memory of the process as Linux counts it. What was in memory before the block began,
+    such as the model's weights, is not counted.
     """
 
     bytes: int | None = None
+    """After the block: how many bytes the memory rose above its start; None if this system does not tell."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -34,12 +36,12 @@ class PeakMemory:
             self.bytes = max(0, self._peak() - self._start)
 
     def _reset(self) -> int | None:
-        """Let the peak begin here; returns what is held now."""
+        """Forget the peak so far; returns the bytes held now, or None if this system does not tell."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
         try:
-            give_memory_back()  # so that it is not used again uncounted
+            give_memory_back()  # freed memory that is used again would not be counted
             _CLEAR.write_text("5")
             return _resident("VmRSS")
         except OSError:

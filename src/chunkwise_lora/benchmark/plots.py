@@ -1,4 +1,4 @@
-"""Plots of measurements, as PNG."""
+"""Measurements drawn as a PNG picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from chunkwise_lora.files import write_atomically
 
 
 def plot_bench(results: Sequence[Measurement], path: Path) -> None:
-    """Decode latency, KV bytes and peak memory against context, a line per contestant, a row per batch size."""
+    """Draw decode latency, KV-cache bytes and peak memory against the context into the PNG file `path`.
+
+    There is one line per method, one row per batch size.
+
+    Raises:
+        ChunkWiseError: matplotlib is not installed, or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import ScalarFormatter

@@ -1,4 +1,7 @@
-"""Random weights in the shapes of known models, and random adapters for them: they time like trained ones."""
+"""Models with random weights in the shapes of known models, and random adapters for them.
+
+They take the same time as trained ones.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,11 @@ SHAPES = {
     "1B": _llama(2048, 16, 32, 8, 8192, 128_256, True),
     "7B": _llama(4096, 32, 32, 32, 11_008, 32_000, False),
 }
-"""Those of SmolLM-135M and -360M, Llama-3.2-1B and Llama-2-7B."""
+"""Shapes by number of parameters: SmolLM-135M, SmolLM-360M, Llama-3.2-1B and Llama-2-7B."""
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The same weights every time."""
+    """A model with random weights, the same in every call; the caller's random state does not change."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -49,7 +52,7 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device |
 
 
 def random_adapter(config: LlamaConfig, rank: int, folder: Path, seed: int = 1) -> Path:
-    """Write a PEFT adapter on all linear layers but the head, small and random on both sides; returns `folder`."""
+    """Write a PEFT adapter with small random weights on all linear layers except the head; returns `folder`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

@@ -6,71 +6,93 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, given, share
-from chunkwise_lora.cli.output import console, progress_bar, write_json
+from chunkwise_lora.cli.options import JsonOption, ModelOption, given, share
+from chunkwise_lora.cli.output import console, print_plain, write_json
+from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import calibration_table
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.method.config import CalibrationConfig
 
+if TYPE_CHECKING:
+    from chunkwise_lora.calibration.calibrate import Calibration
+
+AMBIGUOUS_LOSS = (0.1, 1.0)
+"""Loss increases that are refused without a percent sign: 0.5 can mean 0.5% or 50%."""
+
+
+def _setting(name: str) -> Any:
+    """The option of one field of `CalibrationConfig`, with the field's own description."""
+    return typer.Option(help=CalibrationConfig.model_fields[name].description)
+
 
 def calibrate(
     text: Annotated[
-        str, typer.Option(help="File of plain text like the adapter will see, and did not train on; see --task.")
+        str,
+        typer.Option(
+            help="File with data like those that the adapter will see, which it was not trained on. --task says what "
+            "kind of file it is."
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write: a ladder that knows its config.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the ladder and its policy to.")],
     task: Annotated[
         str,
         typer.Option(
-            help="What --text is: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV). Prompts without "
-            "an answer are answered by the adapter itself."
+            help="Kind of --text: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV). If prompts have "
+            "no answers, the adapter generates the missing answers."
         ),
     ] = "wikitext",
-    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
-    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
+    model: ModelOption = str(embedded.BASE),
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an embedded one. By default "
+            "the embedded one for the task."
+        ),
+    ] = "",
     max_loss_increase: Annotated[
-        str | None, typer.Option(help="Budget: how much the loss per token may rise, such as 0.5%.")
+        str | None,
+        typer.Option(metavar="PERCENT", help="Budget: how much the loss per token may rise, such as 0.5%."),
     ] = None,
     mean_rank: Annotated[
-        str | None, typer.Option(help="Or: mean rank as a share of the full one, such as 50%.")
+        str | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Budget: mean rank as a share of the full rank, such as 50% (also written 50 or 0.5). Give this or "
+            "--max-loss-increase.",
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["tokens"].description)] = None,
-    written: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["written"].description)] = None,
-    refinements: Annotated[
-        int | None, typer.Option(help=CalibrationConfig.model_fields["refinements"].description)
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help=CalibrationConfig.model_fields["rounds"].description)] = None,
+    tokens: Annotated[int | None, _setting("tokens")] = None,
+    self_generated_tokens: Annotated[int | None, _setting("written")] = None,
+    refinements: Annotated[int | None, _setting("refinements")] = None,
+    rounds: Annotated[int | None, _setting("rounds")] = None,
     keep_directions: Annotated[
         bool,
-        typer.Option(
-            "--keep-directions", help=f"{CalibrationConfig.model_fields['keep_directions'].description} See training."
-        ),
+        typer.Option("--keep-directions", help=str(CalibrationConfig.model_fields["keep_directions"].description)),
     ] = False,
-    distillations: Annotated[
-        int | None, typer.Option(help=CalibrationConfig.model_fields["distillations"].description)
-    ] = None,
-    distillation_rate: Annotated[
-        float | None, typer.Option(help=CalibrationConfig.model_fields["distillation_rate"].description)
-    ] = None,
+    distillations: Annotated[int | None, _setting("distillations")] = None,
+    distillation_rate: Annotated[float | None, _setting("distillation_rate")] = None,
     held_text: Annotated[
         str | None,
         typer.Option(
-            help="File of plain text to choose the last knobs by and to check on; by default the end of --text."
+            help="File of plain text that is not learned from. The last settings are chosen on it and the result is "
+            "checked on it. By default the end of --text."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of every draw: the same seed gives the same ladder.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same ladder.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
     """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
 
-    Builds the data-aware ladder and its rungs, measures what every token costs at each rung, learns to predict that
-    in time, and checks the result on text it has not seen. The folder runs wherever an adapter does.
+    Calibration builds a ladder for your data, measures what every token loses at each rung, learns to predict this
+    loss while generating, and checks the result on text that it has not seen. The folder that it writes holds the
+    ladder and its policy, and is used in place of the adapter's folder.
     """
     from chunkwise_lora.calibration.calibrate import calibrate as run
     from chunkwise_lora.evaluation.answers import own_answers
@@ -79,52 +101,61 @@ def calibrate(
 
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
-    knobs = CalibrationConfig(
-        max_loss_increase=share(max_loss_increase),
-        mean_rank=share(mean_rank),
+    settings = CalibrationConfig(
+        max_loss_increase=share("--max-loss-increase", max_loss_increase, AMBIGUOUS_LOSS),
+        mean_rank=share("--mean-rank", mean_rank),
         keep_directions=keep_directions,
         seed=seed,
         **given(
             tokens=tokens,
-            written=written,
+            written=self_generated_tokens,
             refinements=refinements,
             rounds=rounds,
             distillations=distillations,
             distillation_rate=distillation_rate,
         ),
     )
-    if written and task != "wikitext":
+    if self_generated_tokens and task != "wikitext":
         raise ChunkWiseError(
-            "--written goes on from plain text; with --task squad or e2e, prompts without answers do so"
+            "--self-generated-tokens continues plain text; with --task squad or e2e, leave it out and give prompts "
+            "without answers, which the adapter then answers"
         )
     if held_text is not None and task != "wikitext":
-        raise ChunkWiseError("--held-text is plain text; with --task squad or e2e, the end of --text is held back")
+        raise ChunkWiseError(
+            "--held-text is plain text; with --task squad or e2e, leave it out: the end of --text is held back"
+        )
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = load_base_and_tokenizer(model)
-    with progress_bar() as progress:
+    with progress() as reports:
 
         def answer(examples: Sequence[Example]) -> list[Example]:
-            track = partial(progress.track, description="answering prompts")
+            track = partial(reports.track, description="answering prompts")
             found = own_answers(base, ladder, tokenizer, examples, track=track)
-            console.print(
-                f"Of {len(examples):,} prompts without an answer, the adapter answered {len(found):,} within "
-                f"{NEW_TOKENS} tokens; the others are left out."
+            print_plain(
+                f"The adapter answered {len(found):,} of {len(examples):,} prompts that have no answer. The others are "
+                f"left out, because their answers do not end within {NEW_TOKENS} tokens."
             )
             return found
 
-        ids, counted, block = calibration_tokens(task, text, tokenizer, knobs.block, answer)
+        ids, counted, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
-        knobs = knobs.model_copy(update={"block": block})
-        result = run(base, ladder, ids, knobs, cast("Any", progress.track), counted, held)
+        settings = settings.model_copy(update={"block": block})
+        result = run(base, ladder, ids, settings, reports.track, counted, held)
     result.ladder.save_pretrained(output)
     result.config.save_pretrained(output)
+    _print_result(result, output)
+    config = result.config.model_dump(mode="json")
+    content = {"check": asdict(result.check), "explained": result.explained, "searched": result.searched}
+    write_json(json_file, {**content, "config": config})
+
+
+def _print_result(result: Calibration, output: Path) -> None:
     console.print(calibration_table(result))
     check = result.check
-    console.print(
-        f"Expect the loss to rise by {check.loss_increase:.2%} (give or take {check.loss_increase_error:.2%}) at a "
-        f"mean rank of {check.mean_rank:.1f} of {result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV "
-        f"bytes. Measured on {check.tokens:,} unseen tokens. Written to {output}"
+    print_plain(
+        f"Expect the loss to rise by {check.loss_increase:.2%} (95% interval: plus or minus "
+        f"{check.loss_increase_error:.2%}) at a mean rank of {check.mean_rank:.1f} of "
+        f"{result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV bytes. This was measured on "
+        f"{check.tokens:,} tokens of unseen text."
     )
-    config = result.config.model_dump(mode="json")
-    found = {"check": asdict(check), "explained": result.explained, "searched": result.searched, "config": config}
-    write_json(json_file, found)
+    print_plain(f"Written to {output}")

@@ -10,60 +10,81 @@ import typer
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, named_paths
-from chunkwise_lora.cli.output import console, progress_bar, write_json
+from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths
+from chunkwise_lora.cli.output import console, write_json
+from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import NEW_TOKENS
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.method.config import ChunkWiseConfig
 
-EVALUATED, RIVALS = ["balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"]
+DEFAULT_PRESETS, DEFAULT_BASELINES = ["balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"]
 
 
 def evaluate(
-    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match, F1) or e2e (BLEU).")],
+    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match and F1) or e2e (BLEU).")],
     data: Annotated[
-        str, typer.Option(help="File: plain text, SQuAD v1.1 JSON, or E2E as CSV; or a data set's name on the hub.")
+        str,
+        typer.Option(
+            help="File with the task's data: plain text, SQuAD v1.1 JSON, or E2E as CSV; or the name of a data set on "
+            "the hub."
+        ),
     ],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
-    adapter: Annotated[str, typer.Option(help="PEFT adapter: a folder or a name on the hub, or an embedded one.")] = "",
+    model: ModelOption = str(embedded.BASE),
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one. By default the "
+            "embedded one for the task."
+        ),
+    ] = "",
     calibrated: Annotated[
-        str | None, typer.Option(help="Folder that `chunkwise calibrate` wrote, or an embedded adapter that holds one.")
+        str | None,
+        typer.Option(help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or an embedded one."),
     ] = None,
     presets: Annotated[
         list[str],
-        typer.Option(help="Ours: presets, on the ladder in the adapter's folder or else its SVD; and `calibrated`."),
-    ] = EVALUATED,
-    rivals: Annotated[
+        typer.Option(
+            help="ChunkWise's settings to evaluate: presets, which run on the ladder in the adapter's folder or else "
+            "on its SVD, and `calibrated`, the ladder of --calibrated with its policy."
+        ),
+    ] = DEFAULT_PRESETS,
+    baselines: Annotated[
         list[str],
         typer.Option(
-            help="Any of base; svd (plain SVD truncated uniformly at each tier); ladder (the same of a ladder in the "
-            "adapter's folder, and of the calibrated one); and of the calibrated ladder: random (its plan shuffled), "
-            "oracle (a plan that knows every token's cost)."
+            help="Baselines to compare with. base: no adapter. svd: plain SVD, truncated alike for every token, at "
+            "several ranks. ladder: the same for the ladder in the adapter's folder and for the calibrated one. "
+            "random and oracle need --calibrated: its plan shuffled, and a plan that knows every token's cost."
         ),
-    ] = RIVALS,
+    ] = DEFAULT_BASELINES,
     peft: Annotated[
         list[str] | None,
-        typer.Option(help="Another PEFT adapter as a rival, as name=folder or name=embedded one; may be repeated."),
+        typer.Option(
+            metavar="NAME=ADAPTER",
+            help="Another PEFT adapter as a baseline: a name and a folder or an embedded adapter. May be repeated.",
+        ),
     ] = None,
     config: Annotated[
         list[str] | None,
-        typer.Option(help="Settings of your own beside the presets, as name=file.json; may be repeated."),
+        typer.Option(metavar="NAME=FILE", help="JSON file with settings to evaluate besides presets. May be repeated."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows of text, or examples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of windows of text, or of examples.")] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens from one window's start to the next; by default they do not overlap."),
+        typer.Option(
+            min=1,
+            help="Tokens from the start of one window to the start of the next. By default windows do not overlap.",
+        ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = NEW_TOKENS,
-    batch: Annotated[int, typer.Option(min=1, help="Windows or prompts run together.")] = 16,
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html and report.md.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = NEW_TOKENS,
+    batch: Annotated[int, typer.Option(min=1, help="Windows or prompts that run together.")] = 16,
+    report: Annotated[Path | None, typer.Option(help="Folder to write report.html and report.md to.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure quality: the task's metric with its interval, mean rank, KL to full rank and KV bytes, beside rivals.
+    """Measure quality: the task's metric, mean rank, KL to full rank and KV bytes, compared with baselines.
 
-    Text is cut into windows as long as the model's positions and run token by token as generation would, with plan,
-    cross-fades and KV policy in force. Answers are generated greedily.
+    Text is cut into windows as long as the model allows and run token by token, as in generation, with plan,
+    cross-fades and KV policy in force. Answers are generated greedily. All metrics come with 95% intervals.
     """
     from rich.markdown import Markdown
 
@@ -75,25 +96,28 @@ def evaluate(
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
         for name, file in named_paths("--config", config).items()
     }
+    peft_adapters = {name: str(embedded.find(path)) for name, path in named_paths("--peft", peft).items()}
+    calibrated = calibrated and str(embedded.find(calibrated))
+    if calibrated is None and presets == DEFAULT_PRESETS:
+        presets = ["balanced"]
     base, tokenizer = load_base_and_tokenizer(model)
-    with progress_bar() as progress:
-        bar = progress.add_task(f"evaluating {task}", total=None)
+    with progress() as reports:
         evaluation = run_task(
             task,
             data,
             base,
             tokenizer,
             adapter,
-            calibrated=calibrated and embedded.find(calibrated),
-            presets=[one for one in presets if one and (calibrated or presets != EVALUATED or one != "calibrated")],
-            rivals=[one for one in rivals if one],
-            peft={name: str(embedded.find(path)) for name, path in named_paths("--peft", peft).items()},
+            calibrated=calibrated,
+            presets=[one for one in presets if one],
+            rivals=[one for one in baselines if one],
+            peft=peft_adapters,
             configs=configs,
             limit=limit,
             stride=stride,
             new_tokens=new_tokens,
             batch=batch,
-            advance=lambda done, total: progress.update(bar, completed=done, total=total),
+            advance=reports.begin(f"evaluating {task}"),
         )
     text = markdown(evaluation)
     console.print(Markdown(text))

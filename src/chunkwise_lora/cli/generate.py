@@ -10,7 +10,7 @@ import typer
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.generations import print_generations
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption
+from chunkwise_lora.cli.options import JsonOption, ModelOption
 from chunkwise_lora.cli.output import console, write_json
 from chunkwise_lora.cli.rendering import rank_legend
 from chunkwise_lora.errors import ChunkWiseError
@@ -20,28 +20,39 @@ from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
 def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a name on the hub.")] = str(embedded.BASE),
+    model: ModelOption = str(embedded.BASE),
     adapter: Annotated[
-        str, typer.Option(help="PEFT adapter or ladder: a folder, a name on the hub, or an embedded one.")
+        str,
+        typer.Option(help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an embedded one."),
     ] = "wiki",
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings as JSON, instead of a preset.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    show_ranks: Annotated[bool, typer.Option("--show-ranks", help="Colour tokens by rank and mark chunks.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(PRESETS)}. By default the ladder's own policy if it was calibrated, otherwise "
+            "lossless."
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with settings, instead of a preset.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 64,
+    show_ranks: Annotated[
+        bool, typer.Option("--show-ranks", help="Colour every token by its rank and mark the chunks.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Continue a prompt with a base model and an adapter, greedily."""
+    """Continue a prompt greedily with a base model and an adapter."""
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
     if preset is not None and config is not None:
-        raise ChunkWiseError("--preset and --config: give one of them")
-    chosen = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
+        raise ChunkWiseError("--preset and --config: give only one of them")
+    settings = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
     if preset is not None:
-        chosen = ChunkWiseConfig.preset(preset)
+        settings = ChunkWiseConfig.preset(preset)
     source = embedded.find(adapter)
     base, tokenizer = load_base_and_tokenizer(model)
-    with ChunkWiseModel(base, source, chosen) as chunkwise:
+    with ChunkWiseModel(base, source, settings) as chunkwise:
         if show_ranks:
             console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
-        shown = print_generations(chunkwise, tokenizer, [prompt], None, max_new_tokens, show_ranks, do_sample=False)
-    write_json(json_file, shown[0])
+        generations = print_generations(
+            chunkwise, tokenizer, [prompt], show_ranks=show_ranks, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    write_json(json_file, generations[0])

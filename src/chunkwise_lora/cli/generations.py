@@ -1,4 +1,4 @@
-"""Generated texts, printed with the rank of every token."""
+"""Generates texts and prints them, with the rank of every token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.panel import Panel
+from rich.text import Text
 
-from chunkwise_lora.cli.output import console
+from chunkwise_lora.cli.output import console, escaped_lines, print_plain
 from chunkwise_lora.cli.rendering import coloured_tokens
+from chunkwise_lora.errors import shown
 
 if TYPE_CHECKING:
     from chunkwise_lora.engines.transformers import ChunkWiseModel
@@ -19,12 +21,21 @@ def print_generations(
     model: ChunkWiseModel,
     tokenizer: Any,
     prompts: list[str],
-    adapters: list[str] | None,
-    new_tokens: int,
+    adapters: list[str] | None = None,
+    *,
     show_ranks: bool = True,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Generate for all prompts in one batch, print the texts and return what happened."""
+    """Generate for all prompts in one batch, print the texts, and return each with its trace, ready for JSON.
+
+    Args:
+        model: The model with its ladders.
+        tokenizer: The tokenizer of the base model.
+        prompts: The texts to continue.
+        adapters: The name of the ladder for each prompt. None if all use the only one.
+        show_ranks: Print prompt and continuation coloured by rank, instead of the plain continuation.
+        options: Options of transformers' `generate`.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
@@ -32,13 +43,12 @@ def print_generations(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,
         adapter_names=adapters,
-        max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
     trace = model.trace
     assert trace is not None
-    shown = []
+    generations = []
     for row, sequence in enumerate(trace.sequences):
         prompt_tokens = int(inputs.attention_mask[row].sum())
         text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -46,22 +56,22 @@ def print_generations(
             full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
             coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), full_rank, prompt_tokens)
             ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
-            title = f"{sequence.adapter}, {ranks}, {len(sequence.chunks)} chunks"
+            title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {len(sequence.chunks)} chunks")
             console.print(Panel(coloured, title=title))
         else:
-            console.print(text, markup=False, highlight=False)
-        shown.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
-    console.print(
-        f"KV cache {trace.kv_bytes / 1024:,.0f} KB of {trace.kv_bytes_full / 1024:,.0f} KB in full precision, "
-        f"adapter {trace.adapter_bytes_read / trace.passes / 1024:,.0f} KB read per pass, "
+            console.print(Text(escaped_lines(text)))
+        generations.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
+    print_plain(
+        f"KV cache {trace.kv_bytes / 1024:,.0f} KB ({trace.kv_bytes_full / 1024:,.0f} KB in full precision); "
+        f"adapter {trace.adapter_bytes_read / trace.passes / 1024:,.0f} KB read per pass; "
         f"scheduler {trace.scheduler_seconds / trace.passes * 1e3:.2f} ms per pass",
         style="dim",
     )
-    return shown
+    return generations
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens comes with the last of them."""
+    """What each token adds to the text. A character that is made of several tokens comes with the last of them."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)

@@ -1,7 +1,8 @@
-"""Options that several commands have, and how their values are read."""
+"""Options that several commands have, and how the values of options are read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,14 +15,18 @@ from chunkwise_lora.errors import ChunkWiseError
 if TYPE_CHECKING:
     import torch
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON too.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="Base model: a folder or a name on the hub.", show_default="the embedded model"),
+]
 
 
 class ListCommand(TyperCommand):
-    """A command whose repeatable options may also be followed by all their values: `--batch 1 4`."""
+    """A command whose repeatable options also accept several values after one flag: `--batch 1 4`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values, then parse as usual."""
+        """Repeat the flag before each of its values, then parse as usual."""
         repeatable = {flag for param in self.params if getattr(param, "multiple", False) for flag in param.opts}
         spread: list[str] = []
         flag = ""
@@ -34,26 +39,54 @@ class ListCommand(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-def share(text: str | None) -> float | None:
-    """0.5% or 0.005 as a number."""
+def share(option: str, text: str | None, ambiguous: tuple[float, float] | None = None) -> float | None:
+    """The value of an option that takes a share, as a number above 0 and at most 1; None if the option is not given.
+
+    `50%`, `0.5` and `50` mean the same: a number above 1 is in percent, and 1 is 100%.
+
+    Args:
+        option: The name of the option, for the error.
+        text: What the user wrote.
+        ambiguous: The range, ends included, in which a number without a percent sign is refused, because users may
+            mean percent.
+
+    Raises:
+        ChunkWiseError: The text is no number, is not above 0% and at most 100%, or is ambiguous.
+    """
     if text is None:
         return None
+    digits, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        number = float(digits)
     except ValueError:
-        raise ChunkWiseError(f"{text}: write a share such as 0.5% or 0.005") from None
+        number = math.nan
+    if math.isnan(number):
+        raise ChunkWiseError(f"{option} {text}: write a percentage such as 50% or 0.5%")
+    if ambiguous is not None and not percent and ambiguous[0] <= number <= ambiguous[1]:
+        raise ChunkWiseError(f"{option} {text}: this can mean {number:g}% or {100 * number:g}%; write the percent sign")
+    value = number / 100 if percent or number > 1 else number
+    if not 0 < value <= 1:
+        raise ChunkWiseError(f"{option} {text}: write a percentage above 0% and at most 100%")
+    return value
 
 
 def named_paths(option: str, values: Sequence[str] | None) -> dict[str, str]:
-    """Paths by name, from the values `name=path` of a repeatable option."""
+    """Paths by name, from the values `name=path` of a repeatable option.
+
+    Raises:
+        ChunkWiseError: A value has no name or no path, or a name cannot be shown in a table.
+    """
     pairs = dict(value.partition("=")[::2] for value in values or [])
     if not all(pairs) or not all(pairs.values()):
         raise ChunkWiseError(f"{option}: write name=path")
+    for name in pairs:
+        if not name.isprintable() or "|" in name:
+            raise ChunkWiseError(f"{option} {name}: use letters, digits, spaces, dots and dashes in the name")
     return pairs
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Only those options that the user gave, which are not None."""
+    """Only the options that the user gave, which are those that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -61,7 +94,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The dtype that `--dtype` names.
 
     Raises:
-        ChunkWiseError: The name is none of float32, bfloat16 and float16.
+        ChunkWiseError: The name is not float32, bfloat16 or float16.
     """
     import torch
 
@@ -75,7 +108,7 @@ def device_named(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        ChunkWiseError: The name is neither cpu nor, on a machine that has one, cuda.
+        ChunkWiseError: The name is neither `cpu` nor, on a machine with a CUDA GPU, `cuda`.
     """
     import torch
 

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from chunkwise_lora.errors import escaped
 from chunkwise_lora.files import write_atomically
 
 console = Console()
 """Standard output."""
 
 
-def progress_bar() -> Progress:
-    """Progress of long work, shown while its `with` block runs."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+def print_plain(text: str, style: str = "") -> None:
+    """Print one paragraph that may quote names and paths: nothing in it is read as markup or as a terminal command."""
+    console.print(Text(escaped(text), style))
+
+
+def escaped_lines(text: str) -> str:
+    """`text` with its line breaks and tabs, and an escape sequence for every other character that is not printable.
+
+    A model can generate any character, also those that move the cursor or change the colours of a terminal.
+    """
+    return "".join(c if c in "\n\t" else escaped(c) for c in text)
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write `content` as JSON to `path`, if there is one."""
+    """Write `content` as JSON to `path`. Nothing is written if `path` is None."""
     if path is not None:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What people would rather see than read: tokens coloured by rank, ladders, comparisons."""
+"""Tables and coloured text for the terminal: tokens by rank, ladders, calibrations and measurements."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from chunkwise_lora.cli.output import escaped_lines
+from chunkwise_lora.errors import shown
 from chunkwise_lora.rank_colour import rank_colour
 
 if TYPE_CHECKING:
@@ -22,15 +24,21 @@ if TYPE_CHECKING:
 
 
 def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: float, prompt_tokens: int = 0) -> Text:
-    """A sequence's text, the piece of each token on the colour of its rank, a bar before each chunk, the prompt in
-    italics."""
+    """The text of a sequence. A token has the colour of its rank, a chunk begins with a bar, the prompt is italic.
+
+    Args:
+        sequence: The trace of the sequence.
+        pieces: The text of each of its tokens.
+        full_rank: The rank that has the strongest colour.
+        prompt_tokens: How many of the tokens are the prompt.
+    """
     starts = {chunk.chunk.start for chunk in sequence.chunks} - {0}
     text = Text()
     for position, (piece, rank) in enumerate(zip(pieces, sequence.ranks, strict=True)):
         if position in starts:
             text.append("│", style="bold red")
         share = rank / full_rank if full_rank else 0.0
-        text.append(piece, style=_style(share, italic=position < prompt_tokens))
+        text.append(escaped_lines(piece), style=_style(share, italic=position < prompt_tokens))
     return text
 
 
@@ -39,7 +47,7 @@ def _style(share: float, italic: bool) -> Style:
 
 
 def rank_legend(ranks: Sequence[float]) -> Text:
-    """The colours of a ladder's rungs."""
+    """The colour of each of the ranks, which rise; the last one is the full rank."""
     text = Text("rank ")
     for rank in ranks:
         text.append(f" {rank:.3g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
@@ -47,24 +55,25 @@ def rank_legend(ranks: Sequence[float]) -> Text:
 
 
 def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
-    """Spectrum and energy kept per rung, for at most `rows` modules."""
+    """The singular values of at most `rows` modules, and the energy that each rung keeps of them."""
     prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
     table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung", box=SIMPLE_HEAD, padding=0)
-    table.add_column(f"{prefix}." if prefix else "module", no_wrap=True)
+    table.add_column(Text(shown(f"{prefix}.", 60)) if prefix else "module", no_wrap=True)
     table.add_column("r", justify="right")
     table.add_column("spectrum", no_wrap=True)
     for rank in ladder.rung_ranks[1:-1]:
         table.add_column(f"{rank:.3g}", justify="right")
     for name, module in list(ladder.modules.items())[:rows]:
         energies = [f"{module.energy(k):.0%}" for k in module.ranks[1:-1]]
-        table.add_row(name.removeprefix(f"{prefix}."), str(module.rank), sparkline(module.sigma.tolist()), *energies)
+        label = Text(shown(name.removeprefix(f"{prefix}."), 60))
+        table.add_row(label, str(module.rank), sparkline(module.sigma.tolist()), *energies)
     if len(ladder.modules) > rows:
-        table.caption = f"{len(ladder.modules) - rows} more modules; --json has all"
+        table.caption = f"{len(ladder.modules) - rows} more modules; --json writes all"
     return table
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """Values as a row of bars, the largest one full height."""
+    """Non-negative values as a row of at most `width` bars; the largest value has the highest bar."""
     bars = " ▁▂▃▄▅▆▇█"
     step = max(1, -(-len(values) // width))
     highest = max(values, default=0.0)
@@ -72,8 +81,8 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
 
 
 def calibration_table(result: Calibration) -> Table:
-    """What each signal explains of the tokens' costs, and the rung of each level."""
-    table = Table(title="What predicts which tokens need rank, on unseen text", box=SIMPLE_HEAD, padding=0)
+    """How much of the tokens' costs each set of signals explains, and the rank of each difficulty level."""
+    table = Table(title="How well signals predict which tokens need rank, on unseen text", box=SIMPLE_HEAD, padding=0)
     table.add_column("signals")
     table.add_column("deviance explained", justify="right")
     for name, share in result.explained.items():
@@ -82,16 +91,22 @@ def calibration_table(result: Calibration) -> Table:
     ranks = ", ".join(f"{share * full:.1f}" for share in result.config.selection.rank_shares)
     length, scales = result.config.chunking.min_length, result.config.selection.scales
     table.caption = (
-        f"ranks from easy to hard: {ranks}; chunks of at least {length}, scales {min(scales):g} to {max(scales):g}"
+        f"ranks from easy to hard: {ranks}; chunks of at least {length} tokens, scales {min(scales):g} to "
+        f"{max(scales):g}"
     )
     return table
 
 
 def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float] | None = None) -> Table:
-    """One row per measurement; an x is the median over rounds of its time over PEFT unmerged's in the same round."""
+    """One row per measurement. The columns `x` are ratios to PEFT unmerged: medians over rounds.
+
+    Args:
+        results: The measurements, of one or more contexts and batch sizes.
+        perplexities: A column more: the perplexity of each method on held text, by the method's name.
+    """
     several = len({(result.context, result.batch) for result in results}) > 1
     prefills = any(result.prefill_ms is not None for result in results)
-    table = Table(title="Interleaved rounds; x: times PEFT unmerged", box=SIMPLE_HEAD, padding=0)
+    table = Table(title="Interleaved rounds; x: ratio to PEFT unmerged", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     columns = ["decode\nms/step", "x"]
     columns += ["prefill\nms", "x"] if prefills else []
@@ -113,7 +128,7 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
             row.append(f"{perplexities[result.name]:.2f}")
         elif peaks:
             row.append(_number(None if result.peak_bytes is None else result.peak_bytes / 1e6, ",.0f"))
-        table.add_row(result.name, *row)
+        table.add_row(Text(shown(result.name, 60)), *row)
     return table
 
 

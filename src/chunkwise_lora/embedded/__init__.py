@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from difflib import get_close_matches
 from pathlib import Path
+
+from chunkwise_lora.errors import LadderError
 
 _HERE = Path(__file__).parent
 
@@ -18,5 +22,19 @@ HELD_TEXT = _HERE / "held_text.txt"
 
 
 def find(name: str) -> str | Path:
-    """Where the adapter of this name lies, or the name itself if it is none of these."""
-    return ADAPTERS.get(name, name)
+    """The folder of the embedded adapter of this name. A folder and a name such as owner/name are returned unchanged.
+
+    Raises:
+        LadderError: The name is a single word, but no embedded adapter and no folder. It is refused at once, because a
+            hub would need seconds to say that it does not know a mistyped name.
+    """
+    if name in ADAPTERS:
+        return ADAPTERS[name]
+    if "/" in name or os.sep in name or os.path.exists(name):
+        return name
+    close = get_close_matches(name, ADAPTERS, n=2)
+    meant = f"Did you mean {' or '.join(close)}? " if close else ""
+    raise LadderError(
+        f"{name}: no such folder, and no embedded adapter has this name (they are {', '.join(ADAPTERS)}). {meant}"
+        "Give a folder, an embedded adapter, or owner/name for an adapter on the hub"
+    )

@@ -10,7 +10,8 @@ import typer
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
 from chunkwise_lora.cli.options import JsonOption, dtype_named
-from chunkwise_lora.cli.output import console, progress_bar, write_json
+from chunkwise_lora.cli.output import console, print_plain, write_json
+from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import ladder_table
 from chunkwise_lora.errors import ChunkWiseError, LadderError
 from chunkwise_lora.files import read_text
@@ -20,21 +21,34 @@ if TYPE_CHECKING:
 
 
 def build(
-    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a name on the hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    base: Annotated[str | None, typer.Option(help="Base model, for a data-aware ladder.")] = None,
-    calibration_text: Annotated[Path | None, typer.Option(help="Plain text like the adapter will see.")] = None,
+    adapter: Annotated[
+        str, typer.Argument(help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the ladder to.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Base model for a data-aware ladder: a folder or a name on the hub."),
+    ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Plain text for a data-aware ladder, like the text that the adapter will see.")
+    ] = None,
     as_trained: Annotated[
-        bool, typer.Option("--as-trained", help="Keep the adapter's directions and their order, instead of the SVD's.")
+        bool,
+        typer.Option(
+            "--as-trained",
+            help="Keep the adapter's own directions in their order. For adapters whose first directions were trained "
+            "to work without the others.",
+        ),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Storage: float32 (lossless), bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the written ladder: float32 (lossless), bfloat16 or float16.")
+    ] = "float32",
     json_file: JsonOption = None,
 ) -> None:
-    """Turn a PEFT LoRA adapter into a rank ladder: once, by SVD.
+    """Turn a PEFT LoRA adapter into a rank ladder by SVD.
 
-    --as-trained is for adapters whose first directions were trained to stand alone. With --base and
-    --calibration-text the ladder is data-aware: every rank keeps most of the adapter's output on real inputs, not on
-    random ones.
+    With --base and --calibration-text the ladder is data-aware: each rank keeps as much as possible of what the
+    adapter adds on real text.
     """
     from chunkwise_lora.ladder import RankLadder, describe
 
@@ -42,17 +56,21 @@ def build(
         raise ChunkWiseError("--base and --calibration-text go together; give both or none")
     storage = dtype_named(dtype)
     if as_trained and base is not None:
-        raise ChunkWiseError("--as-trained keeps the directions that --base would change; give one of them")
+        raise ChunkWiseError(
+            "--as-trained keeps the adapter's directions, and --base with --calibration-text changes them; give one of "
+            "the two"
+        )
     ladder = RankLadder.from_peft(embedded.find(adapter), as_trained=as_trained)
     if base is not None and calibration_text is not None:
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)
     console.print(ladder_table(ladder))
-    console.print(f"Written to {output}", markup=False)
+    print_plain(f"Written to {output}")
     write_json(json_file, describe(ladder))
 
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
+    """The ladder that truncates best on the tokens of the file `text`, at most 128 sequences of them."""
     from chunkwise_lora.calibration.costs import Text
     from chunkwise_lora.calibration.moments import second_moments
     from chunkwise_lora.engines.transformers import ChunkWiseModel
@@ -63,5 +81,5 @@ def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     if len(tokens) < length:
         raise LadderError(f"{text}: {len(tokens)} tokens are too few to calibrate on; give at least {length}")
     blocks = [one.tokens for one in Text.blocks(tokens, length).split(1)]
-    with progress_bar() as progress, ChunkWiseModel(model, ladder) as chunkwise:
-        return ladder.data_aware(second_moments(chunkwise, progress.track(blocks, description="calibrating")))
+    with progress() as reports, ChunkWiseModel(model, ladder) as chunkwise:
+        return ladder.data_aware(second_moments(chunkwise, reports.track(blocks, description="gathering moments")))

@@ -1,0 +1,129 @@
+"""Running one method: a generation that is timed step by step, and the perplexity of a text."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkwise_lora.benchmark.methods import BASE, Method, cache_for
+from chunkwise_lora.engines.transformers.model import PREFILL_TOKENS
+
+
+class Run:
+    """A method's greedy generation from one batch of prompts. Each call of `decode` continues it.
+
+    Args:
+        method: The method that generates.
+        prompt: (batch, tokens) token ids.
+        length: Tokens that the cache must have room for, prompt and generated tokens together.
+    """
+
+    def __init__(self, method: Method, prompt: Tensor, length: int) -> None:
+        self.method = method
+        self._stack = ExitStack()
+        self._model = method.model
+        batch, self._columns = prompt.shape
+        names = list(islice(cycle(method.adapters), batch)) or None
+        self._session = None
+        if method.chunkwise is not None:
+            self._session = self._stack.enter_context(
+                method.chunkwise.stream(
+                    batch=batch,
+                    prompt_columns=self._columns,
+                    adapter_names=names,
+                    chunkwise_config=method.config,
+                )
+            )
+            self.cache: Any = self._session.cache
+        else:
+            self.cache = cache_for(method.name, self._model, length)
+            if names is not None and method.name != BASE:
+                # PEFT's `generate` does this once per call.
+                self._stack.enter_context(self._model._enable_peft_forward_hooks(adapter_names=names))
+        self._pieces = prompt.split(PREFILL_TOKENS if self._session else prompt.shape[1], dim=1)
+        self._next = prompt[:, -1:]
+
+    def close(self) -> None:
+        """End the generation, so that the model can run another one."""
+        self._stack.close()
+
+    def prefill(self) -> float:
+        """Run the prompts through the model; returns the time in ms for the whole batch."""
+        start = _now(self._next.device)
+        for piece in self._pieces:
+            self._pass(piece)
+        return (_now(self._next.device) - start) * 1e3
+
+    def fill(self) -> None:
+        """Fill a baseline's cache with random keys and values instead of running the prompts, which takes long."""
+        config = self._model.config.get_text_config()
+        heads = config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for layer in range(config.num_hidden_layers):
+            shape = (len(self._next), heads, self._columns, width)
+            states = torch.randn(shape, device=self._next.device).to(self._model.dtype)
+            self.cache.update(states, states, layer, {"cache_position": torch.arange(self._columns)})
+
+    def decode(self, steps: int) -> float:
+        """Generate `steps` more tokens per sequence; returns the time in ms per step."""
+        start = _now(self._next.device)
+        for _ in range(steps):
+            self._pass(self._next)
+        return (_now(self._next.device) - start) * 1e3 / steps
+
+    def _pass(self, tokens: Tensor) -> None:
+        output = self._model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._next = output.logits[:, -1].argmax(-1, keepdim=True)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of storage that the cache's tensors hold."""
+        if self._session is not None:
+            return self.cache.nbytes
+        tensors = (tensor for layer in self.cache.layers for tensor in vars(layer).values())
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
+
+    @property
+    def adapter_bytes(self) -> float:
+        """Bytes of adapter weights read per forward pass, averaged over the passes so far."""
+        if self._session is None:
+            return float(self.method.adapter_bytes)
+        trace = self._session.trace()
+        return trace.adapter_bytes_read / trace.passes
+
+    @property
+    def scheduler_seconds(self) -> float:
+        """Seconds spent on planning so far; 0 for a baseline."""
+        return 0.0 if self._session is None else self._session.trace().scheduler_seconds
+
+
+@torch.no_grad()
+def perplexity(method: Method, tokens: Tensor) -> float:
+    """Perplexity per token of `tokens` (1, n), without the first token.
+
+    ChunkWise runs token by token with its plan, cross-fades and KV policy in force, as in generation. A baseline gives
+    the same result in one pass.
+    """
+    if method.chunkwise is None:
+        logits = method.model(input_ids=tokens).logits[0, :-1]
+    else:
+        steps = []
+        with method.chunkwise.stream(chunkwise_config=method.config) as session:
+            for column in range(tokens.shape[1] - 1):
+                ids = tokens[:, column : column + 1]
+                steps.append(method.model(input_ids=ids, past_key_values=session.cache, use_cache=True).logits[0, -1])
+        logits = torch.stack(steps)
+    loss = torch.nn.functional.cross_entropy(logits.float(), tokens[0, 1:])
+    return float(loss.exp())
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,125 @@
+"""Progress of long work on standard error: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from operator import length_hint
+from typing import Any, Self, TypeVar
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+T = TypeVar("T")
+Update = Callable[[int, int | None], None]
+"""Takes the pieces of work that are done, and the number of all pieces, None if it is not known yet."""
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress(ABC):
+    """Reports stages of work. Use it in a `with` statement."""
+
+    @abstractmethod
+    def begin(self, description: str, total: int | None = None) -> Update:
+        """Begin a stage of `total` pieces of work; returns the function that reports how many are done."""
+
+    def track(self, work: Iterable[T], *, description: str) -> Iterator[T]:
+        """Yield the pieces of `work` one by one and report each when it is done."""
+        total = length_hint(work) or None
+        update = self.begin(description, total)
+        done = 0
+        update(done, total)
+        for piece in work:
+            yield piece
+            done += 1
+            update(done, total)
+        if total is None:
+            update(done, done)
+
+    def steps(self, description: str, total: int) -> Callable[[], None]:
+        """Begin a stage of `total` pieces of work; returns the function that reports one more of them as done."""
+        update, done = self.begin(description, total), count(1)
+        return lambda: update(next(done), total)
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *exception: object) -> None:
+        """End the report."""
+
+
+class Bars(Progress):
+    """One bar per stage, which disappears at the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = rich_progress.Progress(
+            rich_progress.TextColumn("{task.description}", markup=False),
+            rich_progress.BarColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # otherwise a redirected output would end up on the terminal
+        )
+
+    def begin(self, description: str, total: int | None = None) -> Update:
+        """A new bar."""
+        task = self._bars.add_task(description, total=total)
+        return lambda done, of: self._bars.update(task, completed=done, total=of)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+
+class Lines(Progress):
+    """A line at the first report of a stage, then at most one every 30 seconds, and one when all pieces are done."""
+
+    def __init__(self, write: Callable[[str], Any], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+
+    def begin(self, description: str, total: int | None = None) -> Update:
+        """A new stage. It prints nothing before its first report, so that a refusal stays the only line."""
+        start = self._clock()
+        last: float | None = None
+
+        def update(done: int, of: int | None) -> None:
+            nonlocal last
+            now = self._clock()
+            if done == of or last is None or now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                pieces = f"{done:,}" if of is None else f"{done:,} of {of:,}"
+                self._write(
+                    f"{description}: {pieces} after {_duration(now - start)}\n" if done else f"{description} ...\n"
+                )
+
+        return update
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def progress() -> Progress:
+    """Bars if standard error is a terminal, otherwise lines."""
+    console = Console(stderr=True)
+    if sys.stderr.isatty() and console.is_interactive:
+        return Bars(console)
+    return Lines(_write_line)
+
+
+def _write_line(line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
