@@ -59,8 +59,7 @@ def ladder(tmp_path: Path) -> Path:
 
 
 def tensors_of(folder: Path) -> Path:
-    (path,) = folder.glob("ladder-*.safetensors")
-    return path
+    return folder / WEIGHTS
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.9999])
@@ -95,7 +94,7 @@ def test_a_folder_without_a_ladder_is_refused(tmp_path: Path) -> None:
         RankLadder.from_pretrained(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 1}'])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 2}'])
 def test_garbage_in_the_ladders_manifest_is_refused(ladder: Path, text: bytes) -> None:
     (ladder / LADDER_NAME).write_bytes(text)
     with pytest.raises(LadderError, match=LADDER_NAME):
@@ -110,16 +109,21 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no format_version": lambda manifest: manifest.pop("format_version"),
     "no build": lambda manifest: manifest.pop("build"),
     "no base_model": lambda manifest: manifest.pop("base_model"),
-    "no tensors": lambda manifest: manifest.pop("tensors"),
-    "no sha256": lambda manifest: manifest.pop("sha256"),
+    "no files": lambda manifest: manifest.pop("files"),
+    "no weights": lambda manifest: manifest["files"].pop(WEIGHTS),
+    "no rung_divergence": lambda manifest: manifest.pop("rung_divergence"),
     "no ranks": lambda manifest: manifest.pop("ranks"),
-    "a later format": lambda manifest: manifest.update(format_version=2),
+    "a later format": lambda manifest: manifest.update(format_version=3),
     "a format that is no number": lambda manifest: manifest.update(format_version="new"),
     "an unknown build": lambda manifest: manifest.update(build="guess"),
     "an unknown field": lambda manifest: manifest.update(surprise=1),
-    "tensors outside the folder": lambda manifest: manifest.update(tensors="../../secret.safetensors"),
-    "tensors that are not there": lambda manifest: manifest.update(tensors="ladder-000000000000.safetensors"),
-    "another hash": lambda manifest: manifest.update(sha256="0" * 64),
+    "a file outside the folder": lambda manifest: manifest["files"].update({"../../secret": "0" * 64}),
+    "a file that is not there": lambda manifest: manifest["files"].update({"chunkwise.safetensors": "0" * 64}),
+    "another hash": lambda manifest: manifest["files"].update({WEIGHTS: "0" * 64}),
+    "a policy that is no object": lambda manifest: manifest.update(policy=3),
+    "an impossible policy": lambda manifest: manifest.update(policy={"chunking": {"min_length": 0}}),
+    "a policy for what was not learned": lambda manifest: manifest.update(policy={"complexity": {"learned": True}}),
+    "a divergence less": lambda manifest: manifest.update(rung_divergence=[0.0]),
     "no modules": lambda manifest: manifest.update(ranks={}),
     "a module less": lambda manifest: manifest["ranks"].pop(first_module(manifest)),
     "a module more": lambda manifest: manifest["ranks"].update(no_such_module=[0, 8]),
@@ -136,7 +140,7 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("change", MANIFEST_EDITS.values(), ids=MANIFEST_EDITS)
 def test_an_edited_manifest_is_refused(ladder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     edit_json(ladder / LADDER_NAME, change)
-    with pytest.raises(LadderError, match=rf"{LADDER_NAME}|{re.escape(str(ladder))}/ladder-\w+\.safetensors"):
+    with pytest.raises(ChunkWiseError, match=rf"{LADDER_NAME}|{re.escape(str(ladder))}/\w+\.safetensors"):
         RankLadder.from_pretrained(ladder)
 
 

@@ -36,7 +36,7 @@ from chunkwise_lora.calibration.costs import (
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
 from chunkwise_lora.calibration.self_generated import BEGINNING, written
-from chunkwise_lora.ladder.rank_ladder import _learned
+from chunkwise_lora.ladder.tensors import read_learned
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.config import (
     CalibrationConfig,
@@ -268,8 +268,7 @@ def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration
 
 
 def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_path: Path) -> None:
-    calibrated.ladder.save_pretrained(tmp_path)
-    calibrated.config.save_pretrained(tmp_path)
+    replace(calibrated.ladder, policy=calibrated.config).save_pretrained(tmp_path)
     tokens = torch.tensor(text())[None, :BLOCK]
     with ChunkWiseModel(build("llama"), tmp_path) as model:
         assert model.chunkwise_config == calibrated.config
@@ -437,13 +436,11 @@ def test_what_was_learned_is_checked_on_load(name: str, value: list[float]) -> N
     good = {"token": [0.0], "previous": [0.0], "weights": [0.0] * 4, "means": [0.0] * 4}
     tensors = {f"learned/{key}": torch.tensor(one) for key, one in {**good, name: value}.items()}
     with pytest.raises(LadderError, match=name):
-        _learned(tensors)
+        read_learned(tensors)
 
 
 def test_a_calibrated_folder_holds_safetensors_and_json_only(calibrated: Calibration, tmp_path: Path) -> None:
-    calibrated.ladder.save_pretrained(tmp_path)
-    calibrated.config.save_pretrained(tmp_path)
+    replace(calibrated.ladder, policy=calibrated.config).save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
-    (tensors,) = tmp_path.glob("*.safetensors")
-    assert load_file(tensors)["learned/token"].shape == (VOCABULARY,)
-    assert json.loads((tmp_path / "chunkwise_config.json").read_text())["complexity"]["learned"] is True
+    assert load_file(tmp_path / "chunkwise.safetensors")["learned/token"].shape == (VOCABULARY,)
+    assert json.loads((tmp_path / "chunkwise.json").read_text())["policy"]["complexity"]["learned"] is True

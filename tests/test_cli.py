@@ -20,6 +20,7 @@ from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines
 from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table
+from chunkwise_lora.ladder import is_ladder
 from chunkwise_lora.method.trace import SequenceTrace
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
@@ -322,5 +323,7 @@ def test_bench_refuses_what_it_does_not_know(run: Any, options: tuple[Any, ...],
 
 def test_a_ladder_is_exported_into_its_own_folder(run: Any, tmp_path: Path) -> None:
     assert run("ladder", "build", embedded.ADAPTERS["wiki"], "-o", tmp_path)[0] == 0
+    built = RankLadder.from_pretrained(tmp_path)
     assert run("ladder", "export", tmp_path, "-o", tmp_path)[0] == 0
-    assert RankLadder.from_peft(tmp_path).rung_ranks == RankLadder.from_pretrained(tmp_path).rung_ranks
+    assert not is_ladder(tmp_path)
+    assert RankLadder.from_peft(tmp_path).rung_ranks == built.rung_ranks

@@ -185,7 +185,7 @@ def test_the_adapter_trained_for_truncation_is_better_at_half_rank_than_the_ordi
     with torch.no_grad():
         peft = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))(tokens).logits.log_softmax(-1)
     ladders = {"nested": folder, "ordinary": embedded.ADAPTERS["wiki"]}
-    with ChunkWiseModel(base, ladders, ChunkWiseConfig.from_pretrained(folder)) as model:
+    with ChunkWiseModel(base, ladders) as model:
         assert torch.allclose(log_probabilities(model, tokens, adapter="nested"), peft, atol=1e-3)
         planned, ranks = log_probabilities_planned(model, tokens, model.chunkwise_config, "nested")
         ordinary = log_probabilities(model, tokens, adapter="ordinary")

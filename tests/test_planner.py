@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -241,17 +240,15 @@ def test_on_a_gpu_layers_add_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 # Which config
 
 
-def test_a_request_says_before_the_server_and_the_server_before_the_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_request_says_before_the_server_and_the_server_before_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CHUNKWISE_PRESET", raising=False)
-    assert settings.of_adapter(tmp_path, settings.of_server({})) == LOSSLESS
-    ChunkWiseConfig.uniform(0.25).save_pretrained(tmp_path)
-    assert settings.of_adapter(tmp_path, settings.of_server({})) == ChunkWiseConfig.uniform(0.25)
+    assert settings.of_adapter(None, settings.of_server({})) == LOSSLESS
+    policy = ChunkWiseConfig.uniform(0.25)
+    assert settings.of_adapter(policy, settings.of_server({})) == ChunkWiseConfig.uniform(0.25)
     monkeypatch.setenv("CHUNKWISE_PRESET", "compact")
-    assert settings.of_adapter(tmp_path, settings.of_server({})) == ChunkWiseConfig.preset("compact")
+    assert settings.of_adapter(policy, settings.of_server({})) == ChunkWiseConfig.preset("compact")
     server = settings.of_server({"chunkwise": {"mean_rank": 0.5}})
-    assert settings.of_adapter(tmp_path, server) == ChunkWiseConfig.uniform(0.5)
+    assert settings.of_adapter(policy, server) == ChunkWiseConfig.uniform(0.5)
     assert settings.of_request({"chunkwise_preset": "balanced", "other": 1}) == BALANCED
     assert settings.of_request({"other": 1}) is None
 

@@ -194,7 +194,7 @@ def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: 
     file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
     answers.main(file, adapter=[name], out=file)
     folder = Path(embedded.find(name))
-    planned = ChunkWiseConfig.from_pretrained(folder) if name == "e2e-nested" else ChunkWiseConfig.preset("lossless")
+    planned = RankLadder.load(folder).policy or ChunkWiseConfig.preset("lossless")
     tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
     rows = data.e2e_rows(str(file))
     assert [meaning for meaning, _ in rows] == ["name[Zizzi], area[riverside]", "name[Aldhaven]"], "in the given order"

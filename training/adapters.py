@@ -42,7 +42,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
+from chunkwise_lora import ChunkWiseError, ChunkWiseModel, RankLadder
 from chunkwise_lora.calibration.costs import Text
 from chunkwise_lora.calibration.self_generated import written
 from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
@@ -192,8 +192,10 @@ def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
     teachers = [PeftModel.from_pretrained(base_model(base), path).merge_and_unload() for path in recipe.teachers]
     if recipe.ladder is None:
         return NestedRank(teachers=teachers, full=1.0)
-    plan = ChunkWiseConfig.from_pretrained(recipe.ladder)
-    return NestedRank(RankLadder.from_pretrained(recipe.ladder), teachers=teachers, plan=plan, **RUNGS)
+    ladder = RankLadder.from_pretrained(recipe.ladder)
+    if ladder.policy is None:
+        raise ChunkWiseError(f"{recipe.ladder}: the ladder has no policy to train for; run chunkwise calibrate")
+    return NestedRank(ladder, teachers=teachers, plan=ladder.policy, **RUNGS)
 
 
 def new_adapter(base: Path, recipe: Recipe) -> PeftModel:

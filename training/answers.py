@@ -19,11 +19,10 @@ import typer
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, embedded
+from chunkwise_lora import ChunkWiseError, RankLadder, embedded
 from chunkwise_lora.engines.transformers.model import load_base
 from chunkwise_lora.evaluation.answers import own_answers
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
-from chunkwise_lora.method.config import CONFIG_NAME
 from meanings import write_rows
 
 
@@ -41,14 +40,14 @@ def main(
             raise ChunkWiseError("--adapter names the same adapter twice")
         meanings = {e2e_prompt(meaning): meaning for meaning, _ in e2e_rows(str(data))}
         folders = {name: Path(embedded.find(name)) for name in adapter}
-        first, *others = folders.values()
-        planned = not others and (first / CONFIG_NAME).exists()
+        ladders = {name: RankLadder.load(folder) for name, folder in folders.items()}
+        first, *others = ladders.values()
         answered = own_answers(
             load_base(base, dtype=torch.float32),
-            {name: RankLadder.load(folder) for name, folder in folders.items()},
+            ladders,
             AutoTokenizer.from_pretrained(base),
             [Example(prompt, ()) for prompt in meanings],
-            ChunkWiseConfig.from_pretrained(first) if planned else None,
+            None if others else first.policy,
             track=partial(track, description="answering prompts"),
         )
         answers = {one.prompt: one.references[0] for one in answered}

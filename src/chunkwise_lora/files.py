@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from chunkwise_lora.errors import ChunkWiseError
@@ -13,31 +13,41 @@ def read_text(path: Path, error: type[ChunkWiseError]) -> str:
     """The text of `path`, without a byte order mark; raises `error` naming it when that fails."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as cause:
+    except (OSError, ValueError) as cause:  # ValueError: not UTF-8, or a NUL in the path
         raise error(f"{path}: cannot be read ({cause})") from None
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Create `path`, which must not exist, and wait until the disk has it. Its mode is 0666 less the umask."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, content: bytes, error: type[ChunkWiseError] = ChunkWiseError) -> None:
     """Write beside `path`, then rename over it: an interrupted write leaves the old file whole.
 
-    A device or a pipe, such as `/dev/stdout`, is written to as it is.
+    A new file has the mode 0666 less the umask; a file that is replaced keeps its mode. A device or a pipe, such as
+    `/dev/stdout`, is written to as it is. A symbolic link stays one: the file it points to is replaced.
+
     Raises `error` naming the path when it cannot be written.
     """
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            write_new(temporary, content)
+            if target.exists():
+                os.chmod(temporary, target.stat().st_mode & 0o777)
+            os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-    except OSError as cause:
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise error(f"{path}: cannot be written ({cause})") from None

@@ -166,7 +166,7 @@ class NestedRank(_Hooked):
             up = layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
             down = layer.lora_A[adapter].weight.detach().float().clone()
             modules[name] = replace(self.ladder.modules[name], up=up.cpu(), down=down.cpu())
-        return replace(self.ladder, modules=modules, learned=None)
+        return self.ladder.with_modules(modules)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels.

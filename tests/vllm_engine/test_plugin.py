@@ -142,8 +142,8 @@ def test_a_path_from_home_is_salted_by_its_own_config(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    RankLadder.from_peft(WIKI).save_pretrained(tmp_path / "ladder")
-    ChunkWiseConfig.preset("balanced").save_pretrained(tmp_path / "ladder")
+    ladder = replace(RankLadder.from_peft(WIKI), policy=ChunkWiseConfig.preset("balanced"))
+    ladder.save_pretrained(tmp_path / "ladder")
     salts = []
     for path in ("~/ladder", str(tmp_path / "ladder")):
         request = SimpleNamespace(
@@ -159,9 +159,9 @@ def test_a_path_from_home_is_salted_by_its_own_config(
 
 
 def test_a_request_is_planned_by_the_config_that_its_kv_is_salted_with(engine: Engine, tmp_path: Path) -> None:
-    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
-    for name, share in {"first": 1.0, "changed": 0.5}.items():  # beside a ladder that is loaded
-        ChunkWiseConfig.uniform(share).save_pretrained(tmp_path)
+    ladder = RankLadder.from_peft(WIKI)
+    for name, share in {"first": 1.0, "changed": 0.5}.items():  # of a ladder that is loaded
+        replace(ladder, policy=ChunkWiseConfig.uniform(share)).save_pretrained(tmp_path)
         engine.add(name, PROMPTS[0], tmp_path, 2)
         engine.run()
         weights = engine.plans[name].constant
@@ -169,9 +169,7 @@ def test_a_request_is_planned_by_the_config_that_its_kv_is_salted_with(engine: E
     learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
     folder = copy_adapter(tmp_path / "later")
     engine.greedy(PROMPTS[:1], [folder], 2)
-    ladder = RankLadder.from_pretrained(tmp_path)
-    replace(ladder, learned=LearnedComplexity.neutral()).save_pretrained(folder)
-    learned.save_pretrained(folder)
+    replace(ladder, learned=LearnedComplexity.neutral(), policy=learned).save_pretrained(folder)
     assert engine.greedy(PROMPTS[:1], [folder], 8) == engine.greedy(PROMPTS[:1], [WIKI], 8), "full rank till reloaded"
 
 
@@ -191,8 +189,7 @@ def test_what_vllms_cache_cannot_do_is_said_once_per_ladder(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = messages(monkeypatch)
-    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
-    ChunkWiseConfig.preset("compact").save_pretrained(tmp_path)
+    replace(RankLadder.from_peft(WIKI), policy=ChunkWiseConfig.preset("compact")).save_pretrained(tmp_path)
     for _ in range(2):
         engine.greedy(PROMPTS[:1], [tmp_path], 2)
     (said,) = seen

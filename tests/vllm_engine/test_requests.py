@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,8 @@ def test_a_damaged_ladder_is_refused_and_the_engine_lives(engine: Engine, tmp_pa
     assert engine.greedy(PROMPTS[:1], [WIKI], 4)
 
 
-def test_the_config_beside_a_ladder_is_its_default(engine: Engine, tmp_path: Path) -> None:
-    RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
-    ChunkWiseConfig.uniform(0.25).save_pretrained(tmp_path)
+def test_the_policy_of_a_ladder_is_its_default(engine: Engine, tmp_path: Path) -> None:
+    replace(RankLadder.from_peft(WIKI), policy=ChunkWiseConfig.uniform(0.25)).save_pretrained(tmp_path)
     engine.add("quarter", PROMPTS[0], tmp_path, 4)
     engine.run()
     assert set(ranks(engine, "quarter")) == {4.0}

@@ -126,7 +126,7 @@ def refine(
             up, down = up.to(module.up.dtype), down.to(module.down.dtype)
             modules[name] = replace(module, up=up, down=down, sigma=torch.ones(module.rank))
         learned = (worth.exp() * cost).split(sizes)
-    return replace(ladder, modules=modules), dict(zip(ladder.modules, learned, strict=True))
+    return replace(ladder, modules=modules, rung_divergence=None), dict(zip(ladder.modules, learned, strict=True))
 
 
 def distil(
@@ -180,7 +180,7 @@ def distil(
     for name, module in ladder.modules.items():
         up, down = (one.detach() for one in factors[name])
         modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
-    return replace(ladder, modules=modules, learned=None)
+    return ladder.with_modules(modules)
 
 
 def _descend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,8 +141,7 @@ def calibrate(
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
         settings = settings.model_copy(update={"block": block})
         result = run(base, ladder, ids, settings, reports.track, counted, held)
-    result.ladder.save_pretrained(output)
-    result.config.save_pretrained(output)
+    replace(result.ladder, policy=result.config).save_pretrained(output)
     _print_result(result, output)
     config = result.config.model_dump(mode="json")
     content = {"check": asdict(result.check), "explained": result.explained, "searched": result.searched}

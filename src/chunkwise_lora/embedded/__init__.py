@@ -14,8 +14,8 @@ BASE = _HERE / "base"
 """A Llama of 5.5 million parameters, trained on public-domain books."""
 
 ADAPTERS = {path.name: path for path in sorted((_HERE / "adapters").glob("*"))}
-"""PEFT adapters for it by name: `wiki` (encyclopedia text) and `e2e` (restaurant facts to a sentence), and, made for
-half of their rank, with a calibrated ladder beside them, `wiki-nested` and `e2e-nested`."""
+"""PEFT adapters for it by name: `wiki` (encyclopedia text) and `e2e` (restaurant facts to a sentence), and,
+made for half of their rank, the calibrated ladders `wiki-nested` and `e2e-nested`, which are PEFT adapters, too."""
 
 HELD_TEXT = _HERE / "held_text.txt"
 """A text that nothing here was trained on, in the style of `wiki`'s."""

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from chunkwise_lora import embedded
-from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.errors import ChunkWiseError, ConfigError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import bleu, evaluate_answers, exact_match_and_f1
 from chunkwise_lora.evaluation.baselines import Contender, Field
@@ -86,7 +86,7 @@ def run_task(
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate an adapter on one of `TASKS`; `advance` is told the pieces of work done and all of them."""
-    both = (RankLadder.from_pretrained(calibrated), ChunkWiseConfig.from_pretrained(calibrated)) if calibrated else None
+    both = _calibrated(calibrated) if calibrated else None
     contenders = Field(base, adapter, both).contenders(presets, rivals, peft, configs)
     if task == "wikitext":
         return _text(data, base, tokenizer, contenders, limit, stride, batch, advance)
@@ -108,6 +108,13 @@ def run_task(
         "rank paired."
     )
     return Evaluation(f"{task}: {name}", how, name, results)
+
+
+def _calibrated(folder: str | Path) -> tuple[RankLadder, ChunkWiseConfig]:
+    ladder = RankLadder.from_pretrained(folder)
+    if ladder.policy is None:
+        raise ConfigError(f"{folder}: the ladder has no policy; run `chunkwise calibrate` for it")
+    return ladder, ladder.policy
 
 
 def _examples(task: str, data: str) -> list[Example]:

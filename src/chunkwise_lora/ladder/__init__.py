@@ -1,5 +1,9 @@
 """The rank ladder: its algebra, and how it is read and written."""
 
-from chunkwise_lora.ladder.rank_ladder import LADDER_NAME, LadderModule, RankLadder, describe, even_ranks, is_ladder
+from chunkwise_lora.ladder.contents import Build
+from chunkwise_lora.ladder.describe import describe
+from chunkwise_lora.ladder.folder import LADDER_NAME
+from chunkwise_lora.ladder.module import LadderModule, even_ranks
+from chunkwise_lora.ladder.rank_ladder import RankLadder, is_ladder
 
-__all__ = ["LADDER_NAME", "LadderModule", "RankLadder", "describe", "even_ranks", "is_ladder"]
+__all__ = ["LADDER_NAME", "Build", "LadderModule", "RankLadder", "describe", "even_ranks", "is_ladder"]

@@ -48,13 +48,22 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file: UTF-8, no key twice, no NaN or infinity, no half characters.
+    """The JSON object in a file; see `parse_json`.
 
     Raises:
         LadderError: The file cannot be read or holds anything else.
     """
+    return parse_json(read_file(path, LARGEST_JSON), path)
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in what was read from `path`: UTF-8, no key twice, no NaN or infinity, no half characters.
+
+    Raises:
+        LadderError: It is anything else.
+    """
     try:
-        content = json.loads(read_file(path, LARGEST_JSON).decode("utf-8-sig"), object_pairs_hook=_distinct)
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_distinct)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:

@@ -6,16 +6,12 @@ A setting is declared once, here. The command line and the JSON files take it fr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chunkwise_lora.errors import ConfigError
-from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY
-
-CONFIG_NAME = "chunkwise_config.json"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -229,16 +225,6 @@ class ChunkWiseConfig(StrictConfig):
     def to_json(self) -> str:
         """The JSON that `from_json` reads."""
         return self.model_dump_json(indent=2) + "\n"
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ChunkWiseConfig:
-        """Read `chunkwise_config.json` of a ladder folder."""
-        path = Path(folder) / CONFIG_NAME
-        return cls.from_json(read_text(path, ConfigError), str(path))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `chunkwise_config.json` beside a ladder."""
-        write_atomically(Path(folder) / CONFIG_NAME, self.to_json().encode(), ConfigError)
 
 
 class CalibrationConfig(StrictConfig):

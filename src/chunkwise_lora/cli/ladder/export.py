@@ -17,5 +17,5 @@ def export(
     """Write a ladder at full rank as a plain PEFT adapter, for programs that know no ladders."""
     from chunkwise_lora.ladder import RankLadder
 
-    RankLadder.from_pretrained(folder).save_peft(output)
+    RankLadder.from_pretrained(folder).save_adapter(output)
     console.print(f"Written to {output}", markup=False)

@@ -6,7 +6,6 @@ import copy
 import inspect
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from chunkwise_lora.engines.transformers.layers import FastPaths, GatedLinear, R
 from chunkwise_lora.engines.transformers.session import BASE, AdapterInfo, Session
 from chunkwise_lora.errors import EngineError, first_line
 from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig
+from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class ChunkWiseModel:
     Args:
         model: A loaded causal language model, not wrapped by PEFT.
         ladder: A ladder, the folder of a ladder or of a PEFT adapter, or several of these by name.
-        config: Settings of the method. By default those beside the ladder's folder, or else the `balanced` preset.
+        config: Settings of the method. By default the policy of the first ladder, or else the `balanced` preset.
         fast: Which fast paths may run; by default all that the machine allows.
 
     Raises:
@@ -87,7 +86,6 @@ class ChunkWiseModel:
         ladders = dict(ladder) if isinstance(ladder, Mapping) else {DEFAULT: ladder}
         if not ladders:
             raise EngineError("give at least one ladder")
-        self.chunkwise_config = config or _config_beside(next(iter(ladders.values())))
         self.ladders: dict[str, RankLadder] = {}
         self._infos: dict[str, AdapterInfo] = {}
         self._step = Step()
@@ -108,6 +106,8 @@ class ChunkWiseModel:
                     self._linears[name] = self._gated(name, module)
         for name, one in ladders.items():
             self.load_ladder(name, one)
+        policy = next(iter(self.ladders.values())).policy
+        self.chunkwise_config = config or policy or ChunkWiseConfig.preset("balanced")
         self.attach()
 
     @classmethod
@@ -504,12 +504,6 @@ def _learned_positions(model: PreTrainedModel) -> float:
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     # OPT and others keep a few rows before the first position.
     return positions if any(0 <= table.num_embeddings - positions <= 2 for table in tables) else math.inf
-
-
-def _config_beside(ladder: RankLadder | str | Path) -> ChunkWiseConfig:
-    if isinstance(ladder, (str, Path)) and os.path.isfile(Path(ladder) / CONFIG_NAME):  # unlike Path's, never an error
-        return ChunkWiseConfig.from_pretrained(ladder)
-    return ChunkWiseConfig.preset("balanced")
 
 
 def _kv_support(model: PreTrainedModel) -> tuple[bool, list[str]]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
-from chunkwise_lora.ladder import LADDER_NAME, LadderModule, RankLadder, is_ladder
+from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
-from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 
 logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
 
@@ -48,24 +48,31 @@ def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
 
     Raises:
         LadderError: As `load`.
-        ConfigError: The config beside the ladder is damaged, or asks for what the ladder does not hold.
+        ConfigError: The ladder's policy is damaged, or the server's config asks for what the ladder does not hold.
     """
-    stamps = [os.stat(file).st_mtime_ns for file in _files(path)]
-    return _check(path, server, *stamps)
+    return _check(path, server, *_stamps(path))
 
 
-def _files(path: str) -> Iterator[Path]:
-    names = (LADDER_NAME, CONFIG_NAME, "adapter_config.json", "adapter_model.safetensors")
-    return (file for name in names if (file := Path(path) / name).is_file())
+def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
+    """Name, time and size of every file in the folder."""
+    if not os.path.isdir(path):
+        return
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            with suppress(FileNotFoundError):  # replaced by a writer meanwhile
+                state = entry.stat()
+                yield entry.name, state.st_mtime_ns, state.st_size
 
 
 @lru_cache(maxsize=1024)
-def _check(path: str, server: settings.Choice, *stamps: int) -> ChunkWiseConfig:
-    config = settings.of_adapter(path, server)
+def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
     if is_ladder(path):
-        check_config(load(path), config, path)
+        ladder = load(path)
+        config = settings.of_adapter(ladder.policy, server)
+        check_config(ladder, config, path)
     else:
         _refuse_saved(PeftAdapter.load(path).saved_modules, path)
+        config = settings.of_adapter(None, server)
         check_config(None, config, path)
     return config
 

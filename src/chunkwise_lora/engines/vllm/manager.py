@@ -197,7 +197,8 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         path = get_adapter_absolute_path(lora_request.lora_path)
-        ladder, config = loading.load(path), settings.of_adapter(path, self._server)
+        ladder = loading.load(path)
+        config = settings.of_adapter(ladder.policy, self._server)
         loading.check_config(ladder, config, path)
         plan = AdapterPlan(lora_request.lora_name, np.array(ladder.rung_ranks), ladder.learned)
         return LoadedLadder(lora_request.lora_int_id, plan, config, self.ladders.share_of(ladder, path))

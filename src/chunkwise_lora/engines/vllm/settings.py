@@ -10,13 +10,12 @@ import hashlib
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from chunkwise_lora.errors import ConfigError
-from chunkwise_lora.method.config import CONFIG_NAME, ChunkWiseConfig, StrictConfig
+from chunkwise_lora.method.config import ChunkWiseConfig, StrictConfig
 
 KEY = "chunkwise"
 """Our key in vLLM's `--additional-config`, and with an underscore the prefix of a request's extra arguments."""
@@ -102,17 +101,9 @@ def _parsed(config: str) -> ChunkWiseConfig:
     return ChunkWiseConfig.from_json(config)
 
 
-def of_adapter(path: str | Path, server: Choice) -> ChunkWiseConfig:
-    """The config of an adapter's requests that ask for nothing else.
-
-    Raises:
-        ConfigError: The file beside the adapter is damaged.
-    """
-    if server.chosen is not None:
-        return server.chosen
-    if (Path(path) / CONFIG_NAME).is_file():
-        return ChunkWiseConfig.from_pretrained(path)
-    return ChunkWiseConfig.preset("lossless")
+def of_adapter(policy: ChunkWiseConfig | None, server: Choice) -> ChunkWiseConfig:
+    """The config of an adapter's requests that ask for nothing else, given the policy of the adapter's ladder."""
+    return server.chosen or policy or ChunkWiseConfig.preset("lossless")
 
 
 def salt(config: ChunkWiseConfig) -> str | None:

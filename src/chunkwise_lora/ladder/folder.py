@@ -1,0 +1,256 @@
+"""Reads and writes ladders of format 2: a PEFT adapter folder with `chunkwise.json` beside the adapter's files.
+
+| file | content |
+|---|---|
+| `adapter_config.json`, `adapter_model.safetensors` | the ladder at full rank, as PEFT stores an adapter |
+| `chunkwise.json` | format version, SHA-256 of the other files, build, base model, rungs as ranks per module, policy |
+| `chunkwise.safetensors` | only where there is something learned: importance of the directions, complexity of tokens |
+
+`chunkwise.safetensors` holds `sigma/<module>` only where the importance of directions is not their length, which is the
+case after calibration and for data-aware builds. Otherwise sigma is computed from the factors when a ladder is read;
+for factors in bfloat16 or float16 it may then differ by their rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from chunkwise_lora.errors import ConfigError, LadderError
+from chunkwise_lora.files import write_atomically
+from chunkwise_lora.ladder import format_v1
+from chunkwise_lora.ladder.contents import Build, LadderContents
+from chunkwise_lora.ladder.module import LadderModule, checked_module, checked_parameter, direction_lengths
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME, MEANING, PREFIX, WEIGHTS_NAME, peft_config, peft_files
+from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
+from chunkwise_lora.ladder.tensors import LEARNED, learned_tensors, read_learned, to_bytes
+from chunkwise_lora.method.config import ChunkWiseConfig
+
+LADDER_NAME = "chunkwise.json"
+LEARNED_NAME = "chunkwise.safetensors"
+FORMAT_VERSION = 2
+SIGMA = "sigma/"
+
+Digest = str
+
+
+class _BaseModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name_or_path: str | None
+    fingerprint: str
+
+
+class _Manifest(BaseModel):
+    """What `chunkwise.json` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[2]
+    build: Build
+    base_model: _BaseModel
+    files: dict[str, str]
+    ranks: dict[str, list[int]] = Field(min_length=1)
+    rung_divergence: list[float] | None
+    policy: dict[str, Any] | None
+
+
+def is_format_2(folder: str | Path) -> bool:
+    """Whether a ladder of format 2 was saved in the folder."""
+    return os.path.isfile(os.path.join(folder, LADDER_NAME))
+
+
+def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
+    """The content of a ladder's files, by file name.
+
+    Raises:
+        LadderError: A text of the ladder cannot be written as UTF-8.
+    """
+    files = peft_files(ladder)
+    extra = {} if _sigma_is_length(ladder) else {f"{SIGMA}{name}": m.sigma for name, m in ladder.modules.items()}
+    if ladder.learned is not None:
+        extra |= learned_tensors(ladder.learned)
+    if extra:
+        files[LEARNED_NAME] = to_bytes(extra)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "build": ladder.build,
+        "base_model": {"name_or_path": ladder.base_model, "fingerprint": ladder.fingerprint},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "ranks": {name: list(module.ranks) for name, module in ladder.modules.items()},
+        "rung_divergence": None if ladder.rung_divergence is None else list(ladder.rung_divergence),
+        "policy": None if ladder.policy is None else ladder.policy.model_dump(mode="json"),
+    }
+    files[LADDER_NAME] = (_dump(manifest) + "\n").encode()
+    return files
+
+
+def _dump(manifest: dict[str, Any]) -> str:
+    """JSON with one line per field, and one per module."""
+    lines = []
+    for key, value in manifest.items():
+        if key == "ranks":
+            rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(ranks)}" for name, ranks in value.items())
+            lines.append(f'  "ranks": {{\n{rows}\n  }}')
+        else:
+            lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _sigma_is_length(ladder: LadderContents) -> bool:
+    """Whether every sigma can be computed from the factors, up to the rounding of their dtype."""
+    return all(
+        torch.allclose(
+            direction_lengths(module.up, module.down), module.sigma, rtol=4 * torch.finfo(module.up.dtype).eps, atol=0
+        )
+        for module in ladder.modules.values()
+    )
+
+
+def owned_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that a ladder or adapter of ours or of PEFT consists of, whatever its format.
+
+    A new ladder replaces these. All other files of the folder belong to somebody else.
+    """
+    ours = {LADDER_NAME, LEARNED_NAME, CONFIG_NAME, WEIGHTS_NAME}
+    return ours | format_v1.owned_files(folder)
+
+
+def read(folder: Path) -> LadderContents:
+    """Read a ladder of format 2.
+
+    All files are read into memory and checked against the SHA-256 in the manifest before they are used. Where a file
+    does not fit and the manifest has changed meanwhile, a writer is at work, and everything is read again.
+
+    Raises:
+        LadderError: A file is missing, cut off, altered, or not what a ladder holds.
+    """
+    path = folder / LADDER_NAME
+    content = read_file(path, LARGEST_JSON)
+    while True:
+        try:
+            return _parse(folder, content)
+        except LadderError:
+            again = read_file(path, LARGEST_JSON)
+            if again == content:
+                raise
+            content = again
+
+
+def _parse(folder: Path, content: bytes) -> LadderContents:
+    path = folder / LADDER_NAME
+    manifest = _read_manifest(content, path)
+    needed = {CONFIG_NAME, WEIGHTS_NAME}
+    if not needed <= manifest.files.keys() <= needed | {LEARNED_NAME}:
+        raise LadderError(
+            f"{path}: files must name {CONFIG_NAME}, {WEIGHTS_NAME} and, if at all, {LEARNED_NAME}, and nothing else; "
+            "build the ladder anew"
+        )
+    files = {name: _read_file(folder / name, digest) for name, digest in manifest.files.items()}
+    tensors = parse_tensors(files[WEIGHTS_NAME], folder / WEIGHTS_NAME)
+    extra = parse_tensors(files[LEARNED_NAME], folder / LEARNED_NAME) if LEARNED_NAME in files else {}
+    if unknown := [name for name in extra if not name.startswith((SIGMA, LEARNED))]:
+        raise LadderError(f"{folder / LEARNED_NAME}: {unknown[0]!r} has no place in a ladder; build the ladder anew")
+    try:
+        modules = {name: _module(name, ranks, tensors, extra) for name, ranks in manifest.ranks.items()}
+        if unknown := [name for name in tensors if not name.startswith(PREFIX) or "lora_" in name]:
+            raise LadderError(f"{WEIGHTS_NAME} holds {unknown[0]!r}, which belongs to no module of {LADDER_NAME}")
+        saved = {name.removeprefix(PREFIX): checked_parameter(name, tensor) for name, tensor in tensors.items()}
+        ladder = LadderContents(
+            modules,
+            manifest.base_model.name_or_path,
+            manifest.build,
+            saved,
+            read_learned(extra),
+            None if manifest.policy is None else _policy(manifest.policy, path),
+            None if manifest.rung_divergence is None else tuple(manifest.rung_divergence),
+        )
+    except LadderError as error:
+        raise LadderError(f"{path}: does not fit the other files ({error}); build the ladder anew") from None
+    if ladder.fingerprint != manifest.base_model.fingerprint:
+        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
+    _check_config(files[CONFIG_NAME], ladder, folder / CONFIG_NAME)
+    return ladder
+
+
+def _module(name: str, ranks: list[int], tensors: dict[str, Tensor], extra: Mapping[str, Tensor]) -> LadderModule:
+    """Take one module out of the tensors."""
+    try:
+        down, up = (tensors.pop(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
+    except KeyError as error:
+        raise LadderError(f"{WEIGHTS_NAME} lacks {error}") from None
+    return checked_module(name, up, down, extra.get(f"{SIGMA}{name}"), ranks)
+
+
+def _policy(fields: dict[str, Any], path: Path) -> ChunkWiseConfig:
+    try:
+        return ChunkWiseConfig.model_validate(fields)
+    except (ConfigError, ValidationError) as error:
+        raise ConfigError(f"{path}: policy: {error}") from None
+
+
+def _check_config(content: bytes, ladder: LadderContents, path: Path) -> None:
+    """Refuse an `adapter_config.json` by which PEFT would compute another function than the ladder at full rank."""
+    found, expected = parse_json(content, path), peft_config(ladder)
+    if differing := [name for name in MEANING if found.get(name) != expected[name]]:
+        raise LadderError(
+            f"{path}: {', '.join(differing)} do not fit the ladder in {LADDER_NAME}; build the ladder anew"
+        )
+
+
+def _read_file(path: Path, digest: str) -> bytes:
+    content = read_file(path)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise LadderError(
+            f"{path}: was cut off or altered (its SHA-256 is not the one in {LADDER_NAME}); build the ladder anew, or "
+            f"remove {LADDER_NAME} to use the folder as a plain PEFT adapter"
+        )
+    return content
+
+
+def _read_manifest(content: bytes, path: Path) -> _Manifest:
+    try:
+        return _Manifest.model_validate(parse_json(content, path), strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "file"
+        if where == "format_version" and "input" in problem:
+            raise LadderError(
+                f"{path}: format_version is {problem['input']!r}, this release reads {FORMAT_VERSION}; build the "
+                "ladder anew, or use the release that wrote it"
+            ) from None
+        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder anew") from None
+
+
+def write(ladder: LadderContents, folder: Path) -> None:
+    """Write a ladder to `folder`.
+
+    Raises:
+        LadderError: It cannot be written.
+    """
+    _replace(folder, ladder_files(ladder))
+
+
+def write_adapter(ladder: LadderContents, folder: Path) -> None:
+    """Write a ladder at full rank to `folder`, as a plain PEFT adapter and nothing else.
+
+    Raises:
+        LadderError: It cannot be written.
+    """
+    _replace(folder, peft_files(ladder))
+
+
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    old = owned_files(folder)
+    for name, content in files.items():
+        write_atomically(folder / name, content, LadderError)
+    for name in old - files.keys():
+        (folder / name).unlink(missing_ok=True)

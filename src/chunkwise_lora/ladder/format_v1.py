@@ -1,0 +1,123 @@
+"""Reads ladders of format 1: `ladder.json`, `ladder-<hash>.safetensors` and, where calibrated, `chunkwise_config.json`.
+
+Earlier releases wrote this format. Saving such a ladder writes format 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chunkwise_lora.errors import ConfigError, LadderError
+from chunkwise_lora.files import read_text
+from chunkwise_lora.ladder.contents import Build, LadderContents
+from chunkwise_lora.ladder.module import checked_module, checked_parameter
+from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
+from chunkwise_lora.ladder.tensors import LEARNED, read_learned
+from chunkwise_lora.method.config import ChunkWiseConfig
+
+MANIFEST_NAME = "ladder.json"
+POLICY_NAME = "chunkwise_config.json"
+TENSORS_NAME = r"ladder-[0-9a-f]{12}\.safetensors"
+SAVED = "saved_modules/"
+
+
+class _BaseModel(BaseModel):
+    name_or_path: str | None
+    fingerprint: str
+
+
+class _Manifest(BaseModel):
+    """What `ladder.json` holds."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    format_version: int
+    build: Build
+    base_model: _BaseModel
+    tensors: str = Field(pattern=f"^{TENSORS_NAME}$")
+    sha256: str
+    ranks: dict[str, tuple[int, ...]]
+
+
+def is_format_1(folder: str | Path) -> bool:
+    """Whether a ladder of format 1 was saved in the folder."""
+    return os.path.isfile(os.path.join(folder, MANIFEST_NAME))
+
+
+def read(folder: Path) -> LadderContents:
+    """Read a ladder of format 1.
+
+    Raises:
+        LadderError: A file is missing, cut off or altered.
+        ConfigError: The policy beside the ladder is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    manifest = _read_manifest(path)
+    if manifest.format_version != 1:
+        raise LadderError(
+            f"{path}: format_version is {manifest.format_version}, but a {MANIFEST_NAME} has format 1; build the "
+            "ladder anew"
+        )
+    tensors_path = folder / manifest.tensors
+    content = read_file(tensors_path)
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise LadderError(
+            f"{tensors_path}: was cut off or altered (its SHA-256 is not the one in {MANIFEST_NAME}); build the "
+            "ladder anew"
+        )
+    tensors = parse_tensors(content, tensors_path)
+    try:
+        modules = {
+            name: checked_module(
+                name, tensors.pop(f"{name}/up"), tensors.pop(f"{name}/down"), tensors.pop(f"{name}/sigma"), ranks
+            )
+            for name, ranks in manifest.ranks.items()
+        }
+        saved = {
+            name.removeprefix(SAVED): checked_parameter(name, tensor)
+            for name, tensor in tensors.items()
+            if name.startswith(SAVED)
+        }
+        if unknown := [name for name in tensors if not name.startswith((SAVED, LEARNED))]:
+            raise LadderError(f"{unknown[0]} has no place in a ladder")
+        policy = read_policy(folder)
+        base = manifest.base_model
+        ladder = LadderContents(modules, base.name_or_path, manifest.build, saved, read_learned(tensors), policy)
+    except (KeyError, LadderError) as error:
+        raise LadderError(f"{folder}: {MANIFEST_NAME} and {tensors_path.name} do not fit together ({error})") from None
+    if ladder.fingerprint != base.fingerprint:
+        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
+    return ladder
+
+
+def read_policy(folder: str | Path) -> ChunkWiseConfig | None:
+    """The policy in `chunkwise_config.json`, or None where there is no such file."""
+    path = Path(folder) / POLICY_NAME
+    if not os.path.isfile(path):
+        return None
+    return ChunkWiseConfig.from_json(read_text(path, ConfigError), str(path))
+
+
+def owned_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that a ladder of format 1 consists of."""
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = _read_manifest(path)
+    except LadderError:
+        return set()
+    names = {MANIFEST_NAME, POLICY_NAME, manifest.tensors}
+    return {name for name in names if os.path.isfile(folder / name)}
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    content = parse_json(read_file(path, LARGEST_JSON), path)
+    try:
+        return _Manifest.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "file"
+        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder anew") from None

@@ -1,0 +1,114 @@
+"""The singular directions of one linear module, and its rank on each rung."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chunkwise_lora.errors import LadderError
+from chunkwise_lora.ladder.checks import check_factors, check_name, check_ranks, check_sigma, check_tensor
+
+
+@dataclass(frozen=True)
+class LadderModule:
+    """The singular directions of one linear module."""
+
+    up: Tensor
+    """(out, r)"""
+    down: Tensor
+    """(r, in)"""
+    sigma: Tensor
+    """(r,) float32: what each direction contributes, in the norm that the build minimises. Falling, unless the build is
+    `as-trained`."""
+    ranks: tuple[int, ...]
+    """The module's rank on each rung. Ranks never fall from one rung to the next, and the last one is r."""
+
+    @property
+    def rank(self) -> int:
+        """r, the number of directions."""
+        return len(self.sigma)
+
+    @property
+    def cost(self) -> int:
+        """Numbers that are read per direction: in + out."""
+        return self.up.shape[0] + self.down.shape[1]
+
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """New up (out, r) and down (r, in) in float32, where both sides of a direction have the same length.
+
+        This is a good start for training.
+        """
+        up, down = self.up.float(), self.down.float()
+        balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
+        return up / balance, down * balance[:, None]
+
+    def gate_table(self) -> Tensor:
+        """(rungs, r) float32 of ones and zeros: the gates of each rung."""
+        return (torch.arange(self.rank) < torch.tensor(self.ranks)[:, None]).float()
+
+    def energy(self, k: int) -> float:
+        """Share of the squared singular values that the first k directions hold, from 0 to 1."""
+        total = float(self.sigma.double().square().sum())
+        return float(self.sigma[:k].double().square().sum()) / total if total else 1.0
+
+    def check(self, name: str) -> None:
+        """Check shapes, types and ranks of the module called `name`.
+
+        The rank may be above min(in, out): the build `as-trained` keeps the directions of an adapter that has more of
+        them than its modules have inputs.
+
+        Raises:
+            LadderError: The parts do not fit together.
+        """
+        shapes = [tuple(t.shape) for t in (self.up, self.down, self.sigma)]
+        if [len(shape) for shape in shapes] != [2, 2, 1] or not shapes[0][1] == shapes[1][0] == shapes[2][0]:
+            raise LadderError(f"{name}: up, down and sigma are {shapes}, not (out, r), (r, in) and (r,)")
+        if 0 in (*shapes[0], *shapes[1]):
+            raise LadderError(f"{name}: up and down are {shapes[:2]}; a module needs inputs, outputs and a direction")
+        floating = self.up.is_floating_point() and self.down.is_floating_point()
+        if not floating or not self.sigma.isfinite().all():
+            raise LadderError(f"{name}: up and down must be floating-point, sigma finite; build the ladder anew")
+        check_ranks(name, self.ranks, self.rank)
+
+
+def even_ranks(rank: int, steps: int) -> tuple[int, ...]:
+    """Ranks of one module on `steps` + 1 rungs, spread evenly from 0 to `rank`."""
+    return tuple(round(step * rank / steps) for step in range(steps + 1))
+
+
+def direction_lengths(up: Tensor, down: Tensor) -> Tensor:
+    """(r,) float32: the Frobenius norm of each direction's own product, |up column| x |down row|.
+
+    For a plain SVD these are the singular values.
+    """
+    return (up.double().norm(dim=0) * down.double().norm(dim=1)).float()
+
+
+def checked_module(name: str, up: Tensor, down: Tensor, sigma: Tensor | None, ranks: Sequence[int]) -> LadderModule:
+    """A module from the tensors of a file. Without `sigma`, it is computed from the factors.
+
+    Raises:
+        LadderError: The tensors have a wrong dtype or shape, hold NaN, infinity or numbers too large to compute with,
+            or the ranks do not fit them.
+    """
+    check_name(name, name)
+    for side, factor in (("up", up), ("down", down)):
+        check_tensor(f"{name}: {side}", factor, (None, None))
+    check_factors(name, up, down)
+    if sigma is not None:
+        check_sigma(f"{name}: sigma", sigma, up.shape[1])
+    return LadderModule(up, down, direction_lengths(up, down) if sigma is None else sigma, tuple(ranks))
+
+
+def checked_parameter(name: str, value: Tensor) -> Tensor:
+    """A replaced parameter from a file.
+
+    Raises:
+        LadderError: It has a wrong dtype, or holds NaN or infinity.
+    """
+    check_name(name, name)
+    check_tensor(name, value)
+    return value
