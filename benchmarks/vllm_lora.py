@@ -90,12 +90,12 @@ class Engine:
         return time.perf_counter() - begun
 
 
-Contestants = dict[str, tuple[Engine, Path | None, str | None]]
-"""By name: an engine, its adapter and its preset."""
+Methods = dict[str, tuple[Engine, Path | None, str | None]]
+"""What is timed, by name: an engine, the adapter it runs and its preset."""
 
 
-def contestants(folder: Path, options: argparse.Namespace) -> tuple[Contestants, list[Path]]:
-    """Who competes, and all adapters."""
+def methods(folder: Path, options: argparse.Namespace) -> tuple[Methods, list[Path]]:
+    """The methods to time, and the folders of all adapters."""
     from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter
     from chunkwise_lora.engines.vllm import plugin
 
@@ -106,7 +106,7 @@ def contestants(folder: Path, options: argparse.Namespace) -> tuple[Contestants,
     lora = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": max(8, options.rank)}
     model = folder / "model"
     os.environ["CHUNKWISE_VLLM"] = "0"
-    engines: Contestants = {"base": (Engine(model, options), None, None)}
+    engines: Methods = {"base": (Engine(model, options), None, None)}
     if "own" not in options.without:
         engines["vLLM's LoRA"] = (Engine(model, options, **lora), adapters[0], None)
     del os.environ["CHUNKWISE_VLLM"]
@@ -120,7 +120,7 @@ def contestants(folder: Path, options: argparse.Namespace) -> tuple[Contestants,
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
-    engines, adapters = contestants(folder, options)
+    engines, adapters = methods(folder, options)
     figures: dict[str, Any] = {}
     # Two presets share an engine, so each runs its request to the end before the next begins.
     seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def throughput(engines: Contestants, adapters: list[Path], rounds: int) -> dict[str, list[float]]:
+def throughput(engines: Methods, adapters: list[Path], rounds: int) -> dict[str, list[float]]:
     """New tokens per second of several requests at once, over several adapters."""
     rates: dict[str, list[float]] = {}
     for turn in range(-1, rounds):  # the first loads the adapters

@@ -21,7 +21,7 @@ from chunkwise_lora.cli.ladder.show import show
 from chunkwise_lora.cli.options import ListCommand
 from chunkwise_lora.errors import ChunkWiseError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 app.command()(demo)
 app.command()(generate)
 app.command()(calibrate)
