@@ -191,7 +191,7 @@ def test_a_loss_increase_that_may_be_meant_in_percent_is_refused() -> None:
     assert share("--max-loss-increase", "2", AMBIGUOUS_LOSS) == 0.02
 
 
-@pytest.mark.parametrize(
+MISTYPED = pytest.mark.parametrize(
     "command",
     [
         ("generate", "--prompt", "a", "--adapter", "wikki"),
@@ -205,12 +205,26 @@ def test_a_loss_increase_that_may_be_meant_in_percent_is_refused() -> None:
     ],
     ids=" ".join,
 )
-def test_a_mistyped_adapter_is_answered_with_the_closest_name_and_no_hub(
-    run: Any, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: pytest.fail("a hub was asked"))
+
+
+@MISTYPED
+def test_a_mistyped_adapter_is_answered_with_the_closest_name(run: Any, command: tuple[str, ...]) -> None:
     code, _, err = run(*command)
     assert code == 1 and "Did you mean wiki?" in err and "owner/name" in err
+
+
+def test_a_mistyped_adapter_is_answered_before_anything_is_loaded_or_asked() -> None:
+    commands = [list(command) for command in MISTYPED.args[1]]
+    code = (
+        "import sys; from chunkwise_lora.cli.app import app; from chunkwise_lora.errors import LadderError\n"
+        f"for command in {commands!r}:\n"
+        "    try:\n"
+        "        app(command, standalone_mode=False)\n"
+        "    except LadderError as error:\n"
+        "        print('wiki?' in str(error), [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True []"] * len(commands)
 
 
 def test_a_folder_is_an_adapter_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

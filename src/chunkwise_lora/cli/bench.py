@@ -77,6 +77,8 @@ def bench(
     rounds of two times in the same round. The base model without an adapter is the limit for any adapter. Peak memory
     is that of the process, or of the GPU, above the loaded weights.
     """
+    source = embedded.find(adapter)
+
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
     from chunkwise_lora.benchmark.methods import methods as all_methods
@@ -90,7 +92,7 @@ def bench(
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
-            folders = {"adapter": embedded.find(adapter)}
+            folders = {"adapter": source}
             base = load_base_and_tokenizer(model)[0].to(device_named(device), dtype_named(dtype))
         else:
             shape = SHAPES[random_weights]

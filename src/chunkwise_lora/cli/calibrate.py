@@ -94,11 +94,6 @@ def calibrate(
     loss while generating, and checks the result on text that it has not seen. The folder that it writes holds the
     ladder and its policy, and is used in place of the adapter's folder.
     """
-    from chunkwise_lora.calibration.calibrate import calibrate as run
-    from chunkwise_lora.evaluation.answers import own_answers
-    from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
-    from chunkwise_lora.ladder import RankLadder
-
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
     settings = CalibrationConfig(
@@ -124,6 +119,13 @@ def calibrate(
         raise ChunkWiseError(
             "--held-text is plain text; with --task squad or e2e, leave it out: the end of --text is held back"
         )
+    adapter = adapter and str(embedded.find(adapter))
+
+    from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
+    from chunkwise_lora.evaluation.answers import own_answers
+    from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
+    from chunkwise_lora.ladder import RankLadder
+
     ladder = RankLadder.load(adapter_of(task, adapter))
     base, tokenizer = load_base_and_tokenizer(model)
     with progress() as reports:

@@ -86,20 +86,22 @@ def evaluate(
     Text is cut into windows as long as the model allows and run token by token, as in generation, with plan,
     cross-fades and KV policy in force. Answers are generated greedily. All metrics come with 95% intervals.
     """
-    from rich.markdown import Markdown
-
-    from chunkwise_lora.evaluation.report import markdown, page
-    from chunkwise_lora.evaluation.tasks import adapter_of, run_task
-
-    adapter = str(adapter_of(task, adapter))
     configs = {
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
         for name, file in named_paths("--config", config).items()
     }
     peft_adapters = {name: str(embedded.find(path)) for name, path in named_paths("--peft", peft).items()}
     calibrated = calibrated and str(embedded.find(calibrated))
+    adapter = adapter and str(embedded.find(adapter))
     if calibrated is None and presets == DEFAULT_PRESETS:
         presets = ["balanced"]
+
+    from rich.markdown import Markdown
+
+    from chunkwise_lora.evaluation.report import markdown, page  # slow to import: only after all refusals
+    from chunkwise_lora.evaluation.tasks import adapter_of, run_task
+
+    adapter = str(adapter_of(task, adapter))
     base, tokenizer = load_base_and_tokenizer(model)
     with progress() as reports:
         evaluation = run_task(

@@ -40,14 +40,15 @@ def generate(
     json_file: JsonOption = None,
 ) -> None:
     """Continue a prompt greedily with a base model and an adapter."""
-    from chunkwise_lora.engines.transformers import ChunkWiseModel
-
     if preset is not None and config is not None:
         raise ChunkWiseError("--preset and --config: give only one of them")
     settings = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
     if preset is not None:
         settings = ChunkWiseConfig.preset(preset)
     source = embedded.find(adapter)
+
+    from chunkwise_lora.engines.transformers import ChunkWiseModel  # slow to import: only after all refusals
+
     base, tokenizer = load_base_and_tokenizer(model)
     with ChunkWiseModel(base, source, settings) as chunkwise:
         if show_ranks:

@@ -56,7 +56,8 @@ def print_generations(
             full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
             coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), full_rank, prompt_tokens)
             ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
-            title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {len(sequence.chunks)} chunks")
+            chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
+            title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
             console.print(Panel(coloured, title=title))
         else:
             console.print(Text(escaped_lines(text)))

@@ -50,17 +50,19 @@ def build(
     With --base and --calibration-text the ladder is data-aware: each rank keeps as much as possible of what the
     adapter adds on real text.
     """
-    from chunkwise_lora.ladder import RankLadder, describe
-
     if (base is None) != (calibration_text is None):
         raise ChunkWiseError("--base and --calibration-text go together; give both or none")
-    storage = dtype_named(dtype)
     if as_trained and base is not None:
         raise ChunkWiseError(
             "--as-trained keeps the adapter's directions, and --base with --calibration-text changes them; give one of "
             "the two"
         )
-    ladder = RankLadder.from_peft(embedded.find(adapter), as_trained=as_trained)
+    source = embedded.find(adapter)
+
+    from chunkwise_lora.ladder import RankLadder, describe  # slow to import: only after all refusals
+
+    storage = dtype_named(dtype)
+    ladder = RankLadder.from_peft(source, as_trained=as_trained)
     if base is not None and calibration_text is not None:
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)

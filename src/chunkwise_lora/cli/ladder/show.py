@@ -23,8 +23,10 @@ def show(
 
     The energy is the share of the squared singular values.
     """
-    from chunkwise_lora.ladder import RankLadder, describe
+    source = embedded.find(ladder)
 
-    loaded = RankLadder.load(embedded.find(ladder))
+    from chunkwise_lora.ladder import RankLadder, describe  # slow to import: only after all refusals
+
+    loaded = RankLadder.load(source)
     console.print(ladder_table(loaded))
     write_json(json_file, describe(loaded))
