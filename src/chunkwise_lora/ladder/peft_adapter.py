@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import reprlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from chunkwise_lora.errors import LadderError, first_line
-from chunkwise_lora.files import read_text
+from chunkwise_lora.errors import LadderError, first_line, shown
+from chunkwise_lora.ladder.checks import check_factors, check_name, check_tensor
+from chunkwise_lora.ladder.patterns import ModulePatterns
+from chunkwise_lora.ladder.reading import parse_tensors, read_file, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -44,8 +44,19 @@ PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-LARGEST = 1e30
+LARGEST_SCALE = 1e30
 """Ranks and alphas are below this, so that a scale never overflows."""
+
+LONGEST_BASE = 4096
+"""Bound on the characters of the base model's name, which may be a path."""
+
+MOST_SAVED = 1000
+"""Bound on the entries of `modules_to_save`."""
+
+WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.(?=base_model\.)"
+)
+"""What torch.compile, FSDP, activation checkpointing and DDP put into the names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -66,52 +77,68 @@ class PeftAdapter:
             LadderError: Missing or damaged files, pickled weights, or anything but plain LoRA.
         """
         config_path, weights_path = _locate(adapter, revision)
-        try:
-            config = json.loads(read_text(config_path, LadderError))
-            if not isinstance(config, dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise LadderError(f"{config_path}: not valid JSON ({error})") from None
+        config = read_json(config_path)
         _refuse_unsupported(config, config_path)
         _refuse_wrong_types(config, config_path)
-        try:
-            tensors = load_file(weights_path)
-        except (OSError, SafetensorError) as error:
-            raise LadderError(f"{weights_path}: cannot be read as safetensors ({error})") from None
+        ranks, alphas = (
+            ModulePatterns(config.get(name), f"{config_path}: {name}") for name in ("rank_pattern", "alpha_pattern")
+        )
+        tensors = parse_tensors(read_file(weights_path), weights_path)
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise LadderError(
-                    f"{weights_path}: {name} has dtype {tensor.dtype}; save the adapter in float32 or bfloat16"
-                )
-            if not torch.isfinite(tensor).all():
-                raise LadderError(f"{weights_path}: {name} holds NaN or infinity; train or export the adapter anew")
-        return cls(*_split(tensors, config, weights_path), config.get("base_model_name_or_path"))
+            check_name(f"{weights_path}", name)
+            check_tensor(f"{weights_path}: {name}", tensor, dtypes=DTYPES)
+        sides, saved = _split(tensors, config, weights_path)
+        factors = {}
+        for name, pair in sides.items():
+            rank, alpha = ranks.get(name, config["r"]), alphas.get(name, config["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            factors[name] = (*_factors(f"{weights_path}: {name}", pair, rank, scale), scale)
+        return cls(factors, saved, config.get("base_model_name_or_path"))
 
 
 def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
+    if not str(adapter):
+        raise LadderError(
+            "the adapter's folder is an empty text; give the folder of a PEFT adapter, or a name on the hub"
+        )
     folder = Path(adapter)
     if os.path.isdir(folder):  # unlike Path's, never an error
         config, weights, pickled = (folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
-        if not config.is_file():
-            raise LadderError(f"{folder}: no {CONFIG_NAME} here; give the folder of a PEFT adapter")
-        if not weights.is_file():
+        if _is_missing(config):
+            inside = sorted(shown(path.parent.name) for path in islice(folder.glob(f"*/{CONFIG_NAME}"), 5))
+            where = f"; adapters lie in its folders {', '.join(inside)}, give one of these" if inside else ""
+            raise LadderError(f"{folder}: no {CONFIG_NAME} here{where or '; give the folder of a PEFT adapter'}")
+        if _is_missing(weights):
             why = (
                 f"{PICKLE_NAME} is a pickle, which can run code when loaded; save the adapter anew with "
                 "save_pretrained(..., safe_serialization=True)"
                 if pickled.exists()
-                else f"no {WEIGHTS_NAME} here"
+                else f"no {WEIGHTS_NAME} here; save the adapter anew"
             )
             raise LadderError(f"{folder}: {why}")
         return config, weights
-    if os.path.exists(folder):
-        raise LadderError(f"{folder}: give the folder of a PEFT adapter, not a file in it")
+    if os.path.lexists(folder):
+        raise LadderError(f"{folder}: is not a folder that can be opened; give the folder of a PEFT adapter")
     from transformers.utils.hub import cached_file
 
     try:
         config, weights = (cached_file(str(adapter), name, revision=revision) for name in (CONFIG_NAME, WEIGHTS_NAME))
     except (OSError, ValueError) as error:
-        raise LadderError(f"{adapter}: no such folder, and not to be had from the hub ({first_line(error)})") from None
+        raise LadderError(
+            f"{shown(adapter)}: there is no such folder, and the hub does not have it ({shown(first_line(error))})"
+        ) from None
     return Path(str(config)), Path(str(weights))
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is nothing at all; what is there and cannot be read is refused when it is read."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
@@ -136,34 +163,31 @@ def _refuse_wrong_types(config: dict[str, Any], path: Path) -> None:
         ("lora_alpha", "alpha_pattern", _is_number, "number"),
     ):
         if not fits(config.get(name)):
-            raise LadderError(f"{path}: {name} = {_short(config.get(name))} is not a {what}")
+            raise LadderError(f"{path}: {name} = {_short(config.get(name))} is not a {what}; correct it")
         pattern = config.get(pattern_name) or {}
         if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
-            raise LadderError(f"{path}: {pattern_name} must map module names to a {what} each")
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise LadderError(
-                    f"{path}: {pattern_name} has {key!r}, which is no regular expression ({error})"
-                ) from None
+            raise LadderError(f"{path}: {pattern_name} must map module names to a {what} each; correct it")
     if not isinstance(config.get("use_rslora"), (bool, NoneType)):
-        raise LadderError(f"{path}: use_rslora = {_short(config['use_rslora'])} is neither true nor false")
-    if not isinstance(config.get("base_model_name_or_path"), (str, NoneType)):
+        raise LadderError(f"{path}: use_rslora = {_short(config['use_rslora'])} is neither true nor false; correct it")
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, NoneType)) or len(base or "") > LONGEST_BASE:
         raise LadderError(
-            f"{path}: base_model_name_or_path = {_short(config['base_model_name_or_path'])} is not a name"
+            f"{path}: base_model_name_or_path = {_short(base)} is not a name of at most {LONGEST_BASE} characters; "
+            "write the base model's name or null"
         )
     saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise LadderError(f"{path}: modules_to_save = {_short(saved)} is not a list of module names")
+    if not isinstance(saved, list) or len(saved) > MOST_SAVED or not all(isinstance(name, str) for name in saved):
+        raise LadderError(
+            f"{path}: modules_to_save = {_short(saved)} is not a list of at most {MOST_SAVED} module names; correct it"
+        )
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) < LARGEST_SCALE  # type: ignore[arg-type]
 
 
 def _is_rank(value: object) -> bool:
-    return type(value) is int and 1 <= value < LARGEST
+    return type(value) is int and 1 <= value < LARGEST_SCALE
 
 
 def _short(value: object) -> str:
@@ -172,56 +196,51 @@ def _short(value: object) -> str:
 
 def _split(
     tensors: dict[str, Tensor], config: dict[str, Any], path: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """Sort the tensors of an adapter file into LoRA factors and replaced parameters."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors of an adapter file into the LoRA factors "A" and "B" of each module, and replaced parameters."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.")
-        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name):
+        name = WRAPPERS.sub("", key).removeprefix("base_model.model.")
+        # Some tools leave the adapter's name behind lora_A.
+        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", name):
             if match[2] in sides.setdefault(match[1], {}):
-                raise LadderError(f"{path}: {match[1]}.lora_{match[2]} is there twice; export the adapter anew")
+                raise LadderError(
+                    f"{path}: {match[1]}.lora_{match[2]} is there twice; export one adapter alone into a file"
+                )
             sides[match[1]][match[2]] = tensor
             continue
         if name.endswith((".base_layer.weight", ".base_layer.bias")):
             continue  # PEFT adds the base's own parameters where it adapts an output head
         module, _, parameter = name.replace(".modules_to_save", "").rpartition(".")
-        if "lora_" in name or not _is_saved(module, config):
+        if "lora_" in name or not module or not _is_saved(module, config):
             raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")
+        if f"{module}.{parameter}" in saved:
+            raise LadderError(f"{path}: {module}.{parameter} is there twice; export one adapter alone into a file")
         saved[f"{module}.{parameter}"] = tensor
     if not sides:
-        raise LadderError(f"{path}: holds no LoRA weights")
-    return {name: _factors(name, pair, config, path) for name, pair in sides.items()}, saved
+        raise LadderError(f"{path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes")
+    return sides, saved
 
 
 def _is_saved(module: str, config: dict[str, Any]) -> bool:
     """PEFT's rule for modules_to_save: a name, or the end of one, with all that the module holds."""
-    names = tuple(config.get("modules_to_save") or ())
-    parts = module.split(".")
-    inside = any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts) + 1))
+    names = config.get("modules_to_save") or ()
     # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
-    return bool(names) and (inside or bool(config.get("ensure_weight_tying")))
+    return any(f"{name}." in f"{module}." for name in names) or bool(names and config.get("ensure_weight_tying"))
 
 
-def _factors(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> tuple[Tensor, Tensor, float]:
+def _factors(where: str, pair: dict[str, Tensor], rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of one module, checked."""
     if set(pair) != {"A", "B"}:
-        raise LadderError(f"{path}: {name} lacks lora_{'B' if 'A' in pair else 'A'}")
+        raise LadderError(f"{where} lacks lora_{'B' if 'A' in pair else 'A'}; export the adapter anew")
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2:
-        raise LadderError(f"{path}: {name} is no linear module (lora_A has {a.ndim} dimensions); not supported")
-    rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
+        raise LadderError(f"{where} is no linear module (lora_A has {a.ndim} dimensions); not supported")
     if a.shape[0] != rank or b.shape[1] != rank:
         raise LadderError(
-            f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, "
-            f"but {CONFIG_NAME} says rank {rank}"
+            f"{where} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but {CONFIG_NAME} says rank {rank}; "
+            "correct r or rank_pattern there, or export the adapter anew"
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-    return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = patterns or {}
-    return patterns.get(get_pattern_key(list(patterns), name), default)
+    check_factors(where, b, a, scale)
+    return a, b

@@ -109,13 +109,13 @@ def _check_string(path: Path, name: str, value: str) -> None:
 
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose content was read from `path`; they share no memory with the file.
+    """The tensors of a safetensors file whose content was read from `path`, by name; they share no memory with the file.
 
     Raises:
         LadderError: Not a whole safetensors file, or a dtype that PyTorch does not have.
     """
     try:
-        return tensors_from(content)
+        return dict(sorted(tensors_from(content).items()))
     except SafetensorError as error:
         raise LadderError(f"{path}: cannot be read as safetensors ({shown(error)}); save it anew") from None
     except (KeyError, ValueError, RuntimeError, AssertionError, OverflowError, MemoryError) as error:
