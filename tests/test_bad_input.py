@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -211,7 +212,57 @@ def test_an_adapter_whose_weights_are_cut_off_is_refused(folder: Path, keep: flo
         RankLadder.from_peft(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to nothing", "a link to itself"])
+def test_what_is_no_regular_file_is_refused_by_name_at_once(folder: Path, name: str, kind: str) -> None:
+    (folder / name).unlink()
+    if kind == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        target = {"a device": "/dev/zero", "a link to nothing": "nowhere", "a link to itself": name}[kind]
+        (folder / name).symlink_to(target)
+    with pytest.raises(LadderError, match=name):
+        RankLadder.from_peft(folder)
+
+
+@pytest.mark.parametrize("path", ["", "\0", "a\0b", "x" * 5000, "x/" * 5000, "~", "http://127.0.0.1:9/x", "\ud800"])
+def test_a_path_that_cannot_be_is_refused(path: str) -> None:
+    with pytest.raises(LadderError):
+        RankLadder.from_peft(path)
+
+
+def test_a_folder_of_folders_of_adapters_is_refused_by_their_names(tmp_path: Path) -> None:
+    shutil.copytree(adapter("llama"), tmp_path / "mine")
+    with pytest.raises(LadderError, match=r"adapters lie in its folders mine"):
+        RankLadder.from_peft(tmp_path)
+
+
+def test_an_adapter_config_of_many_megabytes_is_refused_unread(folder: Path) -> None:
+    with (folder / CONFIG).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(LadderError, match=rf"{CONFIG}.*bytes"):
+        RankLadder.from_peft(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"9" * 5000,
+        b'{"r": 8, "r": 4}',
+        b'{"r": NaN}',
+        b'{"x": [1, {"y": [1e999]}]}',
+        b'{"x": "\\ud800"}',
+        b'{"\\udfff": 1}',
+    ],
+)
 def test_an_adapter_config_that_is_no_json_is_refused(folder: Path, text: bytes) -> None:
     (folder / CONFIG).write_bytes(text)
     with pytest.raises(LadderError, match=CONFIG):
@@ -257,6 +308,9 @@ def test_an_adapter_config_that_is_no_json_is_refused(folder: Path, text: bytes)
         ("modules_to_save", [1]),
         ("base_model_name_or_path", 5),
         ("base_model_name_or_path", ["a", "b"]),
+        ("base_model_name_or_path", "x" * 5000),
+        ("base_model_name_or_path", "\ud800"),
+        ("modules_to_save", ["lm_head"] * 5000),
         ("rank_pattern", [1]),
         ("rank_pattern", {"q_proj": 8.0}),
         ("rank_pattern", {"q_proj": 10**400}),
@@ -265,6 +319,8 @@ def test_an_adapter_config_that_is_no_json_is_refused(folder: Path, text: bytes)
         ("alpha_pattern", {"q_proj": float("nan")}),
         ("alpha_pattern", {"(": 16}),
         ("rank_pattern", {"(": 8}),
+        ("rank_pattern", {r"(\w)\1": 8}),
+        ("rank_pattern", {"((a{60}){60}){60}": 8}),
     ],
 )
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_field(folder: Path, field: str, value: Any) -> None:
@@ -285,6 +341,11 @@ def renamed(tensors: dict[str, Tensor], old: str, new: str) -> None:
         tensors[name.replace(old, new)] = tensors.pop(name)
 
 
+def scaled(tensors: dict[str, Tensor], factor: float) -> None:
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.double() * factor
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -302,6 +363,19 @@ TENSOR_EDITS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "a bias of lora_B": lambda tensors: tensors.update({f"{Q}.lora_B.bias": torch.ones(32)}),
     "one module twice": lambda tensors: tensors.update({f"{Q}.lora_A.default.weight": torch.ones(8, 32)}),
     "an embedding": lambda tensors: renamed(tensors, "q_proj.lora_A.weight", "q_proj.lora_embedding_A"),
+    "huge numbers": lambda tensors: tensors[f"{Q}.lora_A.weight"].mul_(1e30),
+    "numbers whose product is huge": lambda tensors: [tensors[f"{Q}.lora_{side}.weight"].mul_(1e12) for side in "AB"],
+    "huge numbers in float64": lambda tensors: scaled(tensors, 1e300),
+    "no inputs": lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.ones(8, 0)}),
+    "no outputs": lambda tensors: tensors.update({f"{Q}.lora_B.weight": torch.ones(0, 8)}),
+    "no name": lambda tensors: tensors.update({"": torch.ones(8)}),
+    "no module": lambda tensors: tensors.update({"lora_A.weight": torch.ones(8, 32)}),
+    "a long name": lambda tensors: renamed(tensors, "q_proj", "q" * 1000),
+    "a deep name": lambda tensors: renamed(tensors, "q_proj", "q." * 100 + "q"),
+    "a terminal sequence in a name": lambda tensors: renamed(tensors, "q_proj", "\x1b[31m"),
+    "two adapters": lambda tensors: tensors.update(
+        {f"{Q}.lora_A.one.weight": torch.ones(8, 32), f"{Q}.lora_A.two.weight": torch.ones(8, 32)}
+    ),
     "another method": lambda tensors: renamed(tensors, "lora_", "hada_"),
     "a stray tensor": lambda tensors: tensors.update({"base_model.model.score.weight": torch.ones(2, 32)}),
     "nothing": lambda tensors: tensors.clear(),
@@ -315,6 +389,39 @@ def test_adapter_tensors_that_are_not_plain_lora_are_refused(
     edit_tensors(folder / WEIGHTS, change)
     with pytest.raises(LadderError, match=WEIGHTS):
         RankLadder.from_peft(folder)
+
+
+def test_empty_tensors_of_sharded_training_are_refused_with_the_way_out(folder: Path) -> None:
+    edit_tensors(folder / WEIGHTS, lambda tensors: tensors.update(dict.fromkeys(tensors, torch.zeros(0))))
+    with pytest.raises(LadderError, match=rf"{WEIGHTS}.*ZeRO-3.*stage3_gather_16bit_weights_on_model_save"):
+        RankLadder.from_peft(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_model.model.", "base_model.model._orig_mod."),
+        ("base_model.model.", "_orig_mod.base_model.model."),
+        ("base_model.model.", "module.base_model.model."),
+        ("layers.", "layers._fsdp_wrapped_module."),
+        ("mlp.", "mlp._checkpoint_wrapped_module."),
+        (".weight", ".mine.weight"),
+        (".weight", ".default.weight"),
+    ],
+)
+def test_names_that_wrappers_of_the_model_leave_behind_are_understood(folder: Path, old: str, new: str) -> None:
+    plain = RankLadder.from_peft(folder)
+    edit_tensors(folder / WEIGHTS, lambda tensors: renamed(tensors, old, new))
+    assert RankLadder.from_peft(folder).modules.keys() == plain.modules.keys()
+
+
+def test_strings_of_files_are_shown_escaped(folder: Path) -> None:
+    name = "\x1b]0;gone\x07[red]\u202e\n" + "x" * 1000
+    edit_json(folder / CONFIG, lambda config: config.update(peft_type=name))
+    with pytest.raises(LadderError) as refusal:
+        RankLadder.from_peft(folder)
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 500
+    assert str(ChunkWiseError("\x1b[31m\ud800\nb")) == "\\x1b[31m\\ud800\nb"
 
 
 ATTENTION = ["q_proj", "v_proj"]

@@ -144,16 +144,16 @@ def _is_missing(path: Path) -> bool:
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise LadderError(f"{path}: peft_type is {kind!r}; only plain LoRA adapters can become a ladder")
+        raise LadderError(f"{path}: peft_type is {_short(kind)}; only plain LoRA adapters can become a ladder")
     for name, what in UNSUPPORTED_FIELDS.items():
         if config.get(name):
             raise LadderError(f"{path}: {name} is set; {what} is not supported, only plain LoRA")
     if config.get("bias", "none") != "none":
-        raise LadderError(f"{path}: bias = {config['bias']!r} trains biases of the base, which is not supported")
+        raise LadderError(f"{path}: bias = {_short(config['bias'])} trains biases of the base, which is not supported")
     if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
         raise LadderError(
-            f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base weights; export it as plain "
-            "LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            f"{path}: init_lora_weights = {_short(config['init_lora_weights'])} changes the base weights; export it as "
+            "plain LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
 
 

@@ -109,7 +109,7 @@ def _check_string(path: Path, name: str, value: str) -> None:
 
 
 def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose content was read from `path`, by name; they share no memory with the file.
+    """The tensors of a safetensors file that was read from `path`, by name; they share no memory with the file.
 
     Raises:
         LadderError: Not a whole safetensors file, or a dtype that PyTorch does not have.
