@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from chunkwise_lora.backends.native import Pools, Shape, kernels
+from chunkwise_lora.backends.native import AttentionPools, PoolTensors, kernels
 from chunkwise_lora.engines.transformers.cache.pool import Int8Pool, appended, quantise, take
+from chunkwise_lora.errors import EngineError
 
 
 class ChunkWiseLayer(CacheLayerMixin):
@@ -34,6 +35,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
         """Keys and values in INT8, None before the first."""
         self._use_kernels = use_kernels
+        self._pools: tuple[tuple[object, ...], AttentionPools | None] | None = None
 
     @property
     def slots(self) -> int:
@@ -46,8 +48,8 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
-        if self.device.type != "cpu" or key_states.shape != value_states.shape:
-            self._use_kernels = False
+        if self.device.type != "cpu" or key_states.shape != value_states.shape or value_states.dtype != self.dtype:
+            self._use_kernels = False  # autocast may give keys and values of two element types
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store states (batch, heads, tokens, head_dim) and return all that attention sees.
@@ -81,26 +83,44 @@ class ChunkWiseLayer(CacheLayerMixin):
             return False
         if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
             return False
-        if kernels(self.dtype) is None:
+        if kernels(self.dtype) is None or self._attention_pools() is None or query.shape[1] % self.keys.shape[1]:
             return False
         slots = (self.keys.shape[0], 1, 1, self.slots)
         return mask is None or (mask.dtype == torch.bool and mask.shape == slots and mask.stride(3) == 1)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """(batch, 1, query heads, head_dim) attention of query (batch, query heads, 1, head_dim) over all slots."""
-        kernel = kernels(self.dtype)
-        assert kernel is not None
-        batch, heads, room, width = self.keys.shape
-        shape = Shape(batch, heads, query.shape[1] // heads, width, self.hot, room)
-        keys, values = (Pools(hot.data_ptr()) for hot in (self.keys, self.values))
-        if self.cold is not None:
-            first = self.cold[0]
-            shape.cold, shape.cold_room, shape.int8_heads = first.used, first.codes.shape[2], first.codes.shape[1]
-            shape.places = first.places.data_ptr()
-            for pool, cold in zip((keys, values), self.cold, strict=True):
-                pool.codes, pool.scales = cold.codes.data_ptr(), cold.scales.data_ptr()
-                pool.others = cold.others.data_ptr()
-        return kernel.attend(query, keys, values, shape, mask, scaling)
+        kernel, pools = kernels(self.dtype), self._attention_pools()
+        assert kernel is not None and pools is not None  # `attends` says so
+        return kernel.attend(query, pools, (self.cold[0].used if self.cold else 0, self.hot), mask, scaling)
+
+    def _attention_pools(self) -> AttentionPools | None:
+        """This layer for the C kernel, prepared anew when its storage has changed; None where the kernel refuses it."""
+        keys, values, cold = self.keys, self.values, self.cold
+        # Addresses and no tensors, so that memory that the layer frees is free.
+        storage: tuple[object, ...] = keys.data_ptr(), values.data_ptr(), keys.shape, values.dtype
+        if cold is not None:
+            for pool in cold:
+                storage += pool.codes.data_ptr(), pool.scales.data_ptr(), pool.others.data_ptr(), pool.codes.shape
+        if self._pools is None or self._pools[0] != storage:
+            self._pools = storage, self._prepared_pools()
+        return self._pools[1]
+
+    def _prepared_pools(self) -> AttentionPools | None:
+        try:
+            if self.cold is None:
+                return AttentionPools(PoolTensors(self.keys), PoolTensors(self.values))
+            keys, values = (
+                PoolTensors(hot, pool.codes, pool.scales, pool.others)
+                for hot, pool in zip((self.keys, self.values), self.cold, strict=True)
+            )
+            return AttentionPools(keys, values, self.cold[0].places)
+        except EngineError:
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has storage of its own, so it prepares its own addresses."""
+        return self.__dict__ | {"_pools": None}
 
     def quantise(self, slots: Tensor) -> None:
         """Add hot `slots` (batch, n) to the cold pool; they stay hot until `sweep`."""

@@ -1,0 +1,465 @@
+"""The C kernels as typed functions of tensors.
+
+C gets addresses, so everything that could lead it out of bounds is checked: what is prepared once (`slices_of`,
+`segments_of`, `AttentionPools`) when it is prepared, element type, device and layout of a call's tensors here, and row
+numbers, rungs, columns and slots in C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Array, Structure, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunkwise_lora.backends.native import build
+from chunkwise_lora.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+ELEMENTS = {torch.float32: ("float32", 1), torch.bfloat16: ("bfloat16", 2), torch.float16: ("float16", 3)}
+"""Element types that the kernels know: their name and code in `kernels.c`."""
+SERIAL_WORK = 100_000
+"""Attention that reads fewer numbers than this runs on one thread: a second costs more time than it saves."""
+_NO_MEMORY = 1
+_REFUSALS = {
+    2: "a segment has rows that the input does not have",
+    3: "a segment uses a rung that the adapter does not have",
+    4: "a module's factors do not fit the layer's element type, input or output",
+    5: "a cache layer uses slots or heads that its pools do not have",
+}
+"""By the code that a kernel returns."""
+
+
+class Pools(Structure):
+    """Addresses of a layer's keys or values; see `kernels.c`."""
+
+    _fields_ = [(name, c_void_p) for name in ("hot", "codes", "scales", "others")]
+
+
+class Shape(Structure):
+    """Shape of an attention call; see `kernels.c`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "group", "width")),
+        *((name, c_int64) for name in ("hot", "hot_room", "cold", "cold_room", "int8_heads")),
+        ("places", c_void_p),
+    ]
+
+
+class Slice(Structure):
+    """One module of a layer that computes several at once; see `kernels.c` and `slices_of`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("down", "up", "ranks")),
+        *((name, c_int64) for name in ("out", "offset", "in_features", "rank", "rungs", "element")),
+    ]
+
+
+class Layer(Structure):
+    """The modules that one adapter has in a layer; see `kernels.c`."""
+
+    _fields_ = [("slices", POINTER(Slice)), ("count", c_int64)]
+
+
+class Segment(Structure):
+    """The tokens of a pass that one adapter runs for; see `kernels.c` and `segments_of`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weights", "rows")),
+        *((name, c_int64) for name in ("rung", "rungs", "tokens")),
+    ]
+
+
+Part = Segment
+
+
+def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
+    """One adapter's modules of a layer, as addresses. The tensors must outlive them.
+
+    Args:
+        modules: Per module its factors down (r, in) and up (r, out), its rank on each rung (rungs,) in int64, in
+            ascending order, and the first of its columns in the layer's output.
+
+    Raises:
+        EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
+    """
+    for down, up, ranks, _ in modules:
+        _check("down", down, (down.dtype,), (None, None))
+        _check("up", up, (down.dtype,), (len(down), None))
+        _check("ranks", ranks, (torch.int64,), (None,))
+        if down.dtype not in ELEMENTS:
+            raise EngineError(f"the C kernels do not know {down.dtype}; they know {', '.join(map(str, ELEMENTS))}")
+        if not (len(ranks) and ranks[0] >= 0 and ranks[-1] <= len(down) and bool((ranks.diff() >= 0).all())):
+            raise EngineError(f"ranks must ascend from 0 to at most {len(down)}, not {ranks.tolist()}")
+    return (Slice * len(modules))(
+        *(
+            Slice(
+                *(down.data_ptr(), up.data_ptr(), ranks.data_ptr(), up.shape[1], offset),
+                *(down.shape[1], len(down), len(ranks), ELEMENTS[down.dtype][1]),
+            )
+            for down, up, ranks, offset in modules
+        )
+    )
+
+
+def layers_of(adapters: Sequence[Array[Slice] | None]) -> Array[Layer]:
+    """What each adapter, one per segment of a pass, has in a layer: its slices, or None."""
+    return (Layer * len(adapters))(*(Layer() if slices is None else Layer(slices, len(slices)) for slices in adapters))
+
+
+def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], tokens: int) -> Array[Segment]:
+    """The segments of a pass over `tokens` tokens, as addresses. The tensors must outlive them.
+
+    Args:
+        segments: Per segment the highest rung that its tokens need, their weights over the rungs (tokens, rungs) in
+            float32, or None where all use that rung with weight 1, and their rows in the pass (tokens,) in int64, or
+            None for all tokens.
+        tokens: Tokens of the pass.
+
+    Raises:
+        EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
+    """
+    found = (Segment * len(segments))()
+    for segment, (rung, weights, rows) in zip(found, segments, strict=True):
+        segment.rung, segment.tokens = rung, tokens if rows is None else len(rows)
+        if rows is not None:
+            _check("rows", rows, (torch.int64,), (None,))
+            segment.rows = rows.data_ptr()
+        if weights is not None:
+            _check("weights", weights, (torch.float32,), (segment.tokens, None))
+            segment.weights, segment.rungs = weights.data_ptr(), weights.shape[1]
+    return found
+
+
+class PoolTensors(NamedTuple):
+    """The storage of a layer's keys or values. The slots in use come first; there may be room for more."""
+
+    hot: Tensor
+    """(batch, heads, room, head_dim)"""
+    codes: Tensor | None = None
+    """(batch, INT8 heads, cold room, head_dim) int8; None without a cold pool, as are the next two."""
+    scales: Tensor | None = None
+    """(batch, INT8 heads, cold room, 1) bfloat16"""
+    others: Tensor | None = None
+    """(batch, other heads, cold room, head_dim)"""
+
+
+class AttentionPools:
+    """Keys and values of one cache layer, as addresses for `Kernels.attend`. The tensors must outlive them.
+
+    Args:
+        keys: Storage of the keys.
+        values: Storage of the values, of the same shapes.
+        places: (heads,) int32, where a head is in the cold pool: p >= 0 among the INT8 heads, p < 0 at -1 - p among the
+            others. None without a cold pool.
+
+    Raises:
+        EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
+    """
+
+    def __init__(self, keys: PoolTensors, values: PoolTensors, places: Tensor | None = None) -> None:
+        self.dtype = keys.hot.dtype
+        batch, heads, room, width = keys.hot.shape
+        self.shape = Shape(batch, heads, 1, width, 0, room)
+        self.keys, self.values = Pools(), Pools()
+        if places is not None and keys.codes is not None:
+            _check("places", places, (torch.int32,), (heads,))
+            self.shape.int8_heads, self.shape.cold_room = keys.codes.shape[1:3]
+            self.shape.places = places.data_ptr()
+        for kind, pools, tensors in (("keys", self.keys, keys), ("values", self.values, values)):
+            _check(f"hot {kind}", tensors.hot, (self.dtype,), (batch, heads, room, width))
+            pools.hot = tensors.hot.data_ptr()
+            if places is None:
+                continue
+            codes, scales, others = tensors[1:]
+            if codes is None or scales is None or others is None:
+                raise EngineError(f"the cold pool of the {kind} is not complete")
+            int8, slots = self.shape.int8_heads, self.shape.cold_room
+            _check(f"codes of {kind}", codes, (torch.int8,), (batch, int8, slots, width))
+            _check(f"scales of {kind}", scales, (torch.bfloat16,), (batch, int8, slots, 1))
+            _check(f"other {kind}", others, (self.dtype,), (batch, heads - int8, slots, width))
+            pools.codes, pools.scales, pools.others = codes.data_ptr(), scales.data_ptr(), others.data_ptr()
+
+
+def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> None:
+    """Refuse a tensor that is not a contiguous CPU tensor of this element type and shape (None: any size)."""
+    fits = tensor.ndim == len(shape) and all(
+        want in (None, size) for want, size in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.is_cpu and tensor.dtype in dtypes and tensor.is_contiguous() and fits:
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+    raise EngineError(
+        f"{name} must be a contiguous CPU tensor ({wanted}) in {dtypes[0]}, not {tuple(tensor.shape)} in "
+        f"{tensor.dtype} on {tensor.device}, {layout}"
+    )
+
+
+class Kernels:
+    """The kernels for one element type."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+        def function(name: str, *arguments: Any) -> Any:
+            found = library[f"{name}_{ELEMENTS[dtype][0]}"]
+            found.argtypes, found.restype = list(arguments), c_int
+            return found
+
+        address, number = c_void_p, c_int64
+        self._add_adapter = function("add_adapter", *[address] * 6, *[number] * 4, c_int)
+        self._add_segments = function(
+            "add_segments", *[address] * 2, POINTER(Layer), POINTER(Segment), *[number] * 4, c_int
+        )
+        self._multiply = function("multiply", *[address] * 4, *[number] * 3, c_int)
+        self._attend = function(
+            *("attend", address, address, POINTER(Pools), POINTER(Pools), address, number, c_float, POINTER(Shape)),
+            *(number, c_int),
+        )
+
+    def add_adapter(
+        self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, gates: Tensor | None, rows: Tensor | None
+    ) -> None:
+        """In place, y (..., out) += (x (..., in) @ down.T * gates) @ up, for the tokens in `rows` or for all.
+
+        `down` is (k, in), `up` (k, out), `gates` (tokens, k) in float32, `rows` (tokens,) in int64.
+
+        Raises:
+            EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
+        """
+        self._check_call(y, x)
+        width_in, width_out = x.shape[-1], y.shape[-1]
+        _check("down", down, (self.dtype,), (None, width_in))
+        _check("up", up, (self.dtype,), (len(down), width_out))
+        tokens = x.numel() // width_in
+        if rows is not None:
+            _check("rows", rows, (torch.int64,), (None,))
+            if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < tokens):
+                raise EngineError(_REFUSALS[2])
+            tokens = len(rows)
+        if gates is not None:
+            gates = gates.float().contiguous()  # under autocast a product may have made them bfloat16
+            gates = gates.reshape(tokens, len(down))
+        self._done(
+            self._add_adapter(
+                y.data_ptr(),
+                x.data_ptr(),
+                down.data_ptr(),
+                up.data_ptr(),
+                None if gates is None else gates.data_ptr(),
+                None if rows is None else rows.data_ptr(),
+                tokens,
+                width_in,
+                width_out,
+                len(down),
+                torch.get_num_threads(),
+            )
+        )
+
+    def add_segments(self, y: Tensor, x: Tensor, layers: Array[Layer], segments: Array[Segment]) -> None:
+        """In place, y (..., width) += what the segments of a pass add to one layer for x (..., in).
+
+        `layers` holds what the adapter of each segment has there. No token is in two segments.
+
+        Raises:
+            EngineError: A tensor has another element type, shape or layout, is not on the CPU, or does not fit.
+            MemoryError: There is no memory for intermediate results.
+        """
+        self._check_call(y, x)
+        if len(layers) != len(segments):
+            raise EngineError(f"there are {len(segments)} segments, and adapters for {len(layers)}")
+        width_in = x.shape[-1]
+        failed = self._add_segments(
+            *(y.data_ptr(), x.data_ptr(), layers, segments, len(segments)),
+            *(x.numel() // width_in, width_in, y.shape[-1], torch.get_num_threads()),
+        )
+        if failed:
+            self._done(failed)
+
+    add_parts = add_segments
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., out) x (..., in) in float32 times weight (out, in) transposed, plus bias (out,).
+
+        Raises:
+            EngineError: A tensor has another element type or shape, is not on the CPU, or the weight is not contiguous.
+        """
+        width_out, width_in = weight.shape
+        x = x.contiguous()
+        if (
+            x.dtype is not torch.float32
+            or x.shape[-1] != width_in
+            or not x.is_cpu
+            or weight.dtype is not self.dtype
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+        ):
+            _check("the input", x, (torch.float32,), (*x.shape[:-1], width_in))
+            _check("the weight", weight, (self.dtype,), (width_out, width_in))
+        if bias is not None and (bias.dtype is not self.dtype or bias.numel() != width_out or not bias.is_contiguous()):
+            _check("the bias", bias, (self.dtype,), (width_out,))
+        y = weight.new_empty((*x.shape[:-1], width_out))
+        self._multiply(
+            y.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.numel() // width_in,
+            width_in,
+            width_out,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def attend(
+        self, query: Tensor, pools: AttentionPools, slots: tuple[int, int], mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """(batch, 1, heads, head_dim) attention of one token per sequence over a layer's cold and hot slots.
+
+        Args:
+            query: (batch, heads, 1, head_dim); `heads` is a multiple of the pools'.
+            pools: Keys and values.
+            slots: Cold and hot slots in use.
+            mask: (batch, 1, 1, slots) bool, the slots that each sequence sees; None for all.
+            scaling: Factor of the scores.
+
+        Raises:
+            EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
+            MemoryError: There is no memory for intermediate results.
+        """
+        shape = pools.shape
+        batch, heads, tokens, width = query.shape
+        shape.cold, shape.hot = slots
+        shape.group, rest = divmod(heads, shape.heads)
+        if query.dtype is not self.dtype or pools.dtype is not self.dtype or not query.is_cpu or rest:
+            raise EngineError(
+                f"the query is {query.dtype} with {heads} heads, the cache {pools.dtype} with {shape.heads}"
+            )
+        if tokens != 1 or batch != shape.batch or width != shape.width:
+            raise EngineError(
+                f"the query is {tuple(query.shape)}, the cache for {(shape.batch, heads, 1, shape.width)}"
+            )
+        if mask is not None and (
+            mask.dtype is not torch.bool
+            or mask.shape != (batch, 1, 1, sum(slots))
+            or mask.stride(3) != 1
+            or not mask.is_cpu
+        ):
+            raise EngineError(
+                f"the mask is {tuple(mask.shape)} in {mask.dtype}, not {(batch, 1, 1, sum(slots))} in bool"
+            )
+        query = query.contiguous()
+        output = query.new_empty((batch, 1, heads, width))
+        work = batch * shape.heads * sum(slots) * width
+        threads = torch.get_num_threads() if work > SERIAL_WORK else 1
+        failed = self._attend(
+            output.data_ptr(),
+            query.data_ptr(),
+            byref(pools.keys),
+            byref(pools.values),
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None else mask.stride(0),
+            scaling,
+            byref(shape),
+            threads,
+            threads,
+        )
+        if failed:
+            self._done(failed)
+        return output
+
+    def _check_call(self, y: Tensor, x: Tensor) -> None:
+        if (
+            x.dtype is self.dtype
+            and y.dtype is self.dtype
+            and x.is_cpu
+            and y.is_cpu
+            and x.is_contiguous()
+            and y.is_contiguous()
+            and x.shape[:-1] == y.shape[:-1]
+        ):
+            return
+        _check("the input", x, (self.dtype,), x.shape)
+        _check("the output", y, (self.dtype,), (*x.shape[:-1], None))
+
+    @staticmethod
+    def _done(code: int) -> None:
+        if code == _NO_MEMORY:
+            raise MemoryError("there is no memory for the intermediate results of a C kernel")
+        if code:
+            raise EngineError(_REFUSALS.get(code, f"a C kernel failed with code {code}"))
+
+
+@cache
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for an element type; None where they do not know it, no library works, or CHUNKWISE_KERNELS=0 is set.
+
+    The first call in a process loads the library and compiles it if needed. Where that fails, it logs a warning.
+    """
+    if dtype not in ELEMENTS or os.environ.get("CHUNKWISE_KERNELS") == "0":
+        return None
+    library = _library()
+    return None if library is None else Kernels(library, dtype)
+
+
+_lock = Lock()
+_libraries: list[ctypes.CDLL | None] = []
+"""The library of this process, or None where there is none; empty before the first attempt."""
+
+
+def _library() -> ctypes.CDLL | None:
+    with _lock:
+        if not _libraries:
+            try:
+                _libraries.append(build.load(works))
+            except (build.BuildError, OSError) as error:
+                logger.warning(
+                    "the C kernels cannot be used: %s. Adapter products and decode attention on the CPU run on "
+                    "PyTorch, which takes up to about twice the time per token. Install gcc or set CC to a C compiler. "
+                    "CHUNKWISE_KERNELS=0 silences this warning",
+                    error,
+                )
+                _libraries.append(None)
+        return _libraries[0]
+
+
+def works(library: ctypes.CDLL) -> bool:
+    """Whether the kernels of a library compute two small products and an attention right, in every element type."""
+    for dtype in ELEMENTS:
+        kernel = Kernels(library, dtype)
+        # Small whole numbers: the products are exact in every element type.
+        x, down, up = (torch.arange(1.0, 1 + rows * 4).view(rows, 4).fmod(3) for rows in (2, 3, 3))
+        y, ranks, rows, gates = torch.ones(2, 6), torch.tensor([1, 3]), torch.tensor([1]), torch.tensor([[1.0, 1.0]])
+        expected = y.clone()
+        expected[1, 1:5] += (x[1] @ down.T * torch.tensor([2.0, 1.0, 1.0])) @ up
+        x, y, down, up = (tensor.to(dtype) for tensor in (x, y, down, up))
+        slices, segments = slices_of([(down, up, ranks, 1)]), segments_of([(1, gates, rows)], 2)
+        kernel.add_segments(y, x, layers_of([slices]), segments)
+        if not torch.equal(y.float(), expected):
+            return False
+        if not torch.equal(kernel.multiply(x.float(), down, None).float(), x.float() @ down.float().T):
+            return False
+        states = torch.tensor([0.0, 1.0, -2.0, 0.5]).repeat(3)[:8].view(1, 1, 2, 4)
+        codes, scales = (
+            torch.tensor([4, -3, 2, 1], dtype=torch.int8).view(1, 1, 1, 4),
+            torch.ones(1, 1, 1, 1).bfloat16(),
+        )
+        pool = PoolTensors(states.to(dtype), codes, scales, states.new_empty((1, 0, 1, 4), dtype=dtype))
+        query = torch.tensor([1.0, 0.5, -1.0, 2.0]).view(1, 1, 1, 4).to(dtype)
+        places = torch.zeros(1, dtype=torch.int32)
+        pools = AttentionPools(pool, pool, places)
+        found = kernel.attend(query, pools, (1, 2), None, 0.25)
+        every = torch.cat([codes.float(), states], dim=2)
+        wanted = torch.softmax(0.25 * query.float() @ every.transpose(2, 3), dim=-1) @ every
+        if not torch.allclose(found.float(), wanted, atol=0.02):
+            return False
+    return True
