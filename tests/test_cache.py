@@ -32,6 +32,7 @@ POLICIES: dict[str, tuple[LevelKVPolicy, ...]] = {
     "int8": (INT8, INT8, LevelKVPolicy()),
     "drop": (LevelKVPolicy(max_age=6), LevelKVPolicy(max_age=12), LevelKVPolicy()),
     "duplicates": (LevelKVPolicy(duplicate_similarity=0.6),) * 3,
+    "knorm": (LevelKVPolicy(evict="knorm", keep_share=0.5),) * 2 + (LevelKVPolicy(evict="knorm", keep_share=0.8),),
     "all": (
         LevelKVPolicy(precision="int8", duplicate_similarity=0.7, max_age=8),
         LevelKVPolicy(precision="int8", max_age=20),
@@ -59,6 +60,15 @@ def similar_to_the_next(keys: list[Tensor], bound: float) -> Tensor:
     """(tokens,) bool, from the keys (heads, tokens, head_dim) of all layers."""
     flat = torch.cat([k.transpose(0, 1).flatten(1) for k in keys], dim=1)
     return torch.cat([torch.cosine_similarity(flat[:-1], flat[1:], dim=1) > bound, torch.tensor([False])])
+
+
+def without_the_smallest_keys(keys: list[Tensor], decision: KVDecision) -> Tensor:
+    """(tokens,) bool, whether Knorm drops a token, from the keys (heads, tokens, head_dim) of all layers."""
+    assert decision.evict == "knorm" and decision.keep_share is not None
+    norms = sum(k.square().sum(-1).sqrt().sum(0) for k in keys)
+    dropped = torch.ones(len(norms), dtype=torch.bool)
+    dropped[norms.argsort()[: round(decision.keep_share * len(norms))]] = False
+    return dropped
 
 
 def slow_generation(
@@ -95,6 +105,8 @@ def slow_generation(
             if decision.duplicate_similarity is not None:
                 keys = [layer.keys[0, :, span] for layer in full]
                 hidden[span] |= similar_to_the_next(keys, decision.duplicate_similarity)
+            if decision.evict is not None:
+                hidden[span] |= without_the_smallest_keys([layer.keys[0, :, span] for layer in full], decision)
             if decision.action == "int8":
                 for layer in full:
                     layer.keys[:, :, span] = roundtrip(layer.keys[:, :, span])
@@ -119,6 +131,8 @@ def trace_of(model: ChunkWiseModel) -> Trace:
 def test_a_padded_batch_equals_each_sequence_over_a_masked_full_cache(
     architecture: str, policy: str, fast: str
 ) -> None:
+    if policy == "knorm" and architecture in ("qwen3", "gemma3"):
+        pytest.skip("normalised keys have equal norms, so rounding decides which of them stay")
     config, inputs = kv_only(*POLICIES[policy]), prompts((5, 27, 16))
     model = ChunkWiseModel(build(architecture), adapter(architecture), config, FAST[fast])
     tokens, logits = greedy(model, inputs, 40)
@@ -227,6 +241,7 @@ BEAM_CONFIGS = {
     "balanced": ChunkWiseConfig.preset("balanced"),
     "compact": ChunkWiseConfig.preset("compact"),
     "all policies": kv_only(*POLICIES["all"]),
+    "snapkv": kv_only(*(LevelKVPolicy(evict="snapkv", keep_share=0.5),) * 3),
 }
 
 

@@ -56,6 +56,8 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
     LevelKVPolicy: {
         "precision": ("int4", "", 8, None),
         "duplicate_similarity": (0, -0.5, 1.1, NAN, "same"),
+        "evict": ("no_such_policy", "", 3),
+        "keep_share": (-0.1, 1.1, NAN, INFINITY, "half"),
         "max_age": (0, -1, 2.5, "old"),
     },
     KVCacheConfig: {
@@ -143,8 +145,10 @@ def test_an_unknown_knob_is_refused_by_name(kind: type[StrictConfig]) -> None:
         ({"selection": {"scales": (1.0,)}}, "scales has 1 entries.*give 3"),
         ({"kv_cache": {"levels": ()}}, "kv_cache.levels has 0 entries.*give 3"),
         ({"composition": {"window": 5}}, "composition.window"),
+        ({"kv_cache": {"levels": ({"evict": "knorm"},) * 3}}, "evict and keep_share belong together"),
+        ({"kv_cache": {"levels": ({"keep_share": 0.5},) * 3}}, "evict and keep_share belong together"),
     ],
-    ids=["no weights", "lengths crossed", "levels", "scales", "policies", "fades overlap"],
+    ids=["no weights", "lengths crossed", "levels", "scales", "policies", "fades overlap", "no share", "no score"],
 )
 def test_values_that_do_not_fit_together_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.method.kv_policies import KV_POLICY_REGISTRY, needs_queries
 from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -130,9 +131,28 @@ class LevelKVPolicy(StrictConfig):
     duplicate_similarity: float | None = Field(
         None, gt=0, le=1, description="Drop a key whose cosine with the next one is above this; none keeps all."
     )
+    evict: str | None = Field(
+        None,
+        description="Name of a registered KV policy (knorm, snapkv, near_duplicates, or your own); the tokens of the "
+        "closed chunk that it scores lowest are dropped. none keeps all.",
+    )
+    keep_share: Share | None = Field(
+        None, description="Share of the closed chunk's tokens that evict keeps, rounded to whole tokens."
+    )
     max_age: int | None = Field(
         None, ge=1, description="Drop the chunk once it lies this many tokens behind; none keeps it."
     )
+
+    @model_validator(mode="after")
+    def _usable_eviction(self) -> Self:
+        if (self.evict is None) != (self.keep_share is None):
+            raise ConfigError(
+                "LevelKVPolicy: evict and keep_share belong together; give both (for example evict = 'knorm' and "
+                "keep_share = 0.5) or none"
+            )
+        if self.evict is not None:
+            KV_POLICY_REGISTRY.check(self.evict, "LevelKVPolicy: evict")
+        return self
 
 
 class KVCacheConfig(StrictConfig):
@@ -151,6 +171,11 @@ class KVCacheConfig(StrictConfig):
     def acts(self) -> bool:
         """Whether any policy does anything."""
         return any(level != LevelKVPolicy() for level in self.levels)
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether a policy reads the queries of closed chunks."""
+        return any(needs_queries(level.evict) for level in self.levels)
 
 
 class ChunkWiseConfig(StrictConfig):

@@ -1,6 +1,6 @@
-"""Component 5: what becomes of a closed chunk's keys and values? (paper, KV-cache policy controller)
+"""Component 5: what happens to a closed chunk's keys and values? (arXiv 2601.21109, KV-cache policy controller)
 
-Decisions only. An engine carries them out, in its own storage, and names those it cannot.
+This module decides. An engine carries the decisions out in its own storage, and names those it cannot.
 """
 
 from __future__ import annotations
@@ -21,14 +21,28 @@ class KVDecision:
     end: int
     action: Literal["keep", "int8", "drop"]
     duplicate_similarity: float | None = None
-    """Besides: drop a token whose key has a cosine above this with the next token's."""
+    """In addition, drop a token whose keys have a cosine above this with the next token's; see `NearDuplicates`."""
+    evict: str | None = None
+    """In addition, drop the tokens that this registered KV policy scores lowest."""
+    keep_share: float | None = None
+    """The share of the tokens that `evict` keeps, in [0, 1]."""
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether carrying out the decision takes the keys, values or queries of the chunk."""
+        return self.duplicate_similarity is not None or self.evict is not None
+
+    @property
+    def acts(self) -> bool:
+        """Whether the decision changes anything in the cache."""
+        return self.action != "keep" or self.scores_tokens
 
 
 class KVCachePolicyController:
-    """Streams closed chunks of one sequence into decisions.
+    """Decides what happens to the chunks of one sequence.
 
-    A chunk gets its level's policy when it closes, and is dropped when it lies `max_age` tokens behind. The first
-    `sinks` tokens, to which attention returns throughout (Xiao et al., arXiv 2309.17453), are left alone.
+    A chunk gets the policy of its level when it closes. It is dropped `max_age` tokens later. The first `sinks` tokens
+    of a sequence are never touched, since attention returns to them throughout (Xiao et al., arXiv 2309.17453).
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
@@ -36,7 +50,7 @@ class KVCachePolicyController:
         self._expiries: list[tuple[int, int, int]] = []
 
     def close(self, chunk: Chunk) -> KVDecision | None:
-        """The decision for a chunk that has just ended; None where it holds nothing but sinks."""
+        """Return the decision for a chunk that has just ended; None if it holds nothing but sinks."""
         assert chunk.end is not None
         start = max(chunk.start, self.config.sinks)
         if start >= chunk.end:
@@ -45,10 +59,10 @@ class KVCachePolicyController:
         if policy.max_age is not None:
             heapq.heappush(self._expiries, (chunk.end + policy.max_age, start, chunk.end))
         action = "keep" if policy.precision == "full" else policy.precision
-        return KVDecision(start, chunk.end, action, policy.duplicate_similarity)
+        return KVDecision(start, chunk.end, action, policy.duplicate_similarity, policy.evict, policy.keep_share)
 
     def expire(self, position: int) -> list[KVDecision]:
-        """Decisions to drop what is too old once the token at `position` has come."""
+        """Return decisions to drop the chunks that are too old once the token at `position` is in the cache."""
         expired = []
         while self._expiries and self._expiries[0][0] <= position:
             _, start, end = heapq.heappop(self._expiries)

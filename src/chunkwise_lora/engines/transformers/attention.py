@@ -30,9 +30,11 @@ def attention(
     )
     if getattr(value, "layer", None) is layer and isinstance(layer, ChunkWiseLayer):
         layer.read_by_attention = True
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer.note_queries(query, scaling)
         if plain and layer.attends(query, attention_mask):
-            scaling = options.get("scaling")
-            return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+            return layer.attend(query, attention_mask, scaling), None
         key, value = layer.read()
     floating = attention_mask is not None and attention_mask.is_floating_point()
     if not plain or floating or not emulates(query.dtype, query.device):

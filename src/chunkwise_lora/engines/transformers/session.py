@@ -49,7 +49,8 @@ class SessionCache(ChunkWiseCache):
     """The cache of a session, through which a beam search reaches its schedulers too."""
 
     def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool, use_kernels: bool) -> None:
-        super().__init__(config, session.config.kv_cache.int8_head_share, carries_out, use_kernels)
+        policy = session.config.kv_cache
+        super().__init__(config, policy.int8_head_share, carries_out, use_kernels, policy.needs_queries)
         self._session = weakref.ref(session)  # the session holds the cache, which may outlive it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -182,7 +183,7 @@ class Session:
             adapter_bytes_read=self._bytes_read,
             kv_bytes=self.cache.nbytes,
             kv_bytes_full=self.cache.full_nbytes,
-            kv_notes=self._kv_notes,
+            kv_notes=(*self._kv_notes, *self.cache.notes),
             scheduler_seconds=self._scheduler_seconds,
         )
 

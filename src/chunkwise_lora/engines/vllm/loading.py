@@ -94,12 +94,14 @@ def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
 
 
 def kv_left_undone(config: KVCacheConfig) -> list[str]:
-    """What of a KV policy vLLM, whose cache has one type and whole blocks, cannot do chunk by chunk."""
+    """Name the parts of a KV policy that vLLM cannot carry out, since its cache has one type and whole blocks."""
+    policies = dict.fromkeys(level.evict for level in config.levels if level.evict is not None)
     wanted = {
         "storing chunks as int8 (vLLM's --kv-cache-dtype is one type for the whole cache)": any(
             level.precision == "int8" for level in config.levels
         ),
         "dropping near-duplicate keys": any(level.duplicate_similarity is not None for level in config.levels),
+        f"dropping the tokens that a KV policy scores lowest ({', '.join(policies)})": bool(policies),
         "dropping chunks of the far past": any(level.max_age is not None for level in config.levels),
     }
     return [what for what, is_wanted in wanted.items() if is_wanted]

@@ -7,7 +7,9 @@ that tells which slots each sequence really uses. All layers hold the same token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,23 +19,42 @@ from transformers.cache_utils import DynamicLayer
 
 from chunkwise_lora.backends.native import give_memory_back
 from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
+from chunkwise_lora.engines.transformers.cache.queries import OpenChunkQueries
 from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, kept, packed, picked, within
+from chunkwise_lora.engines.transformers.cache.states import chunk_states
+from chunkwise_lora.method.eviction import evicted_tokens
+from chunkwise_lora.method.kv_policies import needs_queries
 from chunkwise_lora.method.kv_policy import KVDecision
+
+logger = logging.getLogger(__name__)
 
 MANY_SLOTS = 256
 """Where so many slots move at once, as after a pass over a prompt, what a layer frees is given back to the system."""
+
+SCORED_TOKENS = 512
+"""Keys and values of about so many tokens are copied at once for KV policies to score."""
 
 _KEEP, _INT8, _DROP = 0, 1, 2
 
 
 class ChunkWiseCache(Cache):
-    """Layers that obey KV decisions where they can, and transformers' own elsewhere (sliding windows).
+    """A `ChunkWiseLayer` for every layer with full attention, and transformers' own layers for sliding windows.
 
-    `carries_out` is False where the model rules decisions out; then every layer is transformers' own.
+    Args:
+        config: The model's configuration.
+        int8_head_share: Share of a layer's heads that INT8 may use; the smallest of the batch's configs.
+        carries_out: Whether the model lets KV decisions be carried out. If not, all layers are transformers' own.
+        use_kernels: Whether the native kernels may read the layers.
+        record_queries: Whether to keep the queries of open chunks, for KV policies that read them.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, int8_head_share: float, carries_out: bool, use_kernels: bool = True
+        self,
+        config: PreTrainedConfig,
+        int8_head_share: float,
+        carries_out: bool,
+        use_kernels: bool = True,
+        record_queries: bool = False,
     ) -> None:
         layers = DynamicCache(config=config).layers
         super().__init__(
@@ -47,6 +68,9 @@ class ChunkWiseCache(Cache):
         """(batch, cold slots) the token in each slot."""
         self._hot = np.empty((0, 0), np.int64)
         self._in_columns = True
+        self._queries = OpenChunkQueries(self.own) if record_queries and self.own else None
+        self.notes: tuple[str, ...] = ()
+        """Which decisions were not carried out so far, and why."""
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Where a mask puts the first query: behind all slots."""
@@ -67,11 +91,21 @@ class ChunkWiseCache(Cache):
         if not len(self._hot):
             self._hot = self._cold = np.empty((len(tokens), 0), np.int64)
         self._hot = np.concatenate([self._hot, tokens], axis=1)
+        if self._queries is not None:
+            self._queries.note(tokens)
 
     def carry_out(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
-        """Quantise and drop what `decisions`, one list per sequence, say."""
-        if not self.own or not any(map(_acts, (decision for row in decisions for decision in row))):
-            return
+        """Quantise and drop entries after a pass.
+
+        Args:
+            decisions: One list per sequence. Each sequence may follow a config of its own.
+        """
+        if self.own and any(decision.acts for of_sequence in decisions for decision in of_sequence):
+            self._act(decisions)
+        if self._queries is not None:
+            self._queries.close(decisions)
+
+    def _act(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
         fate = np.full(self._hot.shape, _KEEP)
         for row, of_sequence in enumerate(decisions):
             for decision in of_sequence:
@@ -81,7 +115,7 @@ class ChunkWiseCache(Cache):
                 elif decision.action == "drop":
                     fate[row, hot] = _DROP
                     self._cold[row, within(self._cold[row], decision)] = NO_TOKEN
-            self._drop_duplicates(row, of_sequence, fate[row])
+            self._evict(row, of_sequence, fate[row])
         self._in_columns = False
         to_cold = packed((fate == _INT8) & (self._hot != NO_TOKEN))
         if to_cold.shape[1]:
@@ -105,23 +139,32 @@ class ChunkWiseCache(Cache):
             if many and layer.device.type == "cpu":
                 give_memory_back()
 
-    def _drop_duplicates(self, row: int, decisions: Sequence[KVDecision], fate: np.ndarray) -> None:
-        """Mark hot tokens whose key is all but equal to the next one's in the chunk, over all heads and layers."""
-        wanted = [decision for decision in decisions if decision.duplicate_similarity is not None]
-        if not wanted:
-            return
-        slots = np.flatnonzero(self._hot[row] != NO_TOKEN)
-        products, squares = torch.zeros(max(len(slots) - 1, 0)), torch.zeros(len(slots))
-        index = torch.from_numpy(slots)
-        for layer in self.own:
-            keys = layer.keys[row].index_select(1, index.to(layer.device)).float().transpose(0, 1).flatten(1)
-            products += (keys[:-1] * keys[1:]).sum(1).cpu()
-            squares += keys.square().sum(1).cpu()
-        cosine = (products / (squares[:-1] * squares[1:]).sqrt().clamp_min(1e-12)).numpy()
-        tokens = self._hot[row, slots]
-        for decision in wanted:
-            chunk = within(tokens, decision)[:-1]
-            fate[slots[chunk[cosine[chunk] > decision.duplicate_similarity]]] = _DROP
+    @torch.no_grad()
+    def _evict(self, row: int, decisions: Sequence[KVDecision], fate: np.ndarray) -> None:
+        """Mark in `fate` (slots,) the hot tokens of one sequence that the scores of KV policies drop."""
+        scored = [possible for decision in decisions if (possible := self._possible(decision)).scores_tokens]
+        for read_queries in (False, True):
+            alike = [decision for decision in scored if needs_queries(decision.evict) is read_queries]
+            queries = self._queries if read_queries else None
+            for batch in _batches(alike):
+                slots = [within(self._hot[row], decision) for decision in batch]
+                columns = [queries.columns(row, decision) for decision in batch] if queries else ()
+                states = chunk_states(self.own, row, slots, queries, columns)
+                for decision, of_chunk, chunk in zip(batch, slots, states, strict=True):
+                    fate[of_chunk[evicted_tokens(decision, chunk)]] = _DROP
+
+    def _possible(self, decision: KVDecision) -> KVDecision:
+        """Return what of a decision can be carried out, and note what cannot."""
+        if not needs_queries(decision.evict) or (self._queries is not None and self._queries.complete):
+            return decision
+        note = (
+            f"KV policy {decision.evict!r} not carried out: it reads queries, which the model's attention does not "
+            "show; load the model with attn_implementation='sdpa' and leave FastPaths.attention on"
+        )
+        if note not in self.notes:
+            logger.warning("%s", note)
+            self.notes = (*self.notes, note)
+        return replace(decision, evict=None, keep_share=None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""
@@ -129,6 +172,8 @@ class ChunkWiseCache(Cache):
         if len(self._hot):
             order = beam_idx.cpu().numpy()
             self._hot, self._cold = self._hot[order], self._cold[order]
+            if self._queries is not None:
+                self._queries.select(order)
 
     @property
     def nbytes(self) -> int:
@@ -148,5 +193,15 @@ def _plain_nbytes(layer: object) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
-def _acts(decision: KVDecision) -> bool:
-    return decision.action != "keep" or decision.duplicate_similarity is not None
+def _batches(decisions: Sequence[KVDecision]) -> Iterator[list[KVDecision]]:
+    """Cut decisions into batches of about `SCORED_TOKENS` tokens."""
+    batch: list[KVDecision] = []
+    tokens = 0
+    for decision in decisions:
+        batch.append(decision)
+        tokens += decision.end - decision.start
+        if tokens >= SCORED_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch

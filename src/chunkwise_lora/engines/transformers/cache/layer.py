@@ -34,6 +34,10 @@ class ChunkWiseLayer(CacheLayerMixin):
         """Hot slots in use."""
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
         """Keys and values in INT8, None before the first."""
+        self.queries: list[Tensor] | None = None
+        """Queries (batch, query heads, tokens, head_dim) of recent passes; None where no KV policy reads them."""
+        self.scaling = 1.0
+        """Factor that the model's attention puts on products of queries and keys; known once queries are."""
         self._use_kernels = use_kernels
         self._pools: tuple[tuple[object, ...], AttentionPools | None] | None = None
 
@@ -76,6 +80,12 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def _hot(self) -> tuple[Tensor, Tensor]:
         return self.keys[:, :, : self.hot], self.values[:, :, : self.hot]
+
+    def note_queries(self, query: Tensor, scaling: float) -> None:
+        """Keep the queries (batch, query heads, tokens, head_dim) of a pass if a KV policy reads them."""
+        if self.queries is not None:
+            self.queries.append(query.detach())
+            self.scaling = scaling
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
         """Whether `attend` takes these: one token per sequence, and a mask of slots alone or none."""
@@ -167,6 +177,8 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[sequences], self.values[sequences]
         for pool in self.cold or ():
             pool.select(sequences)
+        if self.queries is not None:
+            self.queries = [queries[sequences] for queries in self.queries]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of sequences."""
@@ -178,7 +190,8 @@ class ChunkWiseLayer(CacheLayerMixin):
         """Bytes of storage."""
         if not self.is_initialized:
             return 0
-        hot = sum(tensor.untyped_storage().nbytes() for tensor in (self.keys, self.values))
+        tensors = (self.keys, self.values, *(self.queries or ()))
+        hot = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return hot + sum(pool.nbytes for pool in self.cold or ())
 
     @property

@@ -1,0 +1,66 @@
+"""Reads the states of closed chunks out of a cache, for KV policies to score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
+from chunkwise_lora.engines.transformers.cache.queries import OpenChunkQueries
+from chunkwise_lora.method.eviction import ChunkStates
+
+
+def chunk_states(
+    layers: Sequence[ChunkWiseLayer],
+    row: int,
+    slots: Sequence[np.ndarray],
+    queries: OpenChunkQueries | None = None,
+    columns: Sequence[np.ndarray] = (),
+) -> Iterator[list[ChunkStates]]:
+    """Yield the states of some closed chunks of one sequence.
+
+    Args:
+        layers: All layers that hold the chunks.
+        row: The sequence's row in the batch.
+        slots: For each chunk, (tokens,) its hot slots.
+        queries: The queries of the chunks, or None where no policy reads them.
+        columns: For each chunk, (tokens,) its columns among the queries.
+
+    Yields:
+        For each chunk, one `ChunkStates` per group of layers that have the same shape.
+    """
+    ends = np.cumsum([len(of_chunk) for of_chunk in slots]).tolist()
+    index = torch.from_numpy(np.concatenate(slots))
+    query_index = torch.from_numpy(np.concatenate(columns)) if queries else None
+    groups = []
+    for group in _alike(layers):
+        keys = _gathered([layer.keys[row] for layer in group], index)
+        values = _gathered([layer.values[row] for layer in group], index)
+        asked = keys.new_empty((len(index), len(group), 0, keys.shape[3]))
+        if queries is not None and query_index is not None:
+            asked = _gathered([queries.read(layer)[row] for layer in group], query_index)
+            asked *= torch.tensor([layer.scaling for layer in group], device=asked.device)[:, None, None]
+        groups.append((keys, values, asked))
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        yield [ChunkStates(*(states[start:end].permute(1, 2, 0, 3) for states in group)) for group in groups]
+
+
+def _alike(layers: Sequence[ChunkWiseLayer]) -> list[list[ChunkWiseLayer]]:
+    """Group layers by heads and head size."""
+    groups: dict[tuple[int, ...], list[ChunkWiseLayer]] = {}
+    for layer in layers:
+        heads = layer.queries[0].shape[1] if layer.queries else 0
+        groups.setdefault((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], heads), []).append(layer)
+    return list(groups.values())
+
+
+def _gathered(states: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Return (tokens, layers, heads, head_dim) float32 from states (heads, slots, head_dim) of each layer."""
+    heads, _, width = states[0].shape
+    gathered = states[0].new_empty((len(index), len(states), heads, width), dtype=torch.float32)
+    for layer, of_layer in enumerate(states):
+        gathered[:, layer] = of_layer.index_select(1, index.to(of_layer.device)).transpose(0, 1)
+    return gathered
