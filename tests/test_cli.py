@@ -8,13 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, __version__, embedded
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, embedded
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
@@ -202,6 +207,7 @@ MISTYPED = pytest.mark.parametrize(
         ("calibrate", "--text", "x", "-o", "y", "--mean-rank", "50%", "--adapter", "wikki"),
         ("ladder", "build", "wikki", "-o", "x"),
         ("ladder", "show", "wikki"),
+        ("ladder", "export", "wikki", "-o", "x"),
     ],
     ids=" ".join,
 )
@@ -333,6 +339,72 @@ def test_bench_refuses_what_it_does_not_know(run: Any, options: tuple[Any, ...],
     assert code == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def _logits_in_peft(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing weights
+        return PeftModel.from_pretrained(base, str(folder)).eval()(tokens).logits
+
+
+@pytest.fixture
+def ragged(tmp_path: Path) -> RankLadder:
+    """A saved ladder whose modules differ in rank, some of rank 0, on its middle rung."""
+    ladder = RankLadder.load(embedded.ADAPTERS["wiki"])
+    importance = {
+        name: module.sigma.square() * 10 ** (i % 5) for i, (name, module) in enumerate(ladder.modules.items())
+    }
+    ladder = ladder.sorted_by(importance, 8)
+    ladder = replace(ladder, rung_divergence=tuple(0.08 - 0.01 * rung for rung in range(9)))
+    ladder.save_pretrained(tmp_path / "ladder")
+    ranks = {module.ranks[4] for module in ladder.modules.values()}
+    assert 0 in ranks and len(ranks) > 2
+    return ladder
+
+
+def test_an_exported_rung_runs_in_peft_as_it_runs_here(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
+    small, file = tmp_path / "small", tmp_path / "small.json"
+    code, out, _ = run("ladder", "export", tmp_path / "ladder", "--mean-rank", "50%", "-o", small, "--json", file)
+    assert code == 0 and f"PeftModel.from_pretrained(base, {str(small)!r})" in out
+    assert "KL divergence" in out and "0.0400 nats" in " ".join(out.split())
+    told = json.loads(file.read_text())
+    assert told["kl"] == pytest.approx(0.04) and 0.5 < told["energy_kept"] < 1
+    assert told["after"]["nbytes"] == pytest.approx(told["before"]["nbytes"] / 2, rel=0.02)
+    assert (small / "adapter_model.safetensors").stat().st_size == pytest.approx(told["after"]["nbytes"], rel=0.05)
+    assert sorted(path.name for path in small.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    tokens = torch.randint(3, 500, (1, 20))
+    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
+    with ChunkWiseModel(base, ragged, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
+        expected = model(tokens).logits
+    assert torch.allclose(_logits_in_peft(small, tokens), expected, atol=2e-4)
+
+
+def test_an_export_at_one_rank_has_no_patterns(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
+    for mean_rank, rank in (("50", 8), ("100%", 16), ("1%", 1)):
+        code, *_ = run(
+            "ladder", "export", tmp_path / "ladder", "--mean-rank", mean_rank, "--one-rank", "-o", tmp_path / "small"
+        )
+        assert code == 0
+        config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+            rank,
+            rank,
+            {},
+            {},
+        )
+        assert len(RankLadder.from_peft(tmp_path / "small").modules) == len(ragged.modules)
+
+
+def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path: Path) -> None:
+    code, out, _ = run("ladder", "export", "wiki", "-o", tmp_path, "--json", tmp_path / "told.json")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert code == 0 and "nothing is lost" in out
+    assert told["before"] == told["after"] and told["after"]["dtype"] == "float16"
+    tokens = torch.randint(3, 500, (1, 20))
+    assert torch.allclose(
+        _logits_in_peft(tmp_path, tokens), _logits_in_peft(embedded.ADAPTERS["wiki"], tokens), atol=0.05
+    )
 
 
 def test_a_ladder_is_exported_into_its_own_folder(run: Any, tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ console = Console()
 """Standard output."""
 
 
-def print_plain(text: str, style: str = "") -> None:
-    """Print one paragraph that may quote names and paths: nothing in it is read as markup or as a terminal command."""
-    console.print(Text(escaped(text), style))
+def print_plain(text: str, style: str = "", wrap: bool = True) -> None:
+    """Print one paragraph that may quote names and paths: nothing in it is read as markup or as a terminal command.
+
+    With `wrap` = False the terminal breaks lines where it must, so that the text can be copied.
+    """
+    console.print(Text(escaped(text), style), soft_wrap=not wrap)
 
 
 def escaped_lines(text: str) -> str:

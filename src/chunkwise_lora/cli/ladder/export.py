@@ -2,20 +2,152 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from chunkwise_lora.cli.output import console
+from chunkwise_lora import embedded
+from chunkwise_lora.cli.options import JsonOption, dtype_named, share
+from chunkwise_lora.cli.output import console, print_plain, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from chunkwise_lora.cli.ladder.truncation import Truncation
+    from chunkwise_lora.ladder import RankLadder
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an adapter consists of, before or after the export."""
+
+    mean_rank: float
+    """Mean rank of the modules, weighted by in + out features."""
+    lowest_rank: int
+    """Smallest rank of a module."""
+    highest_rank: int
+    """Largest rank of a module."""
+    dtype: str
+    """Number format of the adapter weights."""
+    nbytes: int
+    """Bytes of the adapter weights, and of the modules that the adapter replaces."""
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder of a ladder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; may be the ladder's own.")],
+    ladder: Annotated[
+        str,
+        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write the PEFT adapter to. It may be the ladder's own.")
+    ],
+    mean_rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Mean rank to export, as a share of the full rank, such as 50% (also written 50 or 0.5). By default "
+            "the full rank.",
+        ),
+    ] = None,
+    one_rank: Annotated[
+        bool,
+        typer.Option(
+            "--one-rank",
+            help="Give all modules the same rank, for programs that cannot run an adapter whose modules differ in rank "
+            "(rank_pattern).",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Number format: float32, bfloat16 or float16. By default that of the ladder or adapter."),
+    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
-    """Write a ladder at full rank as a plain PEFT adapter, for programs that know no ladders."""
+    """Write one rung of a ladder as a plain PEFT adapter, which runs without ChunkWise LoRA.
+
+    Every token then runs at the rank of that rung. PEFT, vLLM and other programs that read PEFT adapters can use it.
+    The command tells what the lower rank loses: the KL divergence from full rank if calibration measured it, and the
+    share of the squared singular values that is kept.
+    """
+    wanted = share("--mean-rank", mean_rank)
+    source = embedded.find(ladder)
+
+    from chunkwise_lora.cli.ladder.truncation import truncate  # slow to import: only after all refusals
     from chunkwise_lora.ladder import RankLadder
 
-    RankLadder.from_pretrained(folder).save_adapter(output)
-    console.print(f"Written to {output}", markup=False)
+    chosen_dtype = None if dtype is None else dtype_named(dtype)
+    loaded = RankLadder.load(source)
+    stored_dtype, stored_bytes = _as_stored(source, loaded)
+    found = truncate(loaded, 1.0 if wanted is None else wanted, one_rank)
+    exported = found.ladder.to(chosen_dtype or stored_dtype)
+    exported.save_adapter(output)
+
+    before = _figures(loaded, stored_dtype, stored_bytes)
+    after = _figures(exported, chosen_dtype or stored_dtype, _nbytes(exported))
+    console.print(_table(before, after))
+    print_plain(_what_is_lost(found))
+    print_plain(f"Written to {output}. To use it:")
+    print_plain(f"    PeftModel.from_pretrained(base, {str(output)!r})", wrap=False)
+    content = {"before": asdict(before), "after": asdict(after), "kl": found.kl, "energy_kept": found.energy_kept}
+    write_json(json_file, {**content, "ranks": {name: module.rank for name, module in exported.modules.items()}})
+
+
+def _figures(ladder: RankLadder, dtype: torch.dtype, nbytes: int) -> Figures:
+    ranks = [module.rank for module in ladder.modules.values()]
+    return Figures(ladder.rung_ranks[-1], min(ranks), max(ranks), str(dtype).removeprefix("torch."), nbytes)
+
+
+def _nbytes(ladder: RankLadder) -> int:
+    factors = [tensor for module in ladder.modules.values() for tensor in (module.up, module.down)]
+    return sum(tensor.nbytes for tensor in (*factors, *ladder.saved_modules.values()))
+
+
+def _as_stored(source: str | Path, ladder: RankLadder) -> tuple[torch.dtype, int]:
+    """The dtype and the bytes in which a ladder or an adapter is stored. A loaded adapter is always float32."""
+    import torch
+
+    from chunkwise_lora.ladder import is_ladder
+    from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+
+    if is_ladder(source):
+        dtypes = {module.up.dtype for module in ladder.modules.values()}
+        nbytes = _nbytes(ladder)
+    else:
+        adapter = PeftAdapter.load(source)
+        tensors = [tensor for a, b, _ in adapter.factors.values() for tensor in (a, b)]
+        dtypes = {tensor.dtype for tensor in tensors}
+        nbytes = sum(tensor.nbytes for tensor in (*tensors, *adapter.saved_modules.values()))
+    return (dtypes.pop() if len(dtypes) == 1 and torch.float64 not in dtypes else torch.float32), nbytes
+
+
+def _table(before: Figures, after: Figures) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for column in ("", "before", "exported"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, of in (
+        ("mean rank", lambda one: f"{one.mean_rank:.3g}"),
+        ("ranks of modules", _rank_range),
+        ("number format", lambda one: one.dtype),
+        ("adapter weights, KB", lambda one: f"{one.nbytes / 1024:,.0f}"),
+    ):
+        table.add_row(name, of(before), of(after))
+    return table
+
+
+def _rank_range(figures: Figures) -> str:
+    lowest, highest = figures.lowest_rank, figures.highest_rank
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+
+
+def _what_is_lost(found: Truncation) -> str:
+    if found.energy_kept >= 1:
+        return "This is the full rank: nothing is lost except rounding to the number format."
+    measure = "importance of all directions" if found.ladder.build == "calibrated" else "squared singular values"
+    kept = f"the kept directions hold {found.energy_kept:.2%} of the {measure}"
+    if found.kl is not None:
+        return f"Loss: calibration measured a KL divergence from full rank of {found.kl:.4f} nats per token; {kept}."
+    return f"Loss: not measured; {kept}. Measure it with `chunkwise eval --peft`."
