@@ -131,8 +131,8 @@ def trace_of(model: ChunkWiseModel) -> Trace:
 def test_a_padded_batch_equals_each_sequence_over_a_masked_full_cache(
     architecture: str, policy: str, fast: str
 ) -> None:
-    if policy == "knorm" and architecture in ("qwen3", "gemma3"):
-        pytest.skip("normalised keys have equal norms, so rounding decides which of them stay")
+    if policy == "knorm" and architecture in ("qwen3", "gemma2", "gemma3"):
+        pytest.skip("keys of equal norm (normalised, or of a repeated token): rounding decides which of them stay")
     config, inputs = kv_only(*POLICIES[policy]), prompts((5, 27, 16))
     model = ChunkWiseModel(build(architecture), adapter(architecture), config, FAST[fast])
     tokens, logits = greedy(model, inputs, 40)
