@@ -70,17 +70,21 @@ def check_tensor(
 
 
 def check_factors(where: str, up: Tensor, down: Tensor, scale: float = 1.0) -> None:
-    """scale * up @ down, up (out, r) and down (r, in), and every sum on the way to it, stay far from overflow."""
+    """scale * up @ down, up (out, r) and down (r, in), and every sum on the way to it, stay far from overflow.
+
+    So that up can be stored with the scale or without it, a scale below 1 is not counted.
+    """
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise LadderError(
             f"{where}: the factors have shapes {tuple(up.shape)} and {tuple(down.shape)}, not (out, r) and (r, in); "
             "save the adapter anew"
         )
     norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in (up, down)]
-    if not max(*norms, abs(scale) * norms[0] * norms[1]) <= LARGEST:  # NaN and infinity included
+    norms[0] *= max(1.0, abs(scale))
+    if not max(*norms, norms[0] * norms[1]) <= LARGEST:  # NaN and infinity are refused, too
         raise LadderError(
-            f"{where}: the factors have norms {norms[0]:.3g} and {norms[1]:.3g} with scale {scale:.3g}; each, and "
-            f"their product, must be at most {LARGEST:g} to compute in float32; train or scale the adapter anew"
+            f"{where}: the factors have norms {norms[0]:.3g} (with the scale) and {norms[1]:.3g}; each, and their "
+            f"product, must be at most {LARGEST:g} to compute in float32; train or scale the adapter anew"
         )
 
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from chunkwise_lora.errors import ConfigError, LadderError
+from chunkwise_lora.errors import LadderError
 from chunkwise_lora.files import write_atomically
 from chunkwise_lora.ladder import format_v1
 from chunkwise_lora.ladder.contents import Build, LadderContents
@@ -32,7 +32,6 @@ from chunkwise_lora.ladder.module import LadderModule, checked_module, checked_p
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, MEANING, PREFIX, WEIGHTS_NAME, peft_config, peft_files
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.tensors import LEARNED, learned_tensors, read_learned, to_bytes
-from chunkwise_lora.method.config import ChunkWiseConfig
 
 LADDER_NAME = "chunkwise.json"
 LEARNED_NAME = "chunkwise.safetensors"
@@ -65,7 +64,7 @@ class _Manifest(BaseModel):
 
 def is_format_2(folder: str | Path) -> bool:
     """Whether a ladder of format 2 was saved in the folder."""
-    return os.path.isfile(os.path.join(folder, LADDER_NAME))
+    return os.path.lexists(os.path.join(folder, LADDER_NAME))
 
 
 def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
@@ -170,7 +169,7 @@ def _parse(folder: Path, content: bytes) -> LadderContents:
             manifest.build,
             saved,
             read_learned(extra),
-            None if manifest.policy is None else _policy(manifest.policy, path),
+            None if manifest.policy is None else format_v1.parse_policy(manifest.policy, f"{path}: policy"),
             None if manifest.rung_divergence is None else tuple(manifest.rung_divergence),
         )
     except LadderError as error:
@@ -188,13 +187,6 @@ def _module(name: str, ranks: list[int], tensors: dict[str, Tensor], extra: Mapp
     except KeyError as error:
         raise LadderError(f"{WEIGHTS_NAME} lacks {error}") from None
     return checked_module(name, up, down, extra.get(f"{SIGMA}{name}"), ranks)
-
-
-def _policy(fields: dict[str, Any], path: Path) -> ChunkWiseConfig:
-    try:
-        return ChunkWiseConfig.model_validate(fields)
-    except (ConfigError, ValidationError) as error:
-        raise ConfigError(f"{path}: policy: {error}") from None
 
 
 def _check_config(content: bytes, ladder: LadderContents, path: Path) -> None:

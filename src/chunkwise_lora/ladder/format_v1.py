@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chunkwise_lora.errors import ConfigError, LadderError
-from chunkwise_lora.files import read_text
 from chunkwise_lora.ladder.contents import Build, LadderContents
 from chunkwise_lora.ladder.module import checked_module, checked_parameter
-from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
+from chunkwise_lora.ladder.reading import parse_tensors, read_file, read_json
 from chunkwise_lora.ladder.tensors import LEARNED, read_learned
 from chunkwise_lora.method.config import ChunkWiseConfig
 
@@ -45,7 +45,7 @@ class _Manifest(BaseModel):
 
 def is_format_1(folder: str | Path) -> bool:
     """Whether a ladder of format 1 was saved in the folder."""
-    return os.path.isfile(os.path.join(folder, MANIFEST_NAME))
+    return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
 def read(folder: Path) -> LadderContents:
@@ -87,7 +87,9 @@ def read(folder: Path) -> LadderContents:
         policy = read_policy(folder)
         base = manifest.base_model
         ladder = LadderContents(modules, base.name_or_path, manifest.build, saved, read_learned(tensors), policy)
-    except (KeyError, LadderError) as error:
+    except KeyError as error:
+        raise LadderError(f"{tensors_path}: lacks the tensor {error}; build the ladder anew") from None
+    except LadderError as error:
         raise LadderError(f"{folder}: {MANIFEST_NAME} and {tensors_path.name} do not fit together ({error})") from None
     if ladder.fingerprint != base.fingerprint:
         raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
@@ -95,11 +97,28 @@ def read(folder: Path) -> LadderContents:
 
 
 def read_policy(folder: str | Path) -> ChunkWiseConfig | None:
-    """The policy in `chunkwise_config.json`, or None where there is no such file."""
+    """The policy in `chunkwise_config.json`, or None where there is no such file.
+
+    Raises:
+        LadderError: The file cannot be read.
+        ConfigError: It holds no policy.
+    """
     path = Path(folder) / POLICY_NAME
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         return None
-    return ChunkWiseConfig.from_json(read_text(path, ConfigError), str(path))
+    return parse_policy(read_json(path), str(path))
+
+
+def parse_policy(values: dict[str, Any], where: str) -> ChunkWiseConfig:
+    """The policy that JSON holds. `where` names file and field in errors.
+
+    Raises:
+        ConfigError: A value is impossible, or a name unknown.
+    """
+    try:
+        return ChunkWiseConfig.model_validate(values)
+    except (ConfigError, ValidationError) as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def owned_files(folder: Path) -> set[str]:
@@ -114,7 +133,7 @@ def owned_files(folder: Path) -> set[str]:
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    content = parse_json(read_file(path, LARGEST_JSON), path)
+    content = read_json(path)
     try:
         return _Manifest.model_validate(content)
     except ValidationError as error:

@@ -217,10 +217,18 @@ def _split(
             raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")
         if f"{module}.{parameter}" in saved:
             raise LadderError(f"{path}: {module}.{parameter} is there twice; export one adapter alone into a file")
-        saved[f"{module}.{parameter}"] = tensor
+        saved[f"{module}.{parameter}"] = _single(f"{path}: {key}", tensor)
     if not sides:
         raise LadderError(f"{path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes")
     return sides, saved
+
+
+def _single(where: str, tensor: Tensor) -> Tensor:
+    """float64 as float32, the widest that a ladder stores."""
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+        check_tensor(f"{where}, in float32,", tensor)
+    return tensor
 
 
 def _is_saved(module: str, config: dict[str, Any]) -> bool:

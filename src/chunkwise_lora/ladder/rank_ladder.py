@@ -26,6 +26,8 @@ RUNGS = 8
 
 def is_ladder(path: str | Path) -> bool:
     """Whether a ladder, of format 1 or 2, was saved in the folder."""
+    if not str(path):
+        return False  # not the current folder
     return folder.is_format_2(path) or format_v1.is_format_1(path)
 
 

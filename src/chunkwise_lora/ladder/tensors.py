@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from chunkwise_lora.errors import LadderError
+from chunkwise_lora.errors import LadderError, shown
+from chunkwise_lora.ladder.checks import check_tensor
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity
 
 LEARNED = "learned/"
@@ -43,13 +44,15 @@ def read_learned(tensors: Mapping[str, Tensor]) -> LearnedComplexity | None:
     Raises:
         LadderError: One is missing, or has a wrong shape or values.
     """
-    values = {name.removeprefix(LEARNED): t.float().numpy() for name, t in tensors.items() if name.startswith(LEARNED)}
-    if not values:
+    learned = {name.removeprefix(LEARNED): tensor for name, tensor in tensors.items() if name.startswith(LEARNED)}
+    if not learned:
         return None
-    if values.keys() != {one.name for one in fields(LearnedComplexity)}:
-        raise LadderError(f"what was learned holds {', '.join(sorted(values))}")
-    for name, value in values.items():
-        wanted = (len(SIGNALS),) if name in ("weights", "means") else (value.size,)
-        if value.shape != wanted or not np.isfinite(value).all():
-            raise LadderError(f"{LEARNED}{name} must be {wanted} finite numbers")
-    return LearnedComplexity(**values)
+    wanted = {one.name for one in fields(LearnedComplexity)}
+    if learned.keys() != wanted:
+        raise LadderError(
+            f"{LEARNED} must hold {', '.join(sorted(wanted))}, not {shown(', '.join(sorted(learned)))}; calibrate anew"
+        )
+    for name, tensor in learned.items():
+        if tensor.numel() or name in ("weights", "means"):  # a table of no tokens is one that knows none
+            check_tensor(f"{LEARNED}{name}", tensor, (len(SIGNALS) if name in ("weights", "means") else None,))
+    return LearnedComplexity(**{name: tensor.float().reshape(-1).numpy() for name, tensor in learned.items()})

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.errors import ConfigError, shown
 from chunkwise_lora.method.kv_policies import KV_POLICY_REGISTRY, needs_queries
 from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+MOST_TOKENS = 10**9
+"""Bound on settings that count tokens: far beyond any context, and within what 32 bits hold."""
 KVPrecision = Literal["full", "int8"]
 
 
@@ -31,8 +33,8 @@ class StrictConfig(BaseModel):
             return handler(values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'value'} = {problem['input']!r}: {problem['msg']}"
-                for problem in error.errors()
+                f"{shown('.'.join(map(str, one['loc'])) or 'value')} = {shown(repr(one['input']))}: {one['msg']}"
+                for one in error.errors()[:10]
             )
             raise ConfigError(f"{cls.__name__}: {problems}") from None
 
@@ -46,8 +48,10 @@ class ComplexityConfig(StrictConfig):
     position: Weight = Field(0.1, description="Weight of the positional prior.")
     signals: Mapping[str, Weight] = Field({}, description="Weights of other registered signals, by name.")
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
-    window: int = Field(512, ge=1, le=10**9, description="How far back novelty and attention look, tokens.")
-    half_life: float = Field(64.0, gt=0, description="The positional prior halves every so many tokens.")
+    window: int = Field(512, ge=1, le=MOST_TOKENS, description="How far back novelty and attention look, tokens.")
+    half_life: float = Field(
+        64.0, gt=0, le=MOST_TOKENS, description="The positional prior halves every so many tokens."
+    )
     learned: bool = Field(
         False,
         description="Score by what calibration learned, which a calibrated ladder holds. The weights then have no "
@@ -85,13 +89,13 @@ class ComplexityConfig(StrictConfig):
 class ChunkingConfig(StrictConfig):
     """Where chunks are cut (paper, adaptive chunker)."""
 
-    min_length: int = Field(4, ge=1, description="Shortest chunk, tokens.")
-    max_length: int = Field(32, ge=1, description="Longest chunk, tokens.")
+    min_length: int = Field(4, ge=1, le=MOST_TOKENS, description="Shortest chunk, tokens.")
+    max_length: int = Field(32, ge=1, le=MOST_TOKENS, description="Longest chunk, tokens.")
     thresholds: tuple[Share, ...] = Field(
         (0.45, 0.6), description="Rising bounds on the running mean complexity; n bounds make n + 1 levels."
     )
     hysteresis: float = Field(0.03, ge=0, lt=1, description="How far past a bound the mean must go to cut.")
-    memory: float = Field(6.0, ge=1, description="Length of the running mean, tokens.")
+    memory: float = Field(6.0, ge=1, le=MOST_TOKENS, description="Length of the running mean, tokens.")
     hard_share: Share = Field(0.1, description="Budget: largest share of tokens at the highest level.")
 
     @model_validator(mode="after")
@@ -121,7 +125,9 @@ class SelectionConfig(StrictConfig):
 class CompositionConfig(StrictConfig):
     """The cross-fade at chunk boundaries (paper, boundary-safe composer)."""
 
-    window: int = Field(2, ge=0, description="Tokens of the incoming chunk that are cross-faded; 0 switches at once.")
+    window: int = Field(
+        2, ge=0, le=MOST_TOKENS, description="Tokens of the incoming chunk that are cross-faded; 0 switches at once."
+    )
 
 
 class LevelKVPolicy(StrictConfig):
@@ -140,7 +146,7 @@ class LevelKVPolicy(StrictConfig):
         None, description="Share of the closed chunk's tokens that evict keeps, rounded to whole tokens."
     )
     max_age: int | None = Field(
-        None, ge=1, description="Drop the chunk once it lies this many tokens behind; none keeps it."
+        None, ge=1, le=MOST_TOKENS, description="Drop the chunk once it lies this many tokens behind; none keeps it."
     )
 
     @model_validator(mode="after")
@@ -165,7 +171,7 @@ class KVCacheConfig(StrictConfig):
     int8_head_share: Share = Field(
         1.0, description="Share of the key-value heads of a layer that INT8 may use: those it hurts least."
     )
-    sinks: int = Field(4, ge=0, description="First tokens of a sequence, never dropped or quantised.")
+    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="First tokens of a sequence, never dropped or quantised.")
 
     @property
     def acts(self) -> bool:
@@ -244,8 +250,10 @@ class ChunkWiseConfig(StrictConfig):
         """Parse `text`; `where` names the source in errors."""
         try:
             return cls.model_validate_json(text)
-        except (ConfigError, ValidationError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {shown(error.errors()[0]['msg'])}; correct the file") from None
 
     def to_json(self) -> str:
         """The JSON that `from_json` reads."""
