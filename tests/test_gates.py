@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chunkwise_lora.backends.segments import Factors, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
 from chunkwise_lora.backends import segments as gating
-from chunkwise_lora.backends.segments import Factors, segments_of
 from chunkwise_lora.engines.transformers import FastPaths
 from chunkwise_lora.engines.transformers.layers import GatedLinear, Step
 from chunkwise_lora.ladder import LadderModule

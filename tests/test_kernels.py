@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseModel
+from chunkwise_lora.backends.emulation import Widened
 from chunkwise_lora.backends.native import (
     AttentionPools,
     Kernels,
@@ -32,11 +33,13 @@ from chunkwise_lora.backends.native import (
     slices_of,
     wrappers,
 )
+from chunkwise_lora.backends.native.backend import FEW_TOKENS
 from chunkwise_lora.backends.native.wrappers import works
-from chunkwise_lora.backends.segments import FEW_TOKENS
 from chunkwise_lora.engines.transformers.attention import attention
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
-from chunkwise_lora.engines.transformers.layers import FastPaths, Step, WideProduct
+from chunkwise_lora.engines.transformers.context import ForwardContext
+from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+from chunkwise_lora.engines.transformers.wide_linear import WideLinear
 from chunkwise_lora.errors import EngineError
 from models import adapter, greedy, prompts
 from models import build as build_model
@@ -312,7 +315,7 @@ def test_generation_under_autocast_is_that_without_kernels() -> None:
 @pytest.mark.parametrize("use_kernels", [True, False])
 def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -> None:
     linear, x = nn.Linear(24, 10).bfloat16(), torch.randn(1, tokens, 24).bfloat16()
-    wide = WideProduct(linear, Step(), use_kernels)
+    wide = WideLinear(linear, ForwardContext(), use_kernels)
     with torch.no_grad():
         assert_close(wide(x), linear.float()(x.float()))
     linear.bfloat16()
@@ -349,17 +352,19 @@ def test_a_model_cast_after_attaching_runs_as_one_cast_before() -> None:
 
 
 def test_a_widened_input_is_shared_until_it_changes_in_place() -> None:
-    step, x = Step(), torch.ones(2, 3).bfloat16()
-    first = step.widen(x)
-    assert step.widen(x) is first
+    widened, x = Widened(), torch.ones(2, 3).bfloat16()
+    first = widened.of(x)
+    assert widened.of(x).data_ptr() == widened.of(x.view(6)).data_ptr() == first.data_ptr()
     x += 1
-    assert torch.equal(step.widen(x), x.float())
-    step.clear()
+    assert torch.equal(widened.of(x), x.float())
+    other = x + 1
+    assert torch.equal(widened.of(other), other.float())
+    assert torch.equal(widened.of(x.T), x.T.float())
     with torch.inference_mode():
         x = torch.ones(2).bfloat16()
-        step.widen(x)
+        widened.of(x)
         x += 1
-        assert torch.equal(step.widen(x), x.float())
+        assert torch.equal(widened.of(x), x.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

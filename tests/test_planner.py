@@ -8,6 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from chunkwise_lora.backends.segments import FEW_TOKENS, Part
+from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,9 +18,7 @@ from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
 from chunkwise_lora.backends import base as addition
 from chunkwise_lora.backends import native
 from chunkwise_lora.backends.base import Columns, PartAdditions
-from chunkwise_lora.backends.segments import FEW_TOKENS, Part
 from chunkwise_lora.engines.vllm import settings
-from chunkwise_lora.engines.vllm.planner import AdapterPlan, PlannedRequest, Planner, Scheduled, Tally
 from chunkwise_lora.ladder import LadderModule
 
 VOCABULARY = 50

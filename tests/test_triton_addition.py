@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chunkwise_lora.backends.segments import Part, segments_of
+from chunkwise_lora.engines.vllm.planner import AdapterPlan, Planner, Scheduled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,8 +17,6 @@ from chunkwise_lora import ChunkWiseConfig
 from chunkwise_lora.backends import base as addition
 from chunkwise_lora.backends import segments as gating
 from chunkwise_lora.backends.base import Additions, Columns, PartAdditions
-from chunkwise_lora.backends.segments import Part, segments_of
-from chunkwise_lora.engines.vllm.planner import AdapterPlan, Planner, Scheduled
 from chunkwise_lora.ladder import LadderModule
 
 pytest.importorskip("triton", reason="Triton is not installed")

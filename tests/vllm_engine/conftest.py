@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chunkwise_lora.engines.vllm.planner import PlannedRequest
 
 from chunkwise_lora import embedded
-from chunkwise_lora.engines.vllm.planner import PlannedRequest
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]

@@ -1,1 +1,14 @@
-"""Compute what adapters add to a layer. Backends know no engine."""
+"""Backends compute what adapters add to a layer. They know no engine."""
+
+from chunkwise_lora.backends.base import (
+    AnyBackend,
+    Backend,
+    Columns,
+    Layer,
+    Limits,
+    PreparedPass,
+    backend_on,
+    register_backend,
+)
+
+__all__ = ["AnyBackend", "Backend", "Columns", "Layer", "Limits", "PreparedPass", "backend_on", "register_backend"]

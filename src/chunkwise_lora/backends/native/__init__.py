@@ -5,12 +5,11 @@ attention of one token over a half-precision cache runs far below memory speed, 
 compiler PyTorch computes all of this.
 """
 
-from chunkwise_lora.backends.native.host import emulates, give_memory_back
+from chunkwise_lora.backends.native.host import give_memory_back
 from chunkwise_lora.backends.native.wrappers import (
     AttentionPools,
     Kernels,
     Layer,
-    Part,
     Pools,
     PoolTensors,
     Segment,
@@ -26,13 +25,11 @@ __all__ = [
     "AttentionPools",
     "Kernels",
     "Layer",
-    "Part",
     "PoolTensors",
     "Pools",
     "Segment",
     "Shape",
     "Slice",
-    "emulates",
     "give_memory_back",
     "kernels",
     "layers_of",

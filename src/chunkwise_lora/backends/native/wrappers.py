@@ -78,9 +78,6 @@ class Segment(Structure):
     ]
 
 
-Part = Segment
-
-
 def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
     """One adapter's modules of a layer, as addresses. The tensors must outlive them.
 
@@ -284,8 +281,6 @@ class Kernels:
         )
         if failed:
             self._done(failed)
-
-    add_parts = add_segments
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(..., out) x (..., in) in float32 times weight (out, in) transposed, plus bias (out,).

@@ -36,9 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunkwise_lora.backends.segments import highest_rungs
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
+from chunkwise_lora.method.segments import highest_rungs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -1,8 +1,9 @@
 """The engine for transformers models."""
 
 from chunkwise_lora.engines.transformers.cache import ChunkWiseCache
-from chunkwise_lora.engines.transformers.layers import FastPaths
-from chunkwise_lora.engines.transformers.model import ChunkWiseModel
-from chunkwise_lora.engines.transformers.session import BASE, Session
+from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+from chunkwise_lora.engines.transformers.loading import load_base
+from chunkwise_lora.engines.transformers.model import BASE, ChunkWiseModel
+from chunkwise_lora.engines.transformers.session import Session
 
-__all__ = ["BASE", "ChunkWiseCache", "ChunkWiseModel", "FastPaths", "Session"]
+__all__ = ["BASE", "ChunkWiseCache", "ChunkWiseModel", "FastPaths", "Session", "load_base"]

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from chunkwise_lora.backends.native import emulates
+from chunkwise_lora.backends.emulation import emulates
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
 
 NAME = "chunkwise"

@@ -1,56 +1,42 @@
-"""One generation: a scheduler per sequence, the cache they share, and what happened."""
+"""One generation over a batch: where its tokens stand in passes, the cache they share, and what happened."""
 
 from __future__ import annotations
 
-import copy
-import math
-import time
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from chunkwise_lora.backends.segments import entropies_of, ranks_of, segments_of
+from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
-from chunkwise_lora.engines.transformers.layers import Step
+from chunkwise_lora.engines.transformers.masks import mask_over_slots
+from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
-from chunkwise_lora.method.complexity import LearnedComplexity
-from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.batch import NO_ADAPTER, AdapterInfo, BatchPlanner, SequencePlanner, Span
+from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.kv_policy import KVDecision
-from chunkwise_lora.method.scheduler import FixedScheduler, RuntimeScheduler
+from chunkwise_lora.method.scheduler import FixedScheduler
+from chunkwise_lora.method.segments import PassPlan, ranks_of
 from chunkwise_lora.method.trace import SequenceTrace, Trace
-
-BASE = "__base__"
-"""The adapter name of sequences that run without one, as in PEFT."""
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a session needs to know of a loaded ladder."""
-
-    rung_ranks: np.ndarray
-    """(rungs,) each rung's mean rank."""
-    rung_bytes: np.ndarray
-    """(rungs,) bytes of factors that a pass reads at each rung."""
-    learned: LearnedComplexity | None = None
-    """What calibration put into the ladder."""
-
-
-NO_ADAPTER = AdapterInfo(np.zeros(1), np.zeros(1, np.int64), LearnedComplexity.neutral())
 
 
 class SessionCache(ChunkWiseCache):
-    """The cache of a session, through which a beam search reaches its schedulers too."""
+    """The cache of a session. A beam search reorders it, and through it the plans of the session."""
 
-    def __init__(self, session: Session, config: PreTrainedConfig, carries_out: bool, use_kernels: bool) -> None:
-        policy = session.config.kv_cache
-        super().__init__(config, policy.int8_head_share, carries_out, use_kernels, policy.needs_queries)
+    def __init__(
+        self, session: Session, traits: ModelTraits, policies: Sequence[KVCacheConfig], use_kernels: bool
+    ) -> None:
+        super().__init__(
+            traits.config,
+            min(policy.int8_head_share for policy in policies),
+            traits.carries_out_kv,
+            use_kernels,
+            any(policy.needs_queries for policy in policies),
+        )
         self._session = weakref.ref(session)  # the session holds the cache, which may outlive it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -60,93 +46,108 @@ class SessionCache(ChunkWiseCache):
             session.reorder(beam_idx.tolist())
 
 
-class Session:
-    """State of one generation over a batch.
+@dataclass(frozen=True)
+class Prompts:
+    """What a generation begins with."""
 
-    `adapters` names each prompt's adapter. `prompt_columns` is the width of the prompts, padding included: their
-    tokens are planned without entropies, since a prefill in one pass does not know them and one in several must not
-    differ. After one of `eos_token_ids` a sequence has ended, and what follows is padding. `carries_out` tells whether
-    the cache can obey KV decisions, `kv_notes` which it leaves undone, `use_kernels` whether kernels may read it. A
-    sequence that outgrows `positions` is refused.
+    adapters: Sequence[AdapterInfo]
+    """Of each prompt."""
+    configs: Sequence[ChunkWiseConfig]
+    """Of each prompt."""
+    columns: int
+    """Width of the prompts, padding included. Their tokens are planned without entropies: a prefill in one pass does
+    not know them, and one in several passes must not differ."""
+    eos_token_ids: Collection[int] = ()
+    """A sequence has ended after one of these. What follows is padding."""
+
+
+class Session:
+    """The state of one generation over a batch.
+
+    A pass brings columns of tokens, padding among them. The session tells the planner which tokens are real and the
+    model which slots of the cache are in use.
     """
 
-    def __init__(
-        self,
-        model_config: PreTrainedConfig,
-        config: ChunkWiseConfig,
-        adapters: Sequence[str],
-        infos: Mapping[str, AdapterInfo],
-        step: Step,
-        *,
-        prompt_columns: int,
-        eos_token_ids: Collection[int] = (),
-        carries_out: bool,
-        use_kernels: bool = True,
-        kv_notes: Sequence[str] = (),
-        positions: float = math.inf,
-    ) -> None:
-        self.config = config
-        self.cache = SessionCache(self, model_config, carries_out, use_kernels)
-        self._kv_notes = tuple(kv_notes)
-        self._positions = positions
-        self._model_config = model_config
-        self._adapters = list(adapters)
-        self._infos = infos
-        self._step = step
-        self._prompt_columns = prompt_columns
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._ended: list[bool] = []
-        self._schedulers: list[RuntimeScheduler | FixedScheduler] = []
-        self._tokens: list[list[int]] = []
-        self._weights: list[list[np.ndarray]] = []
-        self._entropies: list[float | None] = []
+    def __init__(self, traits: ModelTraits, prompts: Prompts, use_kernels: bool = True) -> None:
+        self.planner = BatchPlanner(traits.vocab_size, feeds_all=True)
+        self.cache = SessionCache(self, traits, [config.kv_cache for config in prompts.configs], use_kernels)
+        self._traits = traits
+        self._prompts = prompts
+        self._adapters: list[AdapterInfo] = []
+        """Of each sequence."""
+        self._members: dict[str, Tensor | None] = {}
+        """By adapter key, the sequences (n,) that use it; None for all of them."""
+        self._real: list[list[int]] = []
+        """Of each sequence, the columns of its real tokens."""
+        self._has_ended = np.zeros(0, bool)
         self._columns = 0
+        """Columns that passes have brought so far."""
         self._pending: tuple[np.ndarray, list[list[KVDecision]]] | None = None
+        """The tokens (batch, columns) of the running pass and the KV decisions that follow it."""
         self._bytes_read = 0
         self._passes = 0
-        self._scheduler_seconds = 0.0
 
-    def follow(self, plans: Sequence[FixedScheduler]) -> None:
-        """Before the first pass: take `plans`, one per sequence, instead of planning."""
-        self._open(len(plans))
-        self._schedulers = list(plans)
+    @property
+    def is_constant(self) -> bool:
+        """Whether every token of the generation gets the same gates of one adapter."""
+        return len(set(self._adapters)) == 1 and all(config.levels == 1 for config in self._prompts.configs)
 
-    def before_pass(self, inputs: dict[str, Any]) -> None:
-        """Plan the tokens of a forward pass and fill the step; `inputs` are the model's keyword arguments."""
-        start = time.perf_counter()
+    @property
+    def members(self) -> dict[str, Tensor | None]:
+        """By adapter key, the sequences (n,) of the batch that use it; None for all of them."""
+        return self._members
+
+    def follow(self, schedulers: Sequence[FixedScheduler]) -> None:
+        """Before the first pass: take these plans, one per sequence, instead of planning."""
+        self._open(len(schedulers))
+        for row, scheduler in enumerate(schedulers):
+            self.planner[row].follow(scheduler)
+
+    def before_pass(self, inputs: dict[str, Any]) -> PassPlan:
+        """Plan the tokens of a forward pass, and give the model its mask; `inputs` are the model's keyword
+        arguments."""
         input_ids: Tensor = inputs["input_ids"]
         batch, width = input_ids.shape
-        if not self._schedulers:
+        if not len(self.planner):
             self._open(batch)
-        # Without a cache every pass brings all tokens again; their plan stands.
-        known = self._columns if inputs.get("past_key_values") is None else 0
-        if known >= width:
-            if "past_key_values" in inputs:
-                raise EngineError(
-                    f"the model has dropped its cache after {known} tokens, as some do past their original length; "
-                    "call generate with use_cache=False, or stay below that length"
-                )
-            known = 0  # a recurrent model, which has its own name for its state
+        known = self._known_columns(inputs, width)
         real = _real_columns(inputs.get("attention_mask"), batch, width)
-        ids = input_ids[:, known:].tolist()
+        real[:, known:] &= ~self._has_ended[:, None]
+        ids = input_ids.tolist()
+        in_prompt = self._columns < self._prompts.columns
         tokens = np.full((batch, width - known), NO_TOKEN)
-        decisions: list[list[KVDecision]] = []
-        for row, scheduler in enumerate(self._schedulers):
-            real[row, known:] &= not self._ended[row]
-            columns = np.flatnonzero(real[row, known:])
-            decisions.append(self._plan(row, scheduler, columns, ids[row], tokens))
-        self._pending = (tokens, decisions)
+        spans, of_spans = [], []
+        for row in range(batch):
+            position, new = len(self._real[row]), np.flatnonzero(real[row, known:])
+            columns = np.array([*self._real[row], *(known + new)]) if known else new
+            spans.append(Span(row, 0 if known else position, len(columns), None if len(columns) == width else columns))
+            of_spans.append([ids[row][column] for column in columns])
+            tokens[row, new] = np.arange(position, position + len(new))
+            self._real[row] += (self._columns + new).tolist()
+            if position + len(new) > self._traits.positions:
+                raise EngineError(
+                    f"a sequence has come to {position + len(new)} tokens, but the model has learned "
+                    f"{self._traits.positions} positions; lower max_new_tokens or shorten the prompt"
+                )
+            if not in_prompt and not self._has_ended[row]:
+                self._has_ended[row] = not self._eos.isdisjoint(of_spans[row][len(columns) - len(new) :])
+        plan = self.planner.plan(spans, lambda: of_spans, width)
+        self._pending = (tokens, [self.planner[row].take_decisions() for row in range(batch)])
         self._columns += width - known
-        self._fill_step(batch, width)
+        self._passes += 1
+        infos = {info.key: info for info in self._adapters}
+        self._bytes_read += sum(int(infos[one.adapter].rung_bytes[one.rung]) for one in plan.segments)
         if self.cache.own and inputs.get("past_key_values") is self.cache:
             self._align_mask(inputs, real)
-        self._scheduler_seconds += time.perf_counter() - start
+        return plan
 
     def after_pass(self, logits: Tensor) -> None:
-        """Learn the entropies of what comes next, then carry out the KV decisions of the pass."""
+        """Note the entropies of the next tokens, then carry out the KV decisions of the pass."""
         assert self._pending is not None
-        if self.config.reads_entropy:
-            self._entropies = entropies_of(logits[:, -1]).tolist()
+        readers = [row for row in range(len(self.planner)) if self.planner[row].config.reads_entropy]
+        if readers and self._columns >= self._prompts.columns:
+            for row, entropy in enumerate(entropies_of(logits[:, -1]).tolist()):
+                self.planner[row].learn(len(self._real[row]), entropy)
         tokens, decisions = self._pending
         if self.cache.own and self.cache.get_seq_length():
             self.cache.note(tokens)
@@ -154,102 +155,68 @@ class Session:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `order[i]`, as a beam search chose."""
-        if list(order) == list(range(len(self._schedulers))):
+        if list(order) == list(range(len(self.planner))):
             return
-        self._schedulers = [copy.deepcopy(self._schedulers[i]) for i in order]
-        self._tokens = [list(self._tokens[i]) for i in order]
-        self._weights = [list(self._weights[i]) for i in order]
-        self._adapters = [self._adapters[i] for i in order]
-        self._ended = [self._ended[i] for i in order]
-        self._entropies = [self._entropies[i] for i in order] if self._entropies else []
+        self.planner.reorder(dict(enumerate(order)))
+        self._real = [list(self._real[i]) for i in order]
+        self._has_ended = self._has_ended[order]
+        self._set_adapters([self._adapters[i] for i in order])
 
     def trace(self) -> Trace:
         """What happened so far."""
         sequences = []
-        for row, scheduler in enumerate(self._schedulers):
-            adapter = self._adapters[row]
-            weights = np.concatenate(self._weights[row])
+        for row, adapter in enumerate(self._adapters):
+            planner = self.planner[row]
             sequences.append(
                 SequenceTrace(
-                    adapter=None if adapter == BASE else adapter,
-                    tokens=tuple(self._tokens[row]),
-                    ranks=ranks_of(weights, self._info(adapter).rung_ranks)[_real(weights)].tolist(),
-                    chunks=tuple(scheduler.chunks),
+                    adapter=None if adapter is NO_ADAPTER else adapter.name,
+                    tokens=tuple(planner.tokens),
+                    ranks=tuple(ranks_of(planner.weights, adapter.rung_ranks).tolist()),
+                    chunks=tuple(planner.chunks),
                 )
             )
+        acts = any(config.kv_cache.acts for config in self._prompts.configs)
         return Trace(
             sequences=tuple(sequences),
             passes=self._passes,
             adapter_bytes_read=self._bytes_read,
             kv_bytes=self.cache.nbytes,
             kv_bytes_full=self.cache.full_nbytes,
-            kv_notes=(*self._kv_notes, *self.cache.notes),
-            scheduler_seconds=self._scheduler_seconds,
+            kv_notes=(*(self._traits.kv_notes if acts else ()), *self.cache.notes),
+            scheduler_seconds=self.planner.seconds,
         )
 
-    def _info(self, adapter: str) -> AdapterInfo:
-        return NO_ADAPTER if adapter == BASE else self._infos[adapter]
-
     def _open(self, batch: int) -> None:
-        copies = batch // len(self._adapters)
-        self._adapters = [name for name in self._adapters for _ in range(copies)]
-        vocab_size = self._model_config.get_text_config().vocab_size
-        for name in self._adapters:
-            info = self._info(name)
-            self._schedulers.append(RuntimeScheduler(self.config, info.rung_ranks.tolist(), vocab_size, info.learned))
-            self._weights.append([])
-            self._tokens.append([])
-            self._ended.append(False)
+        """Begin to plan; beams and several sequences per prompt make the batch larger than the prompts."""
+        prompts, copies = self._prompts, batch // len(self._prompts.adapters)
+        adapters = [info for info in prompts.adapters for _ in range(copies)]
+        configs = [config for config in prompts.configs for _ in range(copies)]
+        for row, (info, config) in enumerate(zip(adapters, configs, strict=True)):
+            self.planner.open(row, SequencePlanner(info, config, self._traits.vocab_size))
+        self._real = [[] for _ in range(batch)]
+        self._has_ended = np.zeros(batch, bool)
+        self._eos = frozenset(prompts.eos_token_ids)
+        self._set_adapters(adapters)
 
-    def _plan(
-        self,
-        row: int,
-        scheduler: RuntimeScheduler | FixedScheduler,
-        columns: np.ndarray,
-        ids: Sequence[int],
-        tokens: np.ndarray,
-    ) -> list[KVDecision]:
-        """Plan one sequence's new tokens, which stand in `columns` of the pass."""
-        new = [ids[column] for column in columns]
-        entropies: list[float | None] = [None] * len(new)
-        if new and self._columns >= self._prompt_columns:
-            if self._entropies:
-                entropies[0] = self._entropies[row]
-            self._ended[row] = not self._eos_token_ids.isdisjoint(new)
-        plan = scheduler.step(new, entropies)
-        if scheduler.position > self._positions:
+    def _set_adapters(self, adapters: list[AdapterInfo]) -> None:
+        self._adapters = adapters
+        self._members = {}
+        for info in dict.fromkeys(adapters):
+            if info is not NO_ADAPTER:
+                rows = [row for row, other in enumerate(adapters) if other is info]
+                self._members[info.key] = None if len(rows) == len(adapters) else torch.tensor(rows)
+
+    def _known_columns(self, inputs: dict[str, Any], width: int) -> int:
+        """Columns of the pass that were planned before: without a cache every pass brings all tokens again."""
+        known = self._columns if inputs.get("past_key_values") is None else 0
+        if known < width:
+            return known
+        if "past_key_values" in inputs:
             raise EngineError(
-                f"a sequence has come to {scheduler.position} tokens, but the model has learned {self._positions} "
-                "positions; lower max_new_tokens or shorten the prompt"
+                f"the model has dropped its cache after {known} tokens, as some do past their original length; call "
+                "generate with use_cache=False, or stay below that length"
             )
-        tokens[row, columns] = np.arange(scheduler.position - len(new), scheduler.position)
-        weights = np.full((tokens.shape[1], plan.weights.shape[1]), np.nan, np.float32)
-        weights[columns] = plan.weights
-        self._weights[row].append(weights)
-        self._tokens[row] += new
-        return plan.decisions
-
-    def _fill_step(self, batch: int, width: int) -> None:
-        step, info = self._step, self._infos
-        step.parts, step.sequences, step.batch, step.width = [], {}, batch, width
-        step.constant = self.config.levels == 1
-        for name in dict.fromkeys(self._adapters):
-            if name == BASE:
-                continue
-            members = np.array([row for row, adapter in enumerate(self._adapters) if adapter == name])
-            everyone = len(members) == batch
-            weights = np.concatenate([_without_padding(self._of_pass(row, width)) for row in members])
-            rows = None if everyone else (members[:, None] * width + np.arange(width)).ravel()
-            parts = segments_of(name, weights, info[name].rung_ranks, rows)
-            step.parts += parts
-            step.sequences[name] = None if everyone else torch.from_numpy(members)
-            self._bytes_read += sum(int(info[name].rung_bytes[part.rung]) for part in parts)
-        self._passes += 1
-
-    def _of_pass(self, row: int, width: int) -> np.ndarray:
-        """(width, rungs) a sequence's weights in the pass, NaN for padding."""
-        newest = self._weights[row][-1]
-        return newest if len(newest) == width else np.concatenate(self._weights[row])[-width:]
+        return 0  # a recurrent model, which has its own name for its state
 
     def _align_mask(self, inputs: dict[str, Any], real: np.ndarray) -> None:
         """Give the model a mask over the cache's slots once they are no longer columns of the input."""
@@ -257,43 +224,17 @@ class Session:
         if slots is None:
             return
         input_ids: Tensor = inputs["input_ids"]
-        batch, width = input_ids.shape
         if inputs.get("position_ids") is None:
-            last = [[scheduler.position - width + i for i in range(width)] for scheduler in self._schedulers]
+            width = input_ids.shape[1]
+            last = [[len(columns) - width + i for i in range(width)] for columns in self._real]
             inputs["position_ids"] = torch.tensor(last, device=input_ids.device).clamp_min(0)
-        mask = torch.from_numpy(slots).to(input_ids.device)
-        if not any(self.cache.is_sliding):
-            inputs["attention_mask"] = mask
-            return
-        shared = {
-            "config": self._model_config.get_text_config(),
-            "inputs_embeds": torch.empty((batch, width, 0), dtype=self.cache.own[0].dtype, device=input_ids.device),
-            "past_key_values": self.cache,
-        }
-        inputs["attention_mask"] = {
-            "full_attention": create_causal_mask(attention_mask=mask, **shared),
-            "sliding_attention": create_sliding_window_causal_mask(
-                attention_mask=inputs.get("attention_mask"), **shared
-            ),
-        }
+        inputs["attention_mask"] = mask_over_slots(
+            self._traits.config, self.cache, torch.from_numpy(slots).to(input_ids.device), inputs
+        )
 
 
 def _real_columns(mask: Tensor | None, batch: int, width: int) -> np.ndarray:
-    """(batch, width) bool: which columns of the pass are no padding."""
+    """(batch, width) bool: which columns of the pass are not padding."""
     if mask is None:
         return np.ones((batch, width), bool)
     return mask[:, -width:].bool().cpu().numpy()
-
-
-def _real(weights: np.ndarray) -> np.ndarray:
-    return ~np.isnan(weights[:, 0])
-
-
-def _without_padding(weights: np.ndarray) -> np.ndarray:
-    """Give padding the weights of a real token, so that it does not keep a pass from being uniform."""
-    real = _real(weights)
-    if real.all():
-        return weights
-    filled = weights.copy()
-    filled[~real] = weights[real][0] if real.any() else 0
-    return filled

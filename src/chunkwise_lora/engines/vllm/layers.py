@@ -1,12 +1,11 @@
-"""What vLLM's LoRA layers call to add the adapters of a forward pass to their output.
+"""What vLLM's LoRA layers call to add the adapter product of a forward pass to their output.
 
-vLLM's layers keep doing what is theirs, the base product and the communication between tensor-parallel ranks; only the
-adapters' part is ours. It stands behind a custom operator, so that a compiled model does not bake a plan in.
+vLLM's layers keep computing the base product and communicating between tensor-parallel ranks; only the adapters' part is
+ours. It stands behind a custom operator, so that a compiled model does not bake a plan in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,44 +13,69 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from chunkwise_lora.backends.base import Additions, Columns
+from chunkwise_lora.backends import AnyBackend, Layer, PreparedPass
+from chunkwise_lora.method.segments import PassPlan
 
 
-class LadderLayer:
-    """All adapters of one layer. Stands where vLLM's layers expect what they call their punica wrapper."""
+class RunningPass:
+    """The forward pass that a worker runs: until it is planned, no adapter runs."""
 
-    def __init__(self, name: str, columns: Sequence[Columns], additions: Additions) -> None:
-        self.name = name
-        self.key = f"{name}.chunkwise"
-        """Its own in vLLM's forward context."""
-        self.columns = columns
-        self._additions = additions
+    def __init__(self, backend: AnyBackend) -> None:
+        self.backend = backend
+        self.tokens = 0
+        """Tokens of the pass, without padding."""
+        self._prepared: PreparedPass | None = None
+
+    def begin(self, tokens: int) -> None:
+        """A pass over so many tokens begins."""
+        self.tokens, self._prepared = tokens, None
+
+    def plan(self, plan: PassPlan) -> None:
+        """Say what all layers add from now on in this pass."""
+        self._prepared = self.backend.prepare(plan) if plan.segments else None
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
+        """In place, y (tokens, width) += what the pass runs for x (tokens, in). Rows past the pass's are padding."""
+        if self._prepared is not None:
+            if len(x) > self.tokens:
+                y, x = y[: self.tokens], x[: self.tokens]
+            self.backend.apply(layer, y, x, self._prepared)
+
+
+class LayerAdapters:
+    """All adapters of one layer. It stands where vLLM's layers expect their punica wrapper."""
+
+    def __init__(self, layer: Layer, running: RunningPass) -> None:
+        self.layer = layer
+        self.key = f"{layer.name}.chunkwise"
+        """Of this object in vLLM's forward context."""
+        self._running = running
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """vLLM's call: add to y (tokens, width), in place, what the adapters give for x (tokens, in)."""
         if torch.compiler.is_compiling():
-            torch.ops.vllm.chunkwise_add_ladders(y, x, self.key)
+            torch.ops.vllm.chunkwise_add_adapters(y, x, self.key)
         else:
             self.add(y, x)
         return y
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Add what the current pass says."""
-        self._additions.add(self.name, y, x)
+        """Add what the running pass says."""
+        self._running.add(self.layer, y, x)
 
 
-def _add_ladders(y: Tensor, x: Tensor, layer: str) -> None:
+def _add_adapters(y: Tensor, x: Tensor, layer: str) -> None:
     get_forward_context().no_compile_layers[layer].add(y, x)
 
 
-def _add_ladders_fake(y: Tensor, x: Tensor, layer: str) -> None:
+def _add_adapters_fake(y: Tensor, x: Tensor, layer: str) -> None:
     pass
 
 
-if not hasattr(torch.ops.vllm, "chunkwise_add_ladders"):
+if not hasattr(torch.ops.vllm, "chunkwise_add_adapters"):
     direct_register_custom_op(
-        op_name="chunkwise_add_ladders",
-        op_func=_add_ladders,
+        op_name="chunkwise_add_adapters",
+        op_func=_add_adapters,
         mutates_args=["y"],
-        fake_impl=_add_ladders_fake,
+        fake_impl=_add_adapters_fake,
     )

@@ -1,12 +1,12 @@
 """Ladders in a vLLM worker, where vLLM keeps LoRA adapters.
 
-vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots:
-each ladder brings its own factors at its own rank, and what runs of it is a `Part` of the pass.
+vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots: each
+ladder brings its own factors at its own rank, and what runs of it is a `Segment` of the pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,12 +22,13 @@ from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_nam
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 
-from chunkwise_lora.backends.base import Additions, Columns, additions_on
+from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
+from chunkwise_lora.engines.base import adapter_info, config_for
 from chunkwise_lora.engines.vllm import loading, settings
-from chunkwise_lora.engines.vllm.layers import LadderLayer
-from chunkwise_lora.engines.vllm.planner import AdapterPlan
+from chunkwise_lora.engines.vllm.layers import LayerAdapters, RunningPass
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
+from chunkwise_lora.method.batch import NO_ADAPTER, AdapterInfo
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 
@@ -36,7 +37,7 @@ class LoadedLadder:
     """A ladder in this worker's memory."""
 
     id: int
-    plan: AdapterPlan
+    info: AdapterInfo
     config: ChunkWiseConfig
     """For requests that carry none."""
     modules: dict[str, list[LadderModule | None]]
@@ -53,8 +54,9 @@ class LadderManager(LRUCacheLoRAModelManager):
     """Puts ladders into the layers of a model and takes them out again."""
 
     supported_lora_modules: list[str]
-    layers: dict[str, LadderLayer]
-    additions: Additions
+    layers: dict[str, LayerAdapters]
+    backend: AnyBackend
+    running: RunningPass
     _has_slots = True
 
     def __init__(self, model: nn.Module, *arguments: Any, vllm_config: VllmConfig, **options: Any) -> None:
@@ -74,15 +76,18 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._has_slots = False
         super()._create_lora_modules()
         self._has_slots = True
-        self.additions = additions_on(self.device, self._dtype, self.max_num_batched_tokens, self.lora_slots)
+        limits = Limits(self.max_num_batched_tokens, self.lora_slots)
+        self.backend = backend_on(self.device, self._dtype, limits)
+        self.running = RunningPass(self.backend)
         self.layers = {}
         for name, module in self.modules.items():
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 continue
             offsets = np.cumsum([0, *module.output_slices]).tolist()
             columns = [Columns(*where) for where in zip(offsets, module.output_slices, strict=False)]
-            self.additions.layer(name, module.input_size, columns)
-            layer = self.layers[name] = LadderLayer(name, columns, self.additions)
+            layer = self.layers[name] = LayerAdapters(
+                self.backend.add_layer(name, module.input_size, columns), self.running
+            )
             self._static_context[layer.key] = layer
             module.set_mapping(layer)
 
@@ -112,7 +117,7 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     def _share(self, layer: str, modules: list[LadderModule | None], path: str) -> list[LadderModule | None]:
         wrapped = self.modules[layer]
-        columns = self.layers[layer].columns
+        columns = self.layers[layer].layer.columns
         if len(modules) != len(columns):
             raise LadderError(f"{path}: {layer} holds {len(columns)} products for {len(modules)}; not supported")
         downs: Any = [None if one is None else one.down for one in modules]
@@ -140,8 +145,8 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Any:
         """For warm-up: nothing, since a ladder takes no memory before it is there."""
-        plan = AdapterPlan(f"warm-up {lora_id}", np.zeros(1))
-        return LoadedLadder(lora_id, plan, ChunkWiseConfig.preset("lossless"), {})
+        info = replace(NO_ADAPTER, key=str(lora_id), name=f"warm-up {lora_id}")
+        return LoadedLadder(lora_id, info, ChunkWiseConfig.preset("lossless"), {})
 
     def _add_adapter(self, lora: Any) -> None:
         self._registered_adapters[lora.id] = lora
@@ -153,22 +158,22 @@ class LadderManager(LRUCacheLoRAModelManager):
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
-        self.additions.put(str(lora_id), self._registered_adapters[lora_id].modules)
+        self.backend.load(str(lora_id), self._registered_adapters[lora_id].modules)
         self._active_adapters[lora_id] = None
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
-        self.additions.drop(str(lora_id))
+        self.backend.unload(str(lora_id))
 
     def remove_all_adapters(self) -> None:
         """Forget all ladders."""
         super().remove_all_adapters()
-        for adapter in list(self.additions.adapters):
-            self.additions.drop(adapter)
+        for adapter in self.backend.adapters:
+            self.backend.unload(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """A new pass begins: until it is planned, no adapter runs."""
-        self.additions.begin(len(mapping.index_mapping))
+        self.running.begin(len(mapping.index_mapping))
 
 
 class LadderWorkerManager(LRUCacheWorkerLoRAManager):
@@ -198,7 +203,8 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         path = get_adapter_absolute_path(lora_request.lora_path)
         ladder = loading.load(path)
-        config = settings.of_adapter(ladder.policy, self._server)
-        loading.check_config(ladder, config, path)
-        plan = AdapterPlan(lora_request.lora_name, np.array(ladder.rung_ranks), ladder.learned)
-        return LoadedLadder(lora_request.lora_int_id, plan, config, self.ladders.share_of(ladder, path))
+        info = adapter_info(
+            str(lora_request.lora_int_id), ladder, self.lora_config.lora_dtype.itemsize, lora_request.lora_name
+        )
+        config = config_for(ladder, model=self._server.chosen)
+        return LoadedLadder(lora_request.lora_int_id, info, config, self.ladders.share_of(ladder, path))

@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.registry import Collector
 
-from chunkwise_lora.engines.vllm.planner import Tally
+from chunkwise_lora.method.batch import Usage
 
 FOLDER = "CHUNKWISE_METRICS_DIR"
 """Environment variable: where workers on this machine leave their numbers."""
@@ -55,21 +55,25 @@ class Recorder:
 
     def __init__(self, folder: str) -> None:
         self._values = MmapedDict(str(Path(folder) / f"{os.getpid()}.db"))
+        self._bytes: dict[str, dict[str, int]] = {}
+        """By name, then by adapter."""
 
-    def tally(self, adapter: str, tally: Tally) -> None:
-        """Count what a pass ran of an adapter."""
-        for rung in tally.tokens.nonzero()[0].tolist():
-            self._add("chunkwise:tokens", float(tally.tokens[rung]), adapter, str(rung))
-        self._add("chunkwise:rank", tally.rank, adapter)
-        self._add("chunkwise:scheduler_seconds", tally.seconds, adapter)
+    def record(self, adapter: str, usage: Usage) -> None:
+        """Count what a pass ran of an adapter. Adapters that share a name are counted together, under that name."""
+        for rung in usage.tokens.nonzero()[0].tolist():
+            self._add("chunkwise:tokens", float(usage.tokens[rung]), usage.name, str(rung))
+        self._add("chunkwise:rank", usage.rank, usage.name)
+        self._add("chunkwise:scheduler_seconds", usage.seconds, usage.name)
 
     def schedulers(self, count: int) -> None:
         """Note how many requests are being planned."""
         self._values.write_value(_key("chunkwise:schedulers"), float(count), 0.0)
 
-    def adapter_bytes(self, adapter: str, nbytes: int) -> None:
-        """Note the bytes that an adapter takes."""
-        self._values.write_value(_key("chunkwise:adapter_bytes", adapter), float(nbytes), 0.0)
+    def adapter_bytes(self, adapter: str, name: str, nbytes: int) -> None:
+        """Note the bytes that an adapter takes. Those of adapters that share a name are added up."""
+        of_name = self._bytes.setdefault(name, {})
+        of_name[adapter] = nbytes
+        self._values.write_value(_key("chunkwise:adapter_bytes", name), float(sum(of_name.values())), 0.0)
 
     def _add(self, name: str, amount: float, *labels: str) -> None:
         key = _key(name, *labels)

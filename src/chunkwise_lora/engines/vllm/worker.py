@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 
+from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
-from chunkwise_lora.engines.vllm.planner import Planner, Scheduled
+from chunkwise_lora.method.batch import BatchPlanner, SequencePlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 
 
@@ -33,16 +35,20 @@ class RunnerPlanner:
     """
 
     def __init__(self, runner: Any, manager: LadderWorkerManager, vllm_config: VllmConfig) -> None:
-        self.planner = Planner(vllm_config.model_config.get_vocab_size())
+        self.planner = BatchPlanner(vllm_config.model_config.get_vocab_size())
         self._runner = runner
         self._manager = manager
         self._noted: set[tuple[str, KVCacheConfig]] = set()
         """Adapters and KV policies about which the log has said what is left undone."""
+        self._ends: list[int] = []
+        """Where the tokens of each request end in the running pass."""
+        self._sampled: list[tuple[list[tuple[str, int]], Tensor]] = []
+        """Entropies that were not read yet, with the request and the position of each."""
         self._recorder: metrics.Recorder | None = None
         folder = os.environ.get(metrics.FOLDER, "")
         if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
             self._recorder = metrics.Recorder(folder)
-            self.planner.tally = self._recorder.tally
+            self.planner.record = self._recorder.record
         for name, hook in (
             ("_update_states", self._update_states),
             ("set_active_loras", self._set_active_loras),
@@ -50,9 +56,13 @@ class RunnerPlanner:
         ):
             setattr(runner, name, _around(getattr(runner, name), hook))
 
+    def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
+        """What of a KV policy vLLM's cache cannot do."""
+        return loading.kv_left_undone(config)
+
     def _update_states(self, original: Callable[..., Any], scheduler_output: Any) -> Any:
         if scheduler_output.finished_req_ids:
-            self.planner.forget(scheduler_output.finished_req_ids)
+            self.planner.close(scheduler_output.finished_req_ids)
             self._count()
         return original(scheduler_output)
 
@@ -62,39 +72,63 @@ class RunnerPlanner:
         original(input_batch, num_scheduled_tokens, *rest, **options)
         starts = input_batch.num_computed_tokens_cpu.tolist()
         counts = num_scheduled_tokens.tolist()
-        scheduled = [Scheduled(*of) for of in zip(input_batch.req_ids, starts, counts, strict=False)]
-        for one in scheduled:
-            self._open(one.request)
-        tokens = sum(counts)
-        self._ends = [one.start + one.count for one in scheduled]
-        parts = self.planner.plan(scheduled, self._runner.input_ids.gpu[:tokens].tolist)
-        self._manager.ladders.additions.plan(parts)
+        spans = [Span(*of) for of in zip(input_batch.req_ids, starts, counts, strict=False)]
+        for span in spans:
+            self._open(span.sequence)
+        self._ends = [span.start + span.count for span in spans]
+        self._learn()
+        plan = self.planner.plan(spans, lambda: self._token_ids(counts))
+        self._manager.ladders.running.plan(plan)
+
+    def _token_ids(self, counts: Sequence[int]) -> list[list[int]]:
+        """The token ids of the running pass, by request. Waits for the device."""
+        ids = self._runner.input_ids.gpu[: sum(counts)].tolist()
+        ends = list(accumulate(counts))
+        return [ids[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
     def _sample_tokens(self, original: Callable[..., Any], *arguments: Any) -> Any:
         state = self._runner.execute_model_state
         if state is not None and state.logits is not None:
-            self.planner.sampled(self._runner.input_batch.req_ids, self._ends, state.logits)
+            self._note_entropies(self._runner.input_batch.req_ids, state.logits)
         return original(*arguments)
+
+    def _note_entropies(self, requests: Sequence[str], logits: Tensor) -> None:
+        """Logits (requests, vocabulary) give the token of each request behind its tokens in the pass."""
+        known = [self.planner.get(request) for request in requests]
+        rows = [row for row, one in enumerate(known) if one is not None and one.config.reads_entropy]
+        if rows:
+            # Read when the next pass is planned, so that a device need not be waited for now.
+            chosen = logits if len(rows) == len(logits) else logits[rows]
+            self._sampled.append(([(requests[row], self._ends[row]) for row in rows], entropies_of(chosen)))
+
+    def _learn(self) -> None:
+        """Give the planner the entropies of the passes before."""
+        for positions, entropies in self._sampled:
+            for (request, position), entropy in zip(positions, entropies.tolist(), strict=True):
+                if (known := self.planner.get(request)) is not None:
+                    known.learn(position, entropy)
+        self._sampled.clear()
 
     def _open(self, request_id: str) -> None:
         request = self._runner.requests[request_id]
         if request.lora_request is None:
             return
         ladder = self._manager.loaded(request.lora_request.lora_int_id)
-        if self.planner.follows(request_id, ladder.plan):
+        known = self.planner.get(request_id)
+        if known is not None and known.adapter.has_rungs_of(ladder.info):
             return
         config = settings.carried(getattr(request.sampling_params, "extra_args", None)) or ladder.config
-        if config.complexity.learned and ladder.plan.learned is None:  # written after the ladder was loaded
+        if config.complexity.learned and ladder.info.learned is None:  # written after the ladder was loaded
             config = ChunkWiseConfig.preset("lossless")
-        if (undone := (ladder.plan.name, config.kv_cache)) not in self._noted:
-            self._noted.add(undone)
-            loading.note_kv_policy(*undone)
-        self.planner.open(
-            request_id, str(ladder.id), ladder.plan, config, request.prompt_token_ids, request.output_token_ids
-        )
+        if (noted := (ladder.info.name, config.kv_cache)) not in self._noted:
+            self._noted.add(noted)
+            loading.note_kv_policy(*noted)
+        prompt, output = request.prompt_token_ids, request.output_token_ids
+        planner = SequencePlanner(ladder.info, config, self.planner.vocab_size, [*prompt, *output], len(prompt))
+        self.planner.open(request_id, planner)
         self._count()
         if self._recorder is not None:
-            self._recorder.adapter_bytes(ladder.plan.name, ladder.nbytes)
+            self._recorder.adapter_bytes(ladder.info.key, ladder.info.name, ladder.nbytes)
 
     def _count(self) -> None:
         if self._recorder is not None:

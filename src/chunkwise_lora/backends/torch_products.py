@@ -1,0 +1,147 @@
+"""The adapter product as plain PyTorch products: runs on every device, and is what faster backends fall back to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from chunkwise_lora.backends.base import Backend, Columns, Layer, Limits, PreparedPass
+from chunkwise_lora.backends.emulation import Widened, emulates
+from chunkwise_lora.ladder import LadderModule
+from chunkwise_lora.method.segments import PassPlan, Segment
+
+
+class Factors:
+    """One module's factors on a device, with the slices of every rung ready."""
+
+    def __init__(self, module: LadderModule, columns: Columns, device: torch.device, dtype: torch.dtype) -> None:
+        down = module.down.to(device, dtype).contiguous()
+        up = module.up.to(device, dtype).T.contiguous()  # transposed, so that a rung is a contiguous slice
+        self.columns = columns
+        self.ranks = module.ranks
+        self.slices = [(down[:k], up[:k]) for k in module.ranks]
+        """Per rung the factors (k, in) and (k, out), views of the full ones."""
+        self.table = module.gate_table().to(device)
+        """(rungs, r) float32"""
+
+
+class TorchLayer(Layer):
+    """A layer with the factors of the loaded adapters."""
+
+    def __init__(self, name: str, in_features: int, columns: Sequence[Columns]) -> None:
+        super().__init__(name, in_features, columns)
+        self.factors: dict[str, list[Factors]] = {}
+        """By adapter, one per adapted module of the layer."""
+
+
+class DeviceSegment:
+    """A segment with its tensors on a device."""
+
+    def __init__(self, segment: Segment, device: torch.device) -> None:
+        self.adapter, self.rung = segment.adapter, segment.rung
+        self.weights = None if segment.weights is None else torch.from_numpy(segment.weights).to(device)
+        """(tokens, rungs)"""
+        self.rows = None if segment.rows is None else torch.from_numpy(segment.rows).to(device)
+        """(tokens,)"""
+        self._gates: dict[tuple[int, ...], Tensor] = {}
+
+    def gates(self, factors: Factors) -> Tensor | None:
+        """(tokens, k) float32 the gates of a module, None for ones; modules with equal ranks share them."""
+        if self.weights is None:
+            return None
+        gates = self._gates.get(factors.ranks)
+        if gates is None:
+            gates = self._gates[factors.ranks] = self.weights @ factors.table[:, : factors.ranks[self.rung]]
+        return gates
+
+
+class TorchPass(PreparedPass):
+    """The segments of a pass on a device."""
+
+    def __init__(self, plan: PassPlan, device: torch.device) -> None:
+        super().__init__(plan)
+        self.segments = [DeviceSegment(segment, device) for segment in plan.segments]
+        self.widened = Widened()
+        """Inputs in float32, on a CPU that emulates half precision."""
+
+
+class TorchBackend(Backend[TorchLayer, TorchPass]):
+    """Two products of matrices per segment and module."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, limits: Limits | None = None) -> None:
+        super().__init__(device, dtype, limits)
+        self._layers: dict[str, TorchLayer] = {}
+        self._adapters: dict[str, list[TorchLayer]] = {}
+
+    @classmethod
+    def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
+        """Everywhere."""
+        return True
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Keys of the loaded adapters."""
+        return frozenset(self._adapters)
+
+    def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> TorchLayer:
+        """Make a layer known."""
+        layer = self._layers[name] = TorchLayer(name, in_features, columns)
+        return layer
+
+    def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
+        """Bring an adapter to the device."""
+        self.unload(adapter)
+        self._adapters[adapter] = [self._layers[name] for name in modules]
+        for layer, of_layer in zip(self._adapters[adapter], modules.values(), strict=True):
+            layer.factors[adapter] = [
+                Factors(module, columns, self.device, self.dtype)
+                for columns, module in zip(layer.columns, of_layer, strict=True)
+                if module is not None
+            ]
+
+    def unload(self, adapter: str) -> None:
+        """Free an adapter."""
+        for layer in self._adapters.pop(adapter, ()):
+            del layer.factors[adapter]
+
+    def prepare(self, plan: PassPlan) -> TorchPass:
+        """Bring the segments to the device."""
+        return TorchPass(plan, self.device)
+
+    def apply(self, layer: TorchLayer, y: Tensor, x: Tensor, prepared: TorchPass) -> Tensor:
+        """Add segment by segment, module by module."""
+        if y.requires_grad:
+            y = y.clone()
+        shape = y.shape
+        y, x = y.reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1])
+        if emulates(x.dtype, x.device):
+            x = prepared.widened.of(x)
+        for segment in prepared.segments:
+            rows = x if segment.rows is None else x[segment.rows]
+            for factors in layer.factors.get(segment.adapter, ()):
+                if factors.ranks[segment.rung]:
+                    _add(y, rows, segment, factors)
+        return y.view(shape)
+
+
+def _add(y: Tensor, x: Tensor, segment: DeviceSegment, factors: Factors) -> None:
+    """In place, y (all tokens, width) += the product of one module for x, the segment's tokens."""
+    down, up = (factor.to(x.dtype) for factor in factors.slices[segment.rung])
+    gates = segment.gates(factors)
+    hidden = nn.functional.linear(x, down)
+    if gates is not None:
+        hidden = (hidden * gates).to(x.dtype)
+    columns = factors.columns
+    target = y if columns.width == y.shape[1] else y[:, columns.offset : columns.offset + columns.width]
+    if segment.rows is None and hidden.dtype == up.dtype == y.dtype:
+        target.addmm_(hidden, up)
+        return
+    output = (hidden @ up).to(y.dtype)  # adding a wider one takes PyTorch twice as long
+    if segment.rows is None:
+        target += output
+    else:
+        target.index_add_(0, segment.rows, output)

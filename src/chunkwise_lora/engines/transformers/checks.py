@@ -1,0 +1,98 @@
+"""What the engine refuses before it runs: models, prompts and options of `generate` that cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from chunkwise_lora.errors import EngineError
+
+_ROLLS_BACK = "assisted generation rolls the cache back, which a cache that drops entries cannot"
+
+REFUSED_OPTIONS = {
+    "assistant_model": _ROLLS_BACK,
+    "prompt_lookup_num_tokens": _ROLLS_BACK,
+    "assistant_early_exit": _ROLLS_BACK,
+    "use_mtp": _ROLLS_BACK,
+    "guidance_scale": "classifier-free guidance runs the model a second time, out of the order that plans follow",
+    "custom_generate": "a custom generation loop is not known to keep sequences in order",
+    "cache_implementation": "the KV policy owns the cache; choose a preset or kv_cache settings instead",
+    "past_key_values": "the KV policy owns the cache; pass the whole prompt instead",
+    "inputs_embeds": "plans are made from token ids; pass input_ids instead",
+}
+
+
+class GenerateOptions:
+    """What `generate` will do: its own options first, then those of a generation config, then the model's."""
+
+    def __init__(self, options: Mapping[str, Any], *configs: GenerationConfig | None) -> None:
+        self._options = options
+        self._configs = configs
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._options:
+            return self._options[name]
+        values = (getattr(config, name, None) for config in self._configs)
+        return next((value for value in values if value is not None), None)
+
+
+def refuse_type(name: str, value: object, *kinds: type) -> None:
+    """Refuse a value of another type; None stands for a default."""
+    if value is not None and not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise EngineError(f"{name} is a {type(value).__name__}; give a {wanted}")
+
+
+def refuse_model(model: object) -> None:
+    """Refuse what is not a causal language model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise EngineError(
+            f"expected a transformers model, got {type(model).__name__}; of a PeftModel, pass peft_model.unload()"
+        )
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
+
+
+def refuse_options(options: GenerateOptions, use_cache: bool) -> None:
+    """Refuse options of `generate` that cannot work with a plan per chunk."""
+    for name, reason in REFUSED_OPTIONS.items():
+        value = getattr(options, name)
+        if name == "cache_implementation" and value == "hybrid":
+            continue  # stands in old checkpoints; transformers ignores it
+        if name == "guidance_scale" and value == 1:
+            continue
+        if value is not None and value is not False:
+            raise EngineError(f"generate: {name} is not supported: {reason}")
+    if (options.num_beams or 1) > 1 and not use_cache:
+        raise EngineError("generate: num_beams with use_cache=False is not supported: beams are followed in the cache")
+
+
+def check_prompt(model: PreTrainedModel, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
+    """Refuse prompts that are empty, not token ids of this model, or longer than it takes."""
+    kinds = (torch.int64, torch.int32)
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in kinds:
+        raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")
+    mask = options.get("attention_mask")
+    refuse_type("attention_mask", mask, Tensor)
+    if mask is not None and mask.shape != input_ids.shape:
+        raise EngineError(
+            f"attention_mask is {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; give both the same shape"
+        )
+    lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)
+    if not lengths.numel() or not input_ids.shape[1] or not lengths.all():
+        raise EngineError("a prompt is empty; give every sequence at least one token (for example the BOS token)")
+    rows = model.get_input_embeddings().num_embeddings
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= rows:
+        raise EngineError(
+            f"input_ids hold {low if low < 0 else high}, outside the model's vocabulary of {rows}; "
+            "use the tokenizer of this model"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(lengths.max())
+    if positions is not None and longest > positions:
+        raise EngineError(f"a prompt has {longest} tokens, but the model has {positions} positions; shorten the prompt")

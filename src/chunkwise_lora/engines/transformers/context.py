@@ -1,0 +1,44 @@
+"""The state of the forward pass that is running: its plan, and the plan as each backend prepared it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from chunkwise_lora.backends import AnyBackend
+from chunkwise_lora.backends.emulation import Widened
+from chunkwise_lora.method.segments import PassPlan
+
+
+class ForwardContext:
+    """Shared by all layers that adapters change. Empty between passes."""
+
+    def __init__(self) -> None:
+        self.plan: PassPlan | None = None
+        """None: no adapter runs."""
+        self.is_constant = False
+        """Whether every token of the whole generation gets the same gates of one adapter."""
+        self.sequences: dict[str, Tensor | None] = {}
+        """By adapter key, the sequences of the batch (n,) that use it; None for all of them."""
+        self.widened = Widened()
+        """The input of the current layer in float32."""
+        self._prepared: dict[tuple[int, int], Any] = {}
+
+    def begin(self, plan: PassPlan, sequences: dict[str, Tensor | None], is_constant: bool) -> None:
+        """A pass begins."""
+        self.clear()
+        self.plan, self.sequences, self.is_constant = plan, sequences, is_constant
+
+    def clear(self) -> None:
+        """A pass has ended. Nothing of it is held."""
+        self.plan, self.sequences, self.widened = None, {}, Widened()
+        self._prepared.clear()
+
+    def prepared(self, backend: AnyBackend, plan: PassPlan) -> Any:
+        """The pass's plan, or a layer's view of it, as `backend` runs it."""
+        key = id(backend), id(plan)
+        found = self._prepared.get(key)
+        if found is None:
+            found = self._prepared[key] = backend.prepare(plan)
+        return found

@@ -1,0 +1,52 @@
+"""Linear layers on a CPU that emulates half precision: computed in float32 from the same weights."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from chunkwise_lora.backends.emulation import emulates
+from chunkwise_lora.backends.native import kernels
+from chunkwise_lora.backends.native.backend import FEW_TOKENS
+from chunkwise_lora.engines.transformers.context import ForwardContext
+
+
+class WideLinear:
+    """Computes a linear layer by widening its half-precision weights on the fly, where PyTorch would emulate the
+    product.
+
+    The result is the same up to rounding: every product of two halves is exact in float32, and sums are rounded once.
+    """
+
+    def __init__(self, module: nn.Linear, context: ForwardContext, use_kernels: bool) -> None:
+        self._module = module
+        self._context = context
+        self._use_kernels = use_kernels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        weight, bias = self._module.weight, self._module.bias
+        kernel = kernels(x.dtype) if self._use_kernels else None
+        few = x.numel() <= FEW_TOKENS * x.shape[-1]
+        # The module may have been moved or cast since.
+        if torch.is_grad_enabled() or x.dtype != weight.dtype or not widens(self._module) or (few and kernel is None):
+            return nn.functional.linear(x, weight, bias)
+        wide = self._context.widened.of(x)
+        if few and kernel is not None:
+            return kernel.multiply(wide, weight, bias)
+        return nn.functional.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def widens(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a plain linear layer whose half precision the CPU would emulate."""
+    if type(module) is not nn.Linear:
+        return False
+    weight, bias = module.weight, module.bias
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and emulates(weight.dtype, weight.device)
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+    )
