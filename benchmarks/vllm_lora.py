@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             engine.engine.step()
             engine.engine.step()
             if preset is not None:
-                engine.planner.tally = lambda _, tally, name=name: planning.setdefault(name, []).append(tally.seconds)
+                engine.planner.record = lambda _, usage, name=name: planning.setdefault(name, []).append(usage.seconds)
             times = [engine.timed_step() for _ in range(block)]
             engine.drain()
             if turn >= 0:

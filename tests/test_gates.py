@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunkwise_lora.backends.segments import Factors, segments_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
-from chunkwise_lora.backends import segments as gating
+from chunkwise_lora.backends import Columns, backend_on
 from chunkwise_lora.engines.transformers import FastPaths
-from chunkwise_lora.engines.transformers.layers import GatedLinear, Step
+from chunkwise_lora.engines.transformers.context import ForwardContext
+from chunkwise_lora.engines.transformers.layers import GatedLinear
 from chunkwise_lora.ladder import LadderModule
+from chunkwise_lora.method import segments as grouping
 from chunkwise_lora.method.config import (
     ChunkingConfig,
     CompositionConfig,
@@ -27,6 +28,7 @@ from chunkwise_lora.method.config import (
     LevelKVPolicy,
     SelectionConfig,
 )
+from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
 from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_plus, prompts
 
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
@@ -95,6 +97,19 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(modules, owners, weights, width, seed)
 
 
+def gated_linear(
+    name: str, linear: nn.Linear, modules: dict[str, LadderModule], context: ForwardContext, fast: FastPaths
+) -> GatedLinear:
+    """A layer that these adapters change."""
+    gated = GatedLinear(name, linear, context, fast)
+    backend = backend_on(torch.device("cpu"), torch.float32, name=None if fast.kernels else "torch")
+    gated.known_as(backend, backend.add_layer(name, linear.in_features, [Columns(0, linear.out_features)]))
+    for adapter_name, module in modules.items():
+        backend.load(adapter_name, {name: [module]})
+        gated.adapters.add(adapter_name)
+    return gated
+
+
 @pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("gain", GROUPING.values(), ids=GROUPING)
 @given(case=cases())
@@ -103,43 +118,22 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
     linear = nn.Linear(6, 5)
     x = torch.randn(len(case.owners), case.width, 6, generator=generator)
     expected = linear(x).reshape(-1, 5)
-    step = Step(batch=len(case.owners), width=case.width)
-    gated = GatedLinear("linear", linear, step, FAST[fast])
+    context, segments = ForwardContext(), []
+    gated = gated_linear("linear", linear, case.modules, context, FAST[fast])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(gating, "GROUPING_GAIN", gain)
+        patch.setattr(grouping, "GROUPING_GAIN", gain)
         for name, module in case.modules.items():
-            gated.factors[name] = Factors(module, torch.device("cpu"), torch.float32)
             members = np.array([row for row, owner in enumerate(case.owners) if owner == name])
             if not len(members):
                 continue
             rows = (members[:, None] * case.width + np.arange(case.width)).ravel()
             everyone = len(members) == len(case.owners)
             ranks, weights = np.array(module.ranks, float), case.weights[name]
-            step.parts += segments_of(name, weights, ranks, None if everyone else rows)
+            segments += segments_of(name, weights, ranks, None if everyone else rows)
             addition = gate_form(module, x.reshape(-1, 6)[rows], torch.from_numpy(weights))
             expected = expected.index_add(0, torch.from_numpy(rows), addition)
+        context.begin(PassPlan(tuple(segments), len(case.owners), case.width), {}, False)
         assert torch.allclose(gated(x).reshape(-1, 5), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("weights", "gain", "parts"),
-    [
-        ([[0, 0, 1]] * 4, 0.0, 1),
-        ([[0, 0.5, 0]] * 4, 0.0, 1),
-        ([[1, 0, 0], [0, 0, 1]] * 2, 1e9, 1),
-        ([[1, 0, 0], [0, 0, 1]] * 2, 1.0, 2),
-        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], 0.0, 3),
-    ],
-    ids=["slice", "scaled slice", "gated product", "two groups", "three groups"],
-)
-def test_a_pass_is_split_only_where_that_pays(
-    monkeypatch: pytest.MonkeyPatch, weights: list[list[float]], gain: float, parts: int
-) -> None:
-    monkeypatch.setattr(gating, "GROUPING_GAIN", gain)
-    plan = np.array(weights, np.float32)
-    made = segments_of("a", plan, np.array([0.0, 4.0, 8.0]), None)
-    assert len(made) == parts
-    assert (made[0].weights is None) == (parts == 1 and (plan == plan[0]).all() and plan[0].max() == 1) or parts > 1
 
 
 @contextmanager
@@ -211,7 +205,7 @@ def uneven(ladder: RankLadder, seed: int) -> RankLadder:
 def test_generation_equals_the_gate_form_without_any_cache(
     monkeypatch: pytest.MonkeyPatch, architecture: str, names: list[str], gain: float
 ) -> None:
-    monkeypatch.setattr(gating, "GROUPING_GAIN", gain)
+    monkeypatch.setattr(grouping, "GROUPING_GAIN", gain)
     ladders = {
         "a": uneven(RankLadder.from_peft(adapter(architecture)), 5),
         "b": RankLadder.from_peft(adapter(architecture, seed=2)),
@@ -284,16 +278,28 @@ def test_a_head_with_both_a_lora_and_a_replacement_in_one_batch_gives_each_seque
         assert (logits[row] - greedy(alone, prompts(), 4)[1][row]).abs().max() < 1e-4
 
 
-def test_a_module_that_sees_routed_tokens_refuses_gates_per_token() -> None:
-    step = Step(batch=2, width=3)
-    gated = GatedLinear("experts.0", nn.Linear(6, 5), step, FastPaths())
+@pytest.mark.parametrize(("name", "counts"), [("expert", (5, 4, 7)), ("experts.0", (5, 4, 6, 7))])
+def test_a_module_that_sees_routed_tokens_refuses_gates_per_token(name: str, counts: tuple[int, ...]) -> None:
+    context = ForwardContext()
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
-    gated.factors["a"] = Factors(module, torch.device("cpu"), torch.float32)
+    gated = gated_linear(name, nn.Linear(6, 5), {"a": module}, context, FastPaths())
     plan = np.array([[1, 0], [0, 1]] * 3, np.float32)
-    step.parts = segments_of("a", plan, np.array([0.0, 4.0]), None)
-    for tokens in (5, 4, 7):
-        with pytest.raises(EngineError, match=r"experts\.0"):
+    context.begin(PassPlan(tuple(segments_of("a", plan, np.array([0.0, 4.0]), None)), 2, 3), {}, False)
+    for tokens in counts:
+        with pytest.raises(EngineError, match=name):
             gated(torch.randn(tokens, 6))
+
+
+def test_a_module_that_sees_routed_tokens_runs_where_all_tokens_get_the_same() -> None:
+    context = ForwardContext()
+    module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
+    linear = nn.Linear(6, 5)
+    gated = gated_linear("experts.0", linear, {"a": module}, context, FastPaths())
+    context.begin(PassPlan((Segment("a", 1),), 2, 3), {}, True)
+    with torch.no_grad():
+        for tokens in (1, 6, 40):
+            x = torch.randn(tokens, 6)
+            assert torch.allclose(gated(x), linear(x) + x @ module.down.T @ module.up.T, atol=1e-4)
 
 
 def test_rank_zero_runs_the_base_and_half_scale_adds_half() -> None:

@@ -20,7 +20,7 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 from chunkwise_lora import ChunkWiseError, RankLadder, embedded
-from chunkwise_lora.engines.transformers.model import load_base
+from chunkwise_lora.engines.transformers.loading import load_base
 from chunkwise_lora.evaluation.answers import own_answers
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
 from meanings import write_rows

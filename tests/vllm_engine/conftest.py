@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chunkwise_lora.engines.vllm.planner import PlannedRequest
 
 from chunkwise_lora import embedded
+from chunkwise_lora.method.batch import SequencePlanner
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -77,17 +77,17 @@ class Engine:
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.planner = self.runner.chunkwise.planner
         self.ids: dict[str, int] = {}
-        self.plans: dict[str, PlannedRequest] = {}
+        self.plans: dict[str, SequencePlanner] = {}
         """Of every request that has ended, by the id given to it."""
-        forget = self.planner.forget
+        close = self.planner.close
 
         def remember(requests: Sequence[str]) -> None:
             for request in requests:
-                if request in self.planner._requests:
-                    self.plans[request.rpartition("-")[0]] = self.planner._requests[request]
-            forget(requests)
+                if (planner := self.planner.get(request)) is not None:
+                    self.plans[request.rpartition("-")[0]] = planner
+            close(requests)
 
-        self.planner.forget = remember
+        self.planner.close = remember
 
     def adapter(self, path: str | Path | None) -> Any:
         """The LoRARequest of an adapter; None for the base model."""

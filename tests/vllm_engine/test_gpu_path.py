@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from chunkwise_lora.backends.base import PartAdditions
+from chunkwise_lora.backends.torch_products import TorchBackend
 from conftest import E2E, OPTIONS, WIKI, Engine
 
 PROMPTS, ADAPTERS, TOKENS = ["The king", "name[The Eagle]", "He said"], [WIKI, E2E, None], 3
@@ -20,8 +20,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from chunkwise_lora.engines.vllm import manager
-from chunkwise_lora.backends.triton.backend import TritonAdditions
-manager.additions_on = TritonAdditions
+from chunkwise_lora.backends.triton.backend import TritonBackend
+manager.backend_on = TritonBackend
 options, prompts, adapters, tokens = json.load(sys.stdin)
 llm = LLM(**options)
 requests = [path and LoRARequest(path, 1 + number, path) for number, path in enumerate(adapters)]
@@ -51,7 +51,7 @@ def test_triton_gives_the_tokens_of_products(
 
     from chunkwise_lora.engines.vllm import manager
 
-    monkeypatch.setattr(manager, "additions_on", lambda device, dtype, *_: PartAdditions(device, dtype))
+    monkeypatch.setattr(manager, "backend_on", TorchBackend)
     engine = new_engine()
     for number, (prompt, adapter) in enumerate(zip(PROMPTS, ADAPTERS, strict=True)):
         engine.add(str(number), prompt, adapter, TOKENS, **({"chunkwise_preset": "balanced"} if adapter else {}))

@@ -207,9 +207,9 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
     held = {  # by storage, so that what a layer shares with its loaded ladder counts once
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layers in manager.additions.ladders.values()
-        for ladder in layers.values()
-        for _, factors in ladder.slices
+        for layer in manager.layers.values()
+        for of_adapter in layer.layer.products.factors.values()
+        for factors in of_adapter
         for tensor in factors.slices[-1]
     } | {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -230,7 +230,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     assert taken < 0.5 * padded
     for request in requests:
         engine.llm.llm_engine.remove_lora(request.lora_int_id)
-    assert not manager.additions.adapters.keys() & {str(one.lora_int_id) for one in requests}
+    assert not manager.backend.adapters & {str(one.lora_int_id) for one in requests}
 
 
 def test_a_check_is_made_anew_only_when_files_change(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from chunkwise_lora.engines.transformers.layers import FastPaths
+from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig

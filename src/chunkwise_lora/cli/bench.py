@@ -19,7 +19,7 @@ from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
 if TYPE_CHECKING:
-    from chunkwise_lora.engines.transformers.layers import FastPaths
+    from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 
 CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
 
@@ -129,7 +129,7 @@ def bench(
 
 
 def _fast_paths(switched_off: list[str]) -> FastPaths:
-    from chunkwise_lora.engines.transformers.layers import FastPaths
+    from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 
     known = list(FastPaths.__dataclass_fields__)
     for name in switched_off:

@@ -19,7 +19,7 @@ def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from chunkwise_lora.engines.transformers.model import load_base
+    from chunkwise_lora.engines.transformers.loading import load_base
 
     logging.disable_progress_bar()
     base = load_base(name)

@@ -8,10 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.errors import ConfigError, EngineError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.batch import AdapterInfo, BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+
+NOTHING_LEARNED = (
+    "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
+    "adapter, or choose a preset"
+)
 
 
 @runtime_checkable
@@ -49,12 +54,9 @@ def config_for(
     Raises:
         ConfigError: The config needs what calibration learns, and the ladder does not hold it.
     """
-    config = call or model or getattr(ladder, "policy", None) or ChunkWiseConfig.preset("lossless")
+    config = call or model or (ladder.policy if ladder is not None else None) or ChunkWiseConfig.preset("lossless")
     if config.complexity.learned and ladder is not None and ladder.learned is None:
-        raise ConfigError(
-            "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
-            "adapter, or choose a preset"
-        )
+        raise ConfigError(NOTHING_LEARNED)
     return config
 
 
@@ -82,12 +84,9 @@ def refuse_non_finite(name: str, ladder: RankLadder) -> None:
     """Refuse a ladder that holds NaN or infinity.
 
     Raises:
-        LadderError: Naming the ladder and the module.
+        EngineError: Naming the ladder and the module.
     """
-    from chunkwise_lora.errors import LadderError
-
-    tensors = {**{f"{key} (up)": m.up for key, m in ladder.modules.items()}}
-    tensors |= {f"{key} (down)": m.down for key, m in ladder.modules.items()}
-    for key, tensor in {**tensors, **ladder.saved_modules}.items():
+    factors = ((key, tensor) for key, module in ladder.modules.items() for tensor in (module.up, module.down))
+    for key, tensor in (*factors, *ladder.saved_modules.items()):
         if not torch.isfinite(tensor).all():
-            raise LadderError(f"{name}: {key} holds NaN or infinity; build the ladder anew")
+            raise EngineError(f"{name}: {key} holds NaN or infinity; build the ladder anew")

@@ -123,6 +123,11 @@ class SequencePlanner:
         self._feed(tokens[len(planned) :])
         return self._weights[start : start + len(tokens)]
 
+    def fork(self) -> SequencePlanner:
+        """A copy that goes on by itself; what never changes is shared."""
+        shared = (self.adapter, self.adapter.learned, self.config)
+        return copy.deepcopy(self, {id(one): one for one in shared})
+
     def take_decisions(self) -> list[KVDecision]:
         """The KV decisions that have fallen due since the last call, in order."""
         decisions, self._decisions = self._decisions, []
@@ -225,7 +230,7 @@ class BatchPlanner:
     def reorder(self, sources: Mapping[Hashable, Hashable]) -> None:
         """Let each sequence become a copy of another one, as a beam search chose."""
         if any(sequence != source for sequence, source in sources.items()):
-            self._sequences = {one: copy.deepcopy(self._sequences[source]) for one, source in sources.items()}
+            self._sequences = {one: self._sequences[source].fork() for one, source in sources.items()}
 
     def plan(
         self, spans: Sequence[Span], read_ids: Callable[[], Sequence[Sequence[int]]], width: int | None = None

@@ -59,9 +59,9 @@ class GatedLinear:
         columns, rest = divmod(tokens, plan.batch)
         if rest or columns >= plan.width or x.ndim < 3 or self._is_routed:
             raise EngineError(
-                f"{self.name}: sees {tokens} tokens of a pass of {plan.batch} x {plan.width} (a routed expert? a projection "
-                "of cached tokens?), so it cannot give each token its own gates; use the lossless preset with one adapter "
-                "per batch"
+                f"{self.name}: sees {tokens} tokens of a pass of {plan.batch} x {plan.width} (a routed expert? a "
+                "projection of cached tokens?), so it cannot give each token its own gates; use the lossless preset "
+                "with one adapter per batch"
             )
         return plan.tail(columns)
 

@@ -1,7 +1,7 @@
 """What vLLM's LoRA layers call to add the adapter product of a forward pass to their output.
 
-vLLM's layers keep computing the base product and communicating between tensor-parallel ranks; only the adapters' part is
-ours. It stands behind a custom operator, so that a compiled model does not bake a plan in.
+vLLM's layers keep computing the base product and communicating between tensor-parallel ranks; only the adapters' part
+is ours. It stands behind a custom operator, so that a compiled model does not bake a plan in.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 
+from chunkwise_lora.engines.base import NOTHING_LEARNED, config_for
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
@@ -67,23 +68,24 @@ def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
 @lru_cache(maxsize=1024)
 def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
     if is_ladder(path):
-        ladder = load(path)
-        config = settings.of_adapter(ladder.policy, server)
-        check_config(ladder, config, path)
-    else:
-        _refuse_saved(PeftAdapter.load(path).saved_modules, path)
-        config = settings.of_adapter(None, server)
-        check_config(None, config, path)
+        return config_of(load(path), server, path)
+    _refuse_saved(PeftAdapter.load(path).saved_modules, path)
+    return config_of(None, server, path)
+
+
+def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> ChunkWiseConfig:
+    """The config of requests that ask for nothing else; the ladder of a plain adapter, None, holds nothing learned.
+
+    Raises:
+        ConfigError: The config needs what the ladder does not hold.
+    """
+    try:
+        config = config_for(ladder, model=server.chosen)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if config.complexity.learned and ladder is None:
+        raise ConfigError(f"{path}: {NOTHING_LEARNED}")
     return config
-
-
-def check_config(ladder: RankLadder | None, config: ChunkWiseConfig, path: str) -> None:
-    """Refuse a config that a ladder, or None for that of a plain adapter, cannot follow."""
-    if config.complexity.learned and (ladder is None or ladder.learned is None):
-        raise ConfigError(
-            f"{path}: its config asks for complexity.learned, but nothing learned is there; run `chunkwise calibrate` "
-            "for this adapter, or choose a preset"
-        )
 
 
 def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:

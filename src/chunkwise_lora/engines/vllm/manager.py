@@ -1,7 +1,7 @@
 """Ladders in a vLLM worker, where vLLM keeps LoRA adapters.
 
-vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots: each
-ladder brings its own factors at its own rank, and what runs of it is a `Segment` of the pass.
+vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots:
+each ladder brings its own factors at its own rank, and what runs of it is a `Segment` of the pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
 
 from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
-from chunkwise_lora.engines.base import adapter_info, config_for
+from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, settings
 from chunkwise_lora.engines.vllm.layers import LayerAdapters, RunningPass
 from chunkwise_lora.errors import LadderError
@@ -206,5 +206,5 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         info = adapter_info(
             str(lora_request.lora_int_id), ladder, self.lora_config.lora_dtype.itemsize, lora_request.lora_name
         )
-        config = config_for(ladder, model=self._server.chosen)
+        config = loading.config_of(ladder, self._server, path)
         return LoadedLadder(lora_request.lora_int_id, info, config, self.ladders.share_of(ladder, path))

@@ -101,11 +101,6 @@ def _parsed(config: str) -> ChunkWiseConfig:
     return ChunkWiseConfig.from_json(config)
 
 
-def of_adapter(policy: ChunkWiseConfig | None, server: Choice) -> ChunkWiseConfig:
-    """The config of an adapter's requests that ask for nothing else, given the policy of the adapter's ladder."""
-    return server.chosen or policy or ChunkWiseConfig.preset("lossless")
-
-
 def salt(config: ChunkWiseConfig) -> str | None:
     """What tells KV made under `config` from other KV of the same tokens and adapter; None for `lossless`.
 

@@ -72,9 +72,10 @@ class RunnerPlanner:
         original(input_batch, num_scheduled_tokens, *rest, **options)
         starts = input_batch.num_computed_tokens_cpu.tolist()
         counts = num_scheduled_tokens.tolist()
-        spans = [Span(*of) for of in zip(input_batch.req_ids, starts, counts, strict=False)]
-        for span in spans:
-            self._open(span.sequence)
+        spans = []
+        for request, start, count in zip(input_batch.req_ids, starts, counts, strict=False):
+            self._open(request)
+            spans.append(Span(request, start, count))
         self._ends = [span.start + span.count for span in spans]
         self._learn()
         plan = self.planner.plan(spans, lambda: self._token_ids(counts))

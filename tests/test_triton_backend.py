@@ -1,4 +1,4 @@
-"""With Triton, layers add what they add without. On a GPU if one is there, or else in Triton's interpreter."""
+"""With Triton, layers add what they add without it. On a GPU if one is there, or else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunkwise_lora.backends.segments import Part, segments_of
-from chunkwise_lora.engines.vllm.planner import AdapterPlan, Planner, Scheduled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig
-from chunkwise_lora.backends import base as addition
-from chunkwise_lora.backends import segments as gating
-from chunkwise_lora.backends.base import Additions, Columns, PartAdditions
+from chunkwise_lora.backends import AnyBackend, Columns, Limits
+from chunkwise_lora.backends.torch_products import TorchBackend
 from chunkwise_lora.ladder import LadderModule
+from chunkwise_lora.method import segments as grouping
+from chunkwise_lora.method.batch import AdapterInfo, BatchPlanner, SequencePlanner, Span
+from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, TritonAdditions
+from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, TritonBackend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = {
@@ -49,38 +49,39 @@ def adapter(rank: int, rungs: int, seed: int = 0) -> dict[str, list[LadderModule
     return modules if seed % 2 else modules | {"down": [module(inputs_down, o.width, rank)]}
 
 
-def both(dtype: torch.dtype = torch.float32, adapters: int = 3) -> tuple[TritonAdditions, PartAdditions]:
-    """The two ways over the same layers, without adapters."""
-    ways = TritonAdditions(DEVICE, dtype, 64, adapters), PartAdditions(DEVICE, dtype)
-    for way in ways:
-        for name, shape in LAYERS.items():
-            way.layer(name, *shape)
-    return ways
+class Way:
+    """A backend over the layers, and the pass that it runs."""
+
+    def __init__(self, backend: AnyBackend) -> None:
+        self.backend = backend
+        self.layers = {name: backend.add_layer(name, *shape) for name, shape in LAYERS.items()}
+
+    def plan(self, plan: PassPlan) -> None:
+        self.prepared = self.backend.prepare(plan)
+
+    def added(self, layer: str, y: Tensor, x: Tensor) -> Tensor:
+        """y with the product added; rows past the pass's are padding."""
+        y, tokens = y.clone(), self.prepared.plan.tokens
+        self.backend.apply(self.layers[layer], y[:tokens], x[:tokens], self.prepared)
+        return y
 
 
-def added(way: Additions, layer: str, y: Tensor, x: Tensor) -> Tensor:
-    y = y.clone()
-    way.add(layer, y, x)
-    return y
+def both(dtype: torch.dtype = torch.float32, adapters: int = 3) -> tuple[Way, Way]:
+    """Triton and plain products over the same layers, without adapters."""
+    return Way(TritonBackend(DEVICE, dtype, Limits(64, adapters))), Way(TorchBackend(DEVICE, dtype))
 
 
-def assert_same(ways: tuple[Additions, Additions], rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def assert_same(ways: tuple[Way, ...], rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Both add the same in every layer; gives what."""
     results = []
     for layer, (inputs, columns) in LAYERS.items():
         x = torch.randn(rows, inputs).to(DEVICE, dtype)
         y = torch.randn(rows, columns[-1].offset + columns[-1].width).to(DEVICE, dtype)
-        result, expected = (added(way, layer, y, x) for way in ways)
+        result, expected = (way.added(layer, y, x) for way in ways)
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
         assert torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=10 * tolerance)
         results.append((result - y).flatten())
     return torch.cat(results)
-
-
-@pytest.fixture(autouse=True)
-def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other way is plain products of matrices."""
-    monkeypatch.setattr(addition.native, "kernels", lambda dtype: None)
 
 
 def weights_of(kinds: list[str], rungs: int, rng: np.random.Generator) -> np.ndarray:
@@ -112,62 +113,61 @@ def test_a_mixed_pass_adds_what_products_add(
     ways = both(dtype)
     for name, rank in RANKS.items():
         for way in ways:
-            way.put(name, adapter(rank, RUNGS[name], rank))
-    rng, parts = np.random.default_rng(seed), []
+            way.backend.load(name, adapter(rank, RUNGS[name], rank))
+    rng, segments = np.random.default_rng(seed), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gating, "GROUPING_GAIN", gain)
+        patch.setattr(grouping, "GROUPING_GAIN", gain)
         for name, rungs in RUNGS.items():
             rows = np.array([row for row, (owner, _) in enumerate(tokens) if owner == name])
             if len(rows):
                 weights = weights_of(["whole" if alike else tokens[row][1] for row in rows], rungs, rng)
                 ranks = np.linspace(0, RANKS[name], rungs)
-                parts += segments_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
-    for way in ways:
-        way.begin(len(tokens))
-        way.plan(parts)
+                segments += segments_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
+    planned(ways, segments, len(tokens))
     torch.manual_seed(seed)
     assert_same(ways, len(tokens) + padding, dtype)
 
 
 def test_a_planner_s_passes_add_what_products_add() -> None:
     ways = both()
-    planner = Planner(50)
+    planner = BatchPlanner(50)
     for name, config in [("a", "lossless"), ("b", "balanced"), ("c", "compact")]:
-        plan = AdapterPlan(name, np.linspace(0, RANKS[name], RUNGS[name]))
-        planner.open(f"request of {name}", name, plan, ChunkWiseConfig.preset(config), [1, 2])
+        ranks = np.linspace(0, RANKS[name], RUNGS[name])
+        info = AdapterInfo(name, name, ranks, ranks.astype(int))
+        planner.open(f"request of {name}", SequencePlanner(info, ChunkWiseConfig.preset(config), 50, [1, 2]))
         for way in ways:
-            way.put(name, adapter(RANKS[name], RUNGS[name]))
+            way.backend.load(name, adapter(RANKS[name], RUNGS[name]))
     position, rng = 0, np.random.default_rng(0)
     for count in (12, 1, 1, 1):  # a prompt, then decode
         names = ["request of a", "base", "request of b", "request of c"]
-        ids = rng.integers(0, 50, 4 * count).tolist()
-        parts = planner.plan([Scheduled(name, position, count) for name in names], lambda ids=ids: ids)
+        ids = rng.integers(0, 50, (4, count)).tolist()
+        plan = planner.plan([Span(name, position, count) for name in names], lambda ids=ids: ids)
         for way in ways:
-            way.begin(4 * count)
-            way.plan(parts)
+            way.plan(plan)
         assert assert_same(ways, 4 * count).any()
         position += count
 
 
-def planned(ways: tuple[Additions, ...], parts: list[Part], tokens: int) -> None:
+def planned(ways: tuple[Way, ...], segments: list[Segment], tokens: int) -> None:
+    plan = PassPlan(tuple(segments), 1, tokens)
     for way in ways:
-        way.begin(tokens)
-        way.plan(parts)
+        way.plan(plan)
 
 
 def test_adapters_come_and_go() -> None:
     ways = triton, _ = both(adapters=2)
-    parts = [Part(name, 0, None, torch.tensor([row])) for row, name in enumerate(["a", "b", "c"])]
+    segments = [Segment(name, 0, None, np.array([row])) for row, name in enumerate(["a", "b", "c"])]
+    plan = PassPlan(tuple(segments), 1, 4)
 
     def put(name: str, seed: int = 0) -> None:
         for way in ways:
-            way.put(name, adapter(5, 1, seed))
+            way.backend.load(name, adapter(5, 1, seed))
 
     def drop(name: str) -> None:
         for way in ways:
-            way.drop(name)
+            way.backend.unload(name)
 
-    empty = {name: table.nbytes for name, table in triton.tables.items()}
+    empty = {name: layer.table.nbytes for name, layer in triton.backend.layers.items()}
     for change in [
         lambda: put("a"),
         lambda: put("b", 2),
@@ -179,24 +179,26 @@ def test_adapters_come_and_go() -> None:
         lambda: put("a", 6),
     ]:
         change()
-        planned(ways, parts, 4)  # the same list, as from a planner whose plans are constant
+        for way in ways:
+            way.plan(plan)  # the same plan, as from a planner whose plans are constant
         assert assert_same(ways, 4).any()
-        assert triton.adapters.keys() == ways[1].adapters.keys()
+        assert triton.backend.adapters == ways[1].backend.adapters
     drop("a")
     drop("c")
-    assert {name: table.nbytes for name, table in triton.tables.items()} == empty
-    planned(ways, parts, 4)
+    assert {name: layer.table.nbytes for name, layer in triton.backend.layers.items()} == empty
+    for way in ways:
+        way.plan(plan)
     assert not assert_same(ways, 4).any()
 
 
 def test_an_adapter_takes_memory_of_its_own_rank() -> None:
     triton, _ = both()
-    before = sum(table.nbytes for table in triton.tables.values())
+    before = sum(layer.table.nbytes for layer in triton.backend.layers.values())
     for name, rank in RANKS.items():
         modules = adapter(rank, RUNGS[name])
-        triton.put(name, modules)
+        triton.backend.load(name, modules)
         numbers = sum(one.rank * one.cost for of_layer in modules.values() for one in of_layer if one)
-        after = sum(table.nbytes for table in triton.tables.values())
+        after = sum(layer.table.nbytes for layer in triton.backend.layers.values())
         assert after - before == 4 * numbers
         before = after
 
@@ -206,42 +208,42 @@ def test_an_adapter_may_outgrow_the_others(rank: int, rungs: int) -> None:
     ways = both()
     for name, its_rank, its_rungs in [("a", 3, 2), ("b", rank, rungs), ("c", 7, 5)]:
         for way in ways:
-            way.put(name, adapter(its_rank, its_rungs))
-        parts = [
-            Part("a", 1, None, torch.tensor([1])),
-            Part("b", rungs - 1, None, torch.tensor([2])),
-            Part("b", 1, None, torch.tensor([3])),
-            Part("c", 4, None, torch.tensor([4])),
+            way.backend.load(name, adapter(its_rank, its_rungs))
+        segments = [
+            Segment("a", 1, None, np.array([1])),
+            Segment("b", rungs - 1, None, np.array([2])),
+            Segment("b", 1, None, np.array([3])),
+            Segment("c", 4, None, np.array([4])),
         ]
-        planned(ways, parts[: {"a": 1, "b": 3, "c": 4}[name]], 5)
+        planned(ways, segments[: {"a": 1, "b": 3, "c": 4}[name]], 5)
         assert assert_same(ways, 5).any()
 
 
-def test_a_schedule_is_refilled_only_when_parts_or_tokens_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_is_refilled_only_for_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     triton, _ = both()
-    triton.put("a", adapter(3, 1))
+    triton.backend.load("a", adapter(3, 1))
     sizes: list[int] = []
-    update = triton._schedule.update
+    schedule = triton.backend._schedule
+    update = schedule.update
 
     def count(slots: Any, weights: Any) -> None:
         sizes.append(len(slots))
         update(slots, weights)
 
-    monkeypatch.setattr(triton._schedule, "update", count)
-    parts, others = [Part("a", 0)], [Part("a", 0)]
-    for passed, tokens in [(parts, 2), (parts, 2), ([], 2), (parts, 2), (parts, 3), (others, 3), (others, 3)]:
-        planned((triton,), passed, tokens)
-    assert sizes == [2, 3, 3]
+    monkeypatch.setattr(schedule, "update", count)
+    two, three, idle = PassPlan((Segment("a", 0),), 1, 2), PassPlan((Segment("a", 0),), 1, 3), PassPlan((), 1, 2)
+    for plan in [two, two, idle, two, three, three, two]:
+        triton.plan(plan)
+    assert sizes == [2, 3, 2]
 
 
-def test_until_it_is_planned_a_pass_adds_nothing() -> None:
+def test_a_pass_without_segments_adds_nothing() -> None:
     ways = both()
     for way in ways:
-        way.put("a", adapter(3, 1))
-    planned(ways, [Part("a", 0)], 3)
+        way.backend.load("a", adapter(3, 1))
+    planned(ways, [Segment("a", 0)], 3)
     assert assert_same(ways, 3).any()
-    for way in ways:
-        way.begin(3)
+    planned(ways, [], 3)
     assert not assert_same(ways, 3).any()
 
 
@@ -249,10 +251,10 @@ def test_until_it_is_planned_a_pass_adds_nothing() -> None:
 def test_a_layer_may_compute_in_another_type(x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
     ways = both(torch.bfloat16)
     for way in ways:
-        way.put("a", adapter(3, 1))
-    planned(ways, [Part("a", 0)], 3)
+        way.backend.load("a", adapter(3, 1))
+    planned(ways, [Segment("a", 0)], 3)
     x, y = torch.randn(72, 4).T.to(DEVICE, x_dtype), torch.randn(4, 40).to(DEVICE, y_dtype)
-    result, expected = (added(way, "down", y, x) for way in ways)
+    result, expected = (way.added("down", y, x) for way in ways)
     assert torch.equal(result[3], y[3]), "padding"
     assert not torch.equal(result, y)
     assert torch.allclose(result, expected, atol=0.05)
