@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,15 +135,6 @@ def test_the_model_answers_for_what_the_wrapper_does_not_define() -> None:
     assert model.config is model.model.config
     with pytest.raises(AttributeError):
         _ = model.no_such_attribute
-
-
-def test_the_policy_of_a_ladder_is_taken_and_an_own_one_wins(tmp_path: Any) -> None:
-    RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path)
-    assert ChunkWiseModel(build("llama"), tmp_path).chunkwise_config == ChunkWiseConfig.preset("balanced")
-    policy = ChunkWiseConfig.preset("compact")
-    replace(RankLadder.from_peft(adapter("llama")), policy=policy).save_pretrained(tmp_path)
-    assert ChunkWiseModel(build("llama"), tmp_path).chunkwise_config == ChunkWiseConfig.preset("compact")
-    assert ChunkWiseModel(build("llama"), tmp_path, LOSSLESS).chunkwise_config == LOSSLESS
 
 
 def test_a_base_loaded_by_name_runs_the_ladder(tmp_path: Any) -> None:
