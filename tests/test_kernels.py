@@ -271,8 +271,8 @@ def test_what_would_lead_an_attention_out_of_bounds_is_refused(change: dict[str,
             given.get("others", torch.ones(1, 1, 3, 8)),
         ]
         places = given.get("places", torch.tensor([0, -1], dtype=torch.int32))
-        values = PoolTensors(given.get("values", torch.ones(1, 2, 5, 8)), *cold)
-        pools = AttentionPools(PoolTensors(torch.ones(1, 2, 5, 8), *cold), values, places)
+        keys, values = torch.ones(1, 2, 5, 8), given.get("values", torch.ones(1, 2, 5, 8))
+        pools = AttentionPools(PoolTensors(keys, *cold), PoolTensors(values, *cold), places)
         query = given.get("query", torch.ones(1, 2, 1, 8))
         return kernels_of(torch.float32).attend(query, pools, given.get("slots", (3, 5)), given.get("mask"), 1.0)
 

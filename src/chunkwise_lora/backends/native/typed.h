@@ -163,7 +163,7 @@ int NAMED(add_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers, const
 // and widens W once for every four tokens, where a product that emulates its element type does so for each.
 int NAMED(multiply)(ELEMENT *y, const float *x, const ELEMENT *w, const ELEMENT *bias, int64_t tokens, int64_t in,
                     int64_t out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * in * out > PARALLEL_WORK)
   for (int64_t o = 0; o < out; o++) {
     const ELEMENT *row = w + o * in;
     const float start = bias ? WIDEN(bias[o]) : 0;

@@ -79,7 +79,7 @@ class Segment(Structure):
 
 
 def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
-    """One adapter's modules of a layer, as addresses. The tensors must outlive them.
+    """One adapter's modules of a layer, as addresses and with the tensors that they point to.
 
     Args:
         modules: Per module its factors down (r, in) and up (r, out), its rank on each rung (rungs,) in int64, in
@@ -96,7 +96,7 @@ def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Sl
             raise EngineError(f"the C kernels do not know {down.dtype}; they know {', '.join(map(str, ELEMENTS))}")
         if not (len(ranks) and ranks[0] >= 0 and ranks[-1] <= len(down) and bool((ranks.diff() >= 0).all())):
             raise EngineError(f"ranks must ascend from 0 to at most {len(down)}, not {ranks.tolist()}")
-    return (Slice * len(modules))(
+    found = (Slice * len(modules))(
         *(
             Slice(
                 *(down.data_ptr(), up.data_ptr(), ranks.data_ptr(), up.shape[1], offset),
@@ -105,15 +105,19 @@ def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Sl
             for down, up, ranks, offset in modules
         )
     )
+    found.__dict__["owners"] = modules
+    return found
 
 
 def layers_of(adapters: Sequence[Array[Slice] | None]) -> Array[Layer]:
     """What each adapter, one per segment of a pass, has in a layer: its slices, or None."""
-    return (Layer * len(adapters))(*(Layer() if slices is None else Layer(slices, len(slices)) for slices in adapters))
+    found = (Layer * len(adapters))(*(Layer() if slices is None else Layer(slices, len(slices)) for slices in adapters))
+    found.__dict__["owners"] = adapters
+    return found
 
 
 def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], tokens: int) -> Array[Segment]:
-    """The segments of a pass over `tokens` tokens, as addresses. The tensors must outlive them.
+    """The segments of a pass over `tokens` tokens, as addresses and with the tensors that they point to.
 
     Args:
         segments: Per segment the highest rung that its tokens need, their weights over the rungs (tokens, rungs) in
@@ -133,6 +137,7 @@ def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], to
         if weights is not None:
             _check("weights", weights, (torch.float32,), (segment.tokens, None))
             segment.weights, segment.rungs = weights.data_ptr(), weights.shape[1]
+    found.__dict__["owners"] = segments
     return found
 
 
@@ -150,7 +155,10 @@ class PoolTensors(NamedTuple):
 
 
 class AttentionPools:
-    """Keys and values of one cache layer, as addresses for `Kernels.attend`. The tensors must outlive them.
+    """Keys and values of one cache layer, as addresses for `Kernels.attend`.
+
+    It holds no tensors, since a cache frees memory when it replaces its storage. Then the owner of the tensors prepares
+    another one before the next `attend`.
 
     Args:
         keys: Storage of the keys.
@@ -233,11 +241,9 @@ class Kernels:
         Raises:
             EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
         """
-        self._check_call(y, x)
-        width_in, width_out = x.shape[-1], y.shape[-1]
+        tokens, width_in, width_out = self._sizes(y, x)
         _check("down", down, (self.dtype,), (None, width_in))
         _check("up", up, (self.dtype,), (len(down), width_out))
-        tokens = x.numel() // width_in
         if rows is not None:
             _check("rows", rows, (torch.int64,), (None,))
             if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < tokens):
@@ -271,13 +277,13 @@ class Kernels:
             EngineError: A tensor has another element type, shape or layout, is not on the CPU, or does not fit.
             MemoryError: There is no memory for intermediate results.
         """
-        self._check_call(y, x)
-        if len(layers) != len(segments):
-            raise EngineError(f"there are {len(segments)} segments, and adapters for {len(layers)}")
-        width_in = x.shape[-1]
+        tokens, width_in, width_out = self._sizes(y, x)
+        count = len(segments)
+        if len(layers) != count:
+            raise EngineError(f"there are {count} segments, but adapters for {len(layers)}")
+        threads = torch.get_num_threads()
         failed = self._add_segments(
-            *(y.data_ptr(), x.data_ptr(), layers, segments, len(segments)),
-            *(x.numel() // width_in, width_in, y.shape[-1], torch.get_num_threads()),
+            y.data_ptr(), x.data_ptr(), layers, segments, count, tokens, width_in, width_out, threads
         )
         if failed:
             self._done(failed)
@@ -372,19 +378,24 @@ class Kernels:
             self._done(failed)
         return output
 
-    def _check_call(self, y: Tensor, x: Tensor) -> None:
-        if (
-            x.dtype is self.dtype
-            and y.dtype is self.dtype
-            and x.is_cpu
-            and y.is_cpu
+    def _sizes(self, y: Tensor, x: Tensor) -> tuple[int, int, int]:
+        """Tokens and widths of x (..., in) and y (..., out). This runs in every layer of every step, so it is brief."""
+        width_in, width_out = x.shape[-1], y.shape[-1]
+        tokens = x.numel() // (width_in or 1)
+        dtype = self.dtype
+        if not (
+            x.dtype is dtype
+            and y.dtype is dtype
+            and y.numel() == tokens * width_out
             and x.is_contiguous()
             and y.is_contiguous()
-            and x.shape[:-1] == y.shape[:-1]
+            and x.is_cpu
+            and y.is_cpu
         ):
-            return
-        _check("the input", x, (self.dtype,), x.shape)
-        _check("the output", y, (self.dtype,), (*x.shape[:-1], None))
+            _check("the input", x, (dtype,), x.shape)
+            _check("the output", y, (dtype,), (*x.shape[:-1], None))
+            raise EngineError(f"the output {tuple(y.shape)} does not fit the input {tuple(x.shape)}")
+        return tokens, width_in, width_out
 
     @staticmethod
     def _done(code: int) -> None:
