@@ -22,6 +22,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._factories: dict[str, Callable[..., T]] = {}
+        self._settings: dict[str, frozenset[str]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,6 +47,7 @@ class Registry(Generic[T]):
             if taken is not None and _identity(taken) != _identity(factory):
                 raise ConfigError(f"{self._kind} name {name!r} is taken by {_identity(taken)}; choose another name")
             self._factories[name] = factory
+            self._settings[name] = frozenset(inspect.signature(factory).parameters)
             return factory
 
         return add
@@ -73,8 +75,7 @@ class Registry(Generic[T]):
 
     def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
         """Make the part called `name`; it gets those of `settings` that its factory has parameters for."""
-        factory = self.factory(name)
-        known = inspect.signature(factory).parameters
+        factory, known = self.factory(name), self._settings[name]
         return factory(**{key: value for key, value in (settings or {}).items() if key in known})
 
 

@@ -149,7 +149,8 @@ class ChunkWiseCache(Cache):
             for batch in _batches(alike):
                 slots = [within(self._hot[row], decision) for decision in batch]
                 columns = [queries.columns(row, decision) for decision in batch] if queries else ()
-                states = chunk_states(self.own, row, slots, queries, columns)
+                values = any(decision.evict is not None for decision in batch)
+                states = chunk_states(self.own, row, slots, values, queries, columns)
                 for decision, of_chunk, chunk in zip(batch, slots, states, strict=True):
                     fate[of_chunk[evicted_tokens(decision, chunk)]] = _DROP
 

@@ -17,6 +17,7 @@ def chunk_states(
     layers: Sequence[ChunkWiseLayer],
     row: int,
     slots: Sequence[np.ndarray],
+    values: bool = True,
     queries: OpenChunkQueries | None = None,
     columns: Sequence[np.ndarray] = (),
 ) -> Iterator[list[ChunkStates]]:
@@ -26,6 +27,7 @@ def chunk_states(
         layers: All layers that hold the chunks.
         row: The sequence's row in the batch.
         slots: For each chunk, (tokens,) its hot slots.
+        values: Whether values are read. If not, they have a head_dim of 0.
         queries: The queries of the chunks, or None where no policy reads them.
         columns: For each chunk, (tokens,) its columns among the queries.
 
@@ -34,18 +36,19 @@ def chunk_states(
     """
     ends = np.cumsum([len(of_chunk) for of_chunk in slots]).tolist()
     index = torch.from_numpy(np.concatenate(slots))
-    query_index = torch.from_numpy(np.concatenate(columns)) if queries else None
+    query_index = torch.from_numpy(np.concatenate(columns)) if queries else index
     groups = []
     for group in _alike(layers):
         keys = _gathered([layer.keys[row] for layer in group], index)
-        values = _gathered([layer.values[row] for layer in group], index)
-        asked = keys.new_empty((len(index), len(group), 0, keys.shape[3]))
-        if queries is not None and query_index is not None:
-            asked = _gathered([queries.read(layer)[row] for layer in group], query_index)
-            asked *= torch.tensor([layer.scaling for layer in group], device=asked.device)[:, None, None]
-        groups.append((keys, values, asked))
+        nothing = keys.new_empty((len(group), keys.shape[1], len(index), 0))
+        read_values = _gathered([layer.values[row] for layer in group], index) if values else nothing
+        read_queries = keys[:, :0]
+        if queries is not None:
+            read_queries = _gathered([queries.read(layer)[row] for layer in group], query_index)
+            read_queries *= keys.new_tensor([layer.scaling for layer in group])[:, None, None, None]
+        groups.append((keys, read_values, read_queries))
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        yield [ChunkStates(*(states[start:end].permute(1, 2, 0, 3) for states in group)) for group in groups]
+        yield [ChunkStates(*(states[:, :, start:end] for states in group)) for group in groups]
 
 
 def _alike(layers: Sequence[ChunkWiseLayer]) -> list[list[ChunkWiseLayer]]:
@@ -58,9 +61,11 @@ def _alike(layers: Sequence[ChunkWiseLayer]) -> list[list[ChunkWiseLayer]]:
 
 
 def _gathered(states: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Return (tokens, layers, heads, head_dim) float32 from states (heads, slots, head_dim) of each layer."""
+    """Return (layers, heads, tokens, head_dim) float32 from the states (heads, slots, head_dim) of each layer."""
     heads, _, width = states[0].shape
-    gathered = states[0].new_empty((len(index), len(states), heads, width), dtype=torch.float32)
+    gathered = states[0].new_empty((len(states), heads, len(index), width), dtype=torch.float32)
+    first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
+    adjacent = last - first + 1 == len(index)  # as in a prompt: slots rise
     for layer, of_layer in enumerate(states):
-        gathered[:, layer] = of_layer.index_select(1, index.to(of_layer.device)).transpose(0, 1)
+        gathered[layer] = of_layer[:, first : last + 1] if adjacent else of_layer[:, index.to(of_layer.device)]
     return gathered
