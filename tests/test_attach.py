@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, LadderError, RankLadder
 from models import adapter, build, greedy, prompts
 
 LOSSLESS = ChunkWiseConfig.preset("lossless")
@@ -115,7 +115,7 @@ def test_a_ladder_that_fails_to_load_leaves_the_attached_model_as_it_was() -> No
     expected = greedy(model, prompts(), 8)[0]
     broken = RankLadder.from_peft(adapter("llama", seed=2))
     list(broken.modules.values())[-1].up[0, 0] = float("nan")
-    with pytest.raises(EngineError, match="NaN"):
+    with pytest.raises(LadderError, match="NaN"):
         model.load_ladder("second", broken)
     assert model.attached
     assert list(model.ladders) == ["default"]

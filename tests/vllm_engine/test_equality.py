@@ -70,12 +70,16 @@ def test_the_plan_is_that_of_the_transformers_engine(
             for part in ([ids], *([[token]] for token in tokens[len(ids) : -1])):
                 transformers_model.model(torch.tensor(part), past_key_values=session.cache)
             ranks = session.trace().sequences[0].ranks
-        if plan.constant is not None:
-            assert set(ranks) == {float(plan.constant[0] @ plan.adapter.rung_ranks)}
+        if plan.constant_weights is not None:
+            assert set(ranks) == {float(plan.constant_weights @ plan.adapter.rung_ranks)}
         else:
             assert np.allclose(plan.weights @ plan.adapter.rung_ranks, ranks)
 
 
-def test_a_saved_ladder_gives_the_tokens_of_its_adapter(engine: Engine, tmp_path: Path) -> None:
+def test_a_saved_ladder_gives_the_tokens_of_its_adapter_with_the_plug_in_and_without(
+    engine: Engine, tmp_path: Path
+) -> None:
     RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
-    assert engine.greedy(PROMPTS, [tmp_path] * 4, 32) == engine.greedy(PROMPTS, [WIKI] * 4, 32)
+    expected = engine.greedy(PROMPTS, [WIKI] * 4, 32)
+    assert engine.greedy(PROMPTS, [tmp_path] * 4, 32) == expected
+    assert own_lora(PROMPTS, [str(tmp_path)] * 4, 32) == expected

@@ -164,8 +164,8 @@ def test_a_request_is_planned_by_the_config_that_its_kv_is_salted_with(engine: E
         replace(ladder, policy=ChunkWiseConfig.uniform(share)).save_pretrained(tmp_path)
         engine.add(name, PROMPTS[0], tmp_path, 2)
         engine.run()
-        weights = engine.plans[name].constant
-        assert weights is not None and weights.argmax() == round(share * (weights.shape[1] - 1))
+        weights = engine.plans[name].constant_weights
+        assert weights is not None and weights.argmax() == round(share * (len(weights) - 1))
     learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
     folder = copy_adapter(tmp_path / "later")
     engine.greedy(PROMPTS[:1], [folder], 2)

@@ -21,7 +21,7 @@ LONG = embedded.HELD_TEXT.read_text(encoding="utf-8")[:900]
 
 def ranks(engine: Engine, request: str) -> np.ndarray:
     plan = engine.plans[request]
-    weights = plan.weights if plan.constant is None else plan.constant
+    weights = plan.weights if plan.constant_weights is None else plan.constant_weights[None]
     return weights @ plan.adapter.rung_ranks
 
 

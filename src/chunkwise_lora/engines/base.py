@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise_lora.errors import ConfigError, EngineError
+from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.batch import AdapterInfo, BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
@@ -84,9 +84,9 @@ def refuse_non_finite(name: str, ladder: RankLadder) -> None:
     """Refuse a ladder that holds NaN or infinity.
 
     Raises:
-        EngineError: Naming the ladder and the module.
+        LadderError: It does. The error names the tensor.
     """
     factors = ((key, tensor) for key, module in ladder.modules.items() for tensor in (module.up, module.down))
     for key, tensor in (*factors, *ladder.saved_modules.items()):
         if not torch.isfinite(tensor).all():
-            raise EngineError(f"{name}: {key} holds NaN or infinity; build the ladder anew")
+            raise LadderError(f"{name}: {key} holds NaN or infinity; build the ladder anew")

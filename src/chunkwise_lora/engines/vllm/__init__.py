@@ -1,5 +1,5 @@
 """The engine for vLLM: a plug-in that vLLM finds by itself. See docs/vllm.md.
 
-Only `plugin.py` decides whether it runs; nothing here is imported unless vLLM is, but for what knows nothing of vLLM:
-planning, settings, and what adds adapters to a layer.
+`plugin.py` decides whether it runs. Nothing else here is imported unless vLLM is running, except `settings.py`, which
+does not need vLLM.
 """

@@ -1,4 +1,5 @@
-"""What vLLM's processes other than workers do for ladders: refuse what cannot work, and keep KV of plans apart."""
+"""The part of the plug-in in vLLM's front-end processes: it refuses requests and settings that cannot work, and keeps
+the KV blocks of different plans apart."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
 
 class RefusedRequest(VLLMValidationError, ValueError):
-    """A request that cannot work: HTTP 400, and in Python a `ValueError` as well."""
+    """A request that cannot work. vLLM answers it with HTTP 400; in Python it is also a `ValueError`."""
 
 
 def prepare(config: VllmConfig) -> None:
-    """Refuse an engine that cannot run ladders, and settle for all of its processes what the environment says.
+    """Refuse an engine that cannot run ladders, and copy the environment's settings to all processes of the engine.
 
     Raises:
         EngineError: Naming the setting.
@@ -48,7 +49,7 @@ def prepare(config: VllmConfig) -> None:
 
 
 def accept(config: VllmConfig, request: Any) -> None:
-    """Check a request's adapter and extra arguments, settle its config, and salt its KV with that.
+    """Check a request's adapter and extra arguments, and fix the config that it runs by and that salts its KV blocks.
 
     Raises:
         RefusedRequest: The adapter or an extra argument cannot work.
@@ -75,7 +76,7 @@ def accept(config: VllmConfig, request: Any) -> None:
 
 @lru_cache(maxsize=1024)
 def _folder_of(path: str) -> str:
-    """Where vLLM's workers look for an adapter. A name on the hub is looked up there until it is found."""
+    """The folder where vLLM's workers look for an adapter. A name on the hub is downloaded first."""
     folder = get_adapter_absolute_path(path)
     if not os.path.isdir(folder):
         raise LadderError(f"{path}: is neither a folder nor a name on the hub; give a ladder's or a PEFT adapter's")
@@ -83,10 +84,10 @@ def _folder_of(path: str) -> str:
 
 
 def private_key(request: Any, end: int) -> list[tuple[str, str]]:
-    """What the hash of a request's KV block ending at token `end` takes besides.
+    """Extra keys for the hash of a request's KV block that ends at token `end`.
 
-    Where plans read entropies, a block with generated tokens is found again only by the request itself, as it is when
-    it was preempted.
+    Where plans read entropies, a block with generated tokens belongs to its request alone. The request finds it again
+    after a preemption; no other request does.
     """
     is_private = (request.cache_salt or "").endswith(settings.PRIVATE)
     return [(settings.KEY, request.request_id)] if is_private and end > request.num_prompt_tokens else []

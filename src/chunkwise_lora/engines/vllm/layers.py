@@ -18,7 +18,7 @@ from chunkwise_lora.method.segments import PassPlan
 
 
 class RunningPass:
-    """The forward pass that a worker runs: until it is planned, no adapter runs."""
+    """The forward pass that a worker runs. No adapter runs until the pass is planned."""
 
     def __init__(self, backend: AnyBackend) -> None:
         self.backend = backend
@@ -31,11 +31,12 @@ class RunningPass:
         self.tokens, self._prepared = tokens, None
 
     def plan(self, plan: PassPlan) -> None:
-        """Say what all layers add from now on in this pass."""
+        """Set the plan that all layers follow in this pass."""
         self._prepared = self.backend.prepare(plan) if plan.segments else None
 
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
-        """In place, y (tokens, width) += what the pass runs for x (tokens, in). Rows past the pass's are padding."""
+        """Add in place to y (tokens, width) what the plan adds for x (tokens, in). Rows after the pass's tokens are
+        padding."""
         if self._prepared is not None:
             if len(x) > self.tokens:
                 y, x = y[: self.tokens], x[: self.tokens]
@@ -48,11 +49,11 @@ class LayerAdapters:
     def __init__(self, layer: Layer, running: RunningPass) -> None:
         self.layer = layer
         self.key = f"{layer.name}.chunkwise"
-        """Of this object in vLLM's forward context."""
+        """Key of this object in vLLM's forward context."""
         self._running = running
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """vLLM's call: add to y (tokens, width), in place, what the adapters give for x (tokens, in)."""
+        """Called by vLLM: add in place to y (tokens, width) what the adapters add for x (tokens, in)."""
         if torch.compiler.is_compiling():
             torch.ops.vllm.chunkwise_add_adapters(y, x, self.key)
         else:
@@ -60,7 +61,7 @@ class LayerAdapters:
         return y
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Add what the running pass says."""
+        """Add by the plan of the running pass."""
         self._running.add(self.layer, y, x)
 
 

@@ -1,4 +1,4 @@
-"""From the path of a `LoRARequest` to a ladder: the folder of one, or a plain PEFT adapter, turned into one here."""
+"""Loads the ladder that a `LoRARequest` names by its path: the folder of a ladder or of a plain PEFT adapter."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from functools import lru_cache
 
 import torch
 
-from chunkwise_lora.engines.base import NOTHING_LEARNED, config_for
+from chunkwise_lora.engines.base import NOTHING_LEARNED, config_for, refuse_non_finite
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 
-logger = logging.getLogger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
+logger = logging.getLogger("vllm.chunkwise")  # a child of vLLM's logger, so that its messages are shown like vLLM's
 
 
 def load(path: str) -> RankLadder:
-    """The ladder at `path`.
+    """Load the ladder of a folder; a plain adapter becomes a ladder by SVD.
 
     Raises:
-        LadderError: It cannot be read, is not plain LoRA, or replaces modules whole, which vLLM cannot do per request.
+        LadderError: The folder cannot be read, is not plain LoRA, or replaces whole modules, which vLLM cannot do for a
+            single request.
     """
     ladder = RankLadder.load(path)
     _refuse_saved(ladder.saved_modules, path)
-    for name, module in ladder.modules.items():
-        if not (module.up.isfinite().all() and module.down.isfinite().all()):
-            raise LadderError(f"{path}: {name} holds NaN or infinity; build the ladder anew")
+    refuse_non_finite(path, ladder)
     return ladder
 
 
@@ -43,12 +42,15 @@ def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
 
 
 def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
-    """Refuse what cannot be served at `path` before an engine sees it; gives the adapter's config.
+    """Check that the folder can be served, before an engine loads it.
 
-    Files are read again only when they change.
+    The files are read again only when they have changed.
+
+    Returns:
+        The config of requests that do not ask for another one.
 
     Raises:
-        LadderError: As `load`.
+        LadderError: As for `load`.
         ConfigError: The ladder's policy is damaged, or the server's config asks for what the ladder does not hold.
     """
     return _check(path, server, *_stamps(path))
@@ -74,7 +76,7 @@ def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) ->
 
 
 def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> ChunkWiseConfig:
-    """The config of requests that ask for nothing else; the ladder of a plain adapter, None, holds nothing learned.
+    """The config of requests that do not ask for another one. `ladder` is None for a plain adapter.
 
     Raises:
         ConfigError: The config needs what the ladder does not hold.
@@ -89,7 +91,7 @@ def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> 
 
 
 def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
-    """The module with factors of its own in `dtype`, laid out so that moving them to a CPU layer copies nothing."""
+    """The module with its own copy of the factors in `dtype`, in the layout that a CPU backend uses without a copy."""
     up = module.up.to(dtype).T.contiguous().T
     down = module.down.to(dtype, copy=True).contiguous()
     return LadderModule(up, down, module.sigma, module.ranks)
@@ -110,10 +112,11 @@ def kv_left_undone(config: KVCacheConfig) -> list[str]:
 
 
 def note_kv_policy(name: str, config: KVCacheConfig) -> None:
-    """Say what of an adapter's KV policy is left undone, if anything."""
+    """Log which parts of an adapter's KV policy are not carried out, if any."""
     if undone := kv_left_undone(config):
         logger.warning(
-            "ChunkWise LoRA: %s: vLLM keeps every entry of its KV cache, so these are left undone: %s",
+            "ChunkWise LoRA: %s: vLLM keeps every entry of its KV cache, so these parts of its KV policy are "
+            "not carried out: %s",
             name,
             "; ".join(undone),
         )

@@ -39,9 +39,9 @@ class LoadedLadder:
     id: int
     info: AdapterInfo
     config: ChunkWiseConfig
-    """For requests that carry none."""
+    """Of requests that do not ask for another one."""
     modules: dict[str, list[LadderModule | None]]
-    """Per layer of the model, this rank's share of the modules that the layer holds."""
+    """By layer of the model, the part of each of the layer's modules that this tensor-parallel rank computes."""
 
     @cached_property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ class LoadedLadder:
 
 
 class LadderManager(LRUCacheLoRAModelManager):
-    """Puts ladders into the layers of a model and takes them out again."""
+    """Loads ladders into the layers of a model and unloads them."""
 
     supported_lora_modules: list[str]
     layers: dict[str, LayerAdapters]
@@ -66,7 +66,7 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     @property
     def lora_slots(self) -> int:
-        """How many adapters one pass may mix; no slots while layers are wrapped, so that none is allocated."""
+        """How many adapters one pass may mix. 0 while layers are wrapped, so that vLLM allocates no slots."""
         return self.lora_config.max_loras if self._has_slots else 0
 
     def _create_lora_modules(self) -> None:
@@ -92,7 +92,7 @@ class LadderManager(LRUCacheLoRAModelManager):
             module.set_mapping(layer)
 
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
-        """Per layer of the model, this rank's share of a ladder's modules.
+        """The part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
 
         Raises:
             LadderError: The ladder does not fit the model's layers, by name or shape.
@@ -141,10 +141,10 @@ class LadderManager(LRUCacheLoRAModelManager):
             )
         return shares
 
-    # What vLLM's managers ask for
+    # The interface that vLLM's managers expect
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Any:
-        """For warm-up: nothing, since a ladder takes no memory before it is there."""
+        """An empty ladder for warm-up: no memory is reserved for ladders that are not loaded."""
         info = replace(NO_ADAPTER, key=str(lora_id), name=f"warm-up {lora_id}")
         return LoadedLadder(lora_id, info, ChunkWiseConfig.preset("lossless"), {})
 
@@ -152,7 +152,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._registered_adapters[lora.id] = lora
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Put a registered ladder's factors on the layers' device."""
+        """Bring a registered ladder's factors to the device of the layers."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
@@ -172,7 +172,7 @@ class LadderManager(LRUCacheLoRAModelManager):
             self.backend.unload(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        """A new pass begins: until it is planned, no adapter runs."""
+        """A new pass begins. No adapter runs until it is planned."""
         self.running.begin(len(mapping.index_mapping))
 
 
@@ -191,7 +191,7 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         return self._adapter_manager
 
     def loaded(self, lora_id: int) -> LoadedLadder:
-        """The ladder of a request that is being run."""
+        """The ladder of a request that is running."""
         return self._adapter_manager._registered_adapters.cache[lora_id]
 
     def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:

@@ -1,8 +1,8 @@
-"""What was planned, in vLLM's Prometheus endpoint.
+"""Metrics of plans in vLLM's Prometheus endpoint.
 
-Plans are made in worker processes, the endpoint is in the API server. Each worker keeps its numbers in a file of the
-kind that prometheus_client uses between processes, in a folder that the environment names; the endpoint adds the files
-up whenever it is asked.
+Plans are made in worker processes; the endpoint is in the API server. Each worker keeps its numbers in a
+memory-mapped file of prometheus_client, in a folder that the environment names. The endpoint sums up the files at
+every request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from chunkwise_lora.method.batch import Usage
 
 FOLDER = "CHUNKWISE_METRICS_DIR"
-"""Environment variable: where workers on this machine leave their numbers."""
+"""Environment variable: the folder where the workers of this machine keep their numbers."""
 
 COUNTERS = {
     "chunkwise:tokens": ("Tokens run with the adapter, by their highest rung.", ("adapter", "rung")),
@@ -39,7 +39,8 @@ GAUGES = {
 
 
 def open_folder() -> None:
-    """Make a folder for this server's workers, unless the environment names one; it goes with this process."""
+    """Make a folder for this server's workers, unless the environment names one. It is deleted when this process
+    ends."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="chunkwise-metrics-")
         atexit.register(_remove, folder, os.getpid())
@@ -51,7 +52,7 @@ def _remove(folder: str, owner: int) -> None:
 
 
 class Recorder:
-    """A worker's numbers."""
+    """The numbers of one worker."""
 
     def __init__(self, folder: str) -> None:
         self._values = MmapedDict(str(Path(folder) / f"{os.getpid()}.db"))
@@ -66,11 +67,11 @@ class Recorder:
         self._add("chunkwise:scheduler_seconds", usage.seconds, usage.name)
 
     def schedulers(self, count: int) -> None:
-        """Note how many requests are being planned."""
+        """Record how many requests are being planned."""
         self._values.write_value(_key("chunkwise:schedulers"), float(count), 0.0)
 
     def adapter_bytes(self, adapter: str, name: str, nbytes: int) -> None:
-        """Note the bytes that an adapter takes. Those of adapters that share a name are added up."""
+        """Record the bytes that an adapter takes. Those of adapters that share a name are added up."""
         of_name = self._bytes.setdefault(name, {})
         of_name[adapter] = nbytes
         self._values.write_value(_key("chunkwise:adapter_bytes", name), float(sum(of_name.values())), 0.0)
@@ -85,13 +86,13 @@ def _key(name: str, *labels: str) -> str:
 
 
 class WorkerCollector(Collector):
-    """The numbers of all workers together."""
+    """Sums up the numbers of all workers."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
 
     def collect(self) -> Iterator[Metric]:
-        """As prometheus_client asks."""
+        """Called by prometheus_client."""
         values: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
         for file in self._folder.glob("*.db"):
             for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
@@ -113,7 +114,7 @@ class WorkerCollector(Collector):
 
 
 def register(registry: CollectorRegistry) -> None:
-    """Let `registry` show the workers' numbers, if there are any."""
+    """Add the workers' numbers to `registry`, if the environment names their folder."""
     known = getattr(registry, "_collector_to_names", {})
     if (folder := os.environ.get(FOLDER)) and not any(isinstance(one, WorkerCollector) for one in known):
         registry.register(WorkerCollector(folder))

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 KNOWN_VERSIONS = ("0.32.0",)
-"""Versions of vLLM whose inner workings this plug-in was tested with."""
+"""Versions of vLLM that this plug-in was tested with. It wraps internal functions, which change between versions."""
 
 _registered = False
 
 
 def register() -> None:
-    """Let vLLM run LoRA adapters as ladders. Any number of calls do the same as one.
+    """Let vLLM run LoRA adapters as ladders. Calling it again changes nothing.
 
-    CHUNKWISE_VLLM=0 switches it off. On a version of vLLM that is not known, it says so and changes nothing.
+    CHUNKWISE_VLLM=0 switches it off. On an unknown version of vLLM it logs an error and changes nothing.
     """
     global _registered  # noqa: PLW0603
     if _registered or os.environ.get("CHUNKWISE_VLLM") == "0":
@@ -25,7 +25,7 @@ def register() -> None:
     import vllm
     from vllm.logger import init_logger
 
-    logger = init_logger("vllm.chunkwise")  # below vLLM's own, so that it is shown as vLLM's is
+    logger = init_logger("vllm.chunkwise")  # a child of vLLM's logger, so that its messages are shown
     version = vllm.__version__.partition("+")[0]
     if version not in KNOWN_VERSIONS:
         logger.error(
@@ -36,10 +36,12 @@ def register() -> None:
         )
         return
     try:
-        # All must be possible before any is made.
+        # Nothing is changed unless everything can be.
         changes = [(owner, name, _wrapped(owner, name, around)) for owner, name, around in _changes()]
     except (ImportError, AttributeError) as error:
-        logger.error("ChunkWise LoRA does not find its way in this vLLM, and leaves it as it is: %s", error)
+        logger.error(
+            "ChunkWise LoRA does not find the functions that it wraps in this vLLM, and changes nothing: %s", error
+        )
         return
     for owner, name, replacement in changes:
         setattr(owner, name, replacement)
@@ -48,7 +50,8 @@ def register() -> None:
 
 
 def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """What is put around vLLM's functions: (owner, name, a function that is given the present one first)."""
+    """The functions of vLLM to wrap: (owner, name, wrapper). A wrapper gets the original function as its first
+    argument."""
     from vllm.config import VllmConfig
     from vllm.model_executor.models import supports_lora
     from vllm.platforms import current_platform
@@ -61,7 +64,7 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
 
     def load_lora_model(original: Callable[..., Any], runner: Any, model: Any, *rest: Any) -> Any:
         if not supports_lora(model):
-            return original(runner, model, *rest)  # which says so
+            return original(runner, model, *rest)  # which raises the error
         from chunkwise_lora.engines.vllm.worker import load_ladder_model
 
         return load_ladder_model(runner, model, *rest)
@@ -69,7 +72,7 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
     def check_and_update_config(original: Callable[..., Any], config: Any) -> None:
         lora = config.lora_config
         if lora is not None and current_platform.is_cpu():
-            # vLLM does not compile with its own LoRA on the CPU; with ladders it can.
+            # On a CPU vLLM does not compile models with its own LoRA. With ladders it can, so LoRA is hidden here.
             config.lora_config = None
         try:
             original(config)
@@ -101,14 +104,14 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
         (current_platform, "check_and_update_config", check_and_update_config),
         (VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported_by_v2),
         (InputProcessor, "process_inputs", process_inputs),
-        # Of the parts that make up a block's extra keys, the one that is told which tokens the block holds.
+        # Of the functions that give a block's extra keys, the only one that knows which tokens the block holds.
         (kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", extra_hash_keys),
         *((owner, "get_prometheus_registry", get_prometheus_registry) for owner in (prometheus, endpoint) if owner),
     ]
 
 
 def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
-    """`around` with the present `owner.name` as its first argument."""
+    """`around`, with the original `owner.name` as its first argument."""
     original = getattr(owner, name)
 
     @functools.wraps(original)

@@ -1,7 +1,7 @@
-"""Which `ChunkWiseConfig` a request gets.
+"""Reads the `ChunkWiseConfig` that a server or a request asks for.
 
-The first of these that says anything: the request, the server (`--additional-config`, then the environment), the config
-beside the ladder, `lossless`.
+A server names one in its `--additional-config`, or else in its environment; a request in its extra arguments. Which
+of them applies is decided by `chunkwise_lora.engines.base.config_for`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.method.config import ChunkWiseConfig, StrictConfig
 
 KEY = "chunkwise"
-"""Our key in vLLM's `--additional-config`, and with an underscore the prefix of a request's extra arguments."""
+"""Key of our settings in vLLM's `--additional-config`. With an underscore, prefix of a request's extra arguments."""
 
 SALT = f"{KEY}:"
 PRIVATE = ":private"
-"""Ends the salt of requests whose generated tokens ran by a plan that no other request would give them."""
+"""Ends the salt of requests whose plan of generated tokens depends on entropies, and so on the request alone."""
 
 
 class Choice(StrictConfig):
-    """One way to name a config, or none."""
+    """A config, named in one of three ways, or none."""
 
     preset: Literal["lossless", "balanced", "compact"] | None = Field(None, description="A preset's name.")
     mean_rank: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Every token alike, at the rung nearest to this share of the full rank."
     )
-    config: ChunkWiseConfig | None = Field(None, description="All knobs; for servers only.")
+    config: ChunkWiseConfig | None = Field(None, description="All settings of the method; for servers only.")
 
     @model_validator(mode="after")
     def _at_most_one(self) -> Self:
@@ -42,7 +42,7 @@ class Choice(StrictConfig):
 
     @property
     def chosen(self) -> ChunkWiseConfig | None:
-        """The config that was named."""
+        """The config that is named; None where none is."""
         if self.preset is not None:
             return ChunkWiseConfig.preset(self.preset)
         if self.mean_rank is not None:
@@ -51,10 +51,10 @@ class Choice(StrictConfig):
 
 
 def of_server(additional_config: Any) -> Choice:
-    """What the server says: its `--additional-config`, or else CHUNKWISE_PRESET or CHUNKWISE_MEAN_RANK.
+    """The server's setting: in its `--additional-config`, or else in CHUNKWISE_PRESET or CHUNKWISE_MEAN_RANK.
 
     Raises:
-        ConfigError: Naming the place with the impossible value.
+        ConfigError: A value is impossible. The error names the place.
     """
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     where = f"--additional-config, {KEY!r}"
@@ -72,10 +72,10 @@ def of_server(additional_config: Any) -> Choice:
 
 
 def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
-    """What a request's extra arguments `chunkwise_preset` or `chunkwise_mean_rank` ask for, None for nothing.
+    """The config that a request's extra argument `chunkwise_preset` or `chunkwise_mean_rank` names; None without one.
 
     Raises:
-        ConfigError: An unknown name or an impossible value.
+        ConfigError: A name is unknown or a value impossible.
     """
     prefix = f"{KEY}_"
     given = {name: value for name, value in (extra_args or {}).items() if name.startswith(prefix)}
@@ -87,12 +87,12 @@ def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
 
 
 def carrying(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A request's extra arguments with the config that it runs by, the one that its KV is salted with."""
+    """A request's extra arguments, with the config that it runs by added. The same config salts its KV blocks."""
     return {**(extra_args or {}), KEY: config.to_json()}
 
 
 def carried(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
-    """The config that `carrying` put into a request's extra arguments."""
+    """The config that `carrying` added to a request's extra arguments."""
     return _parsed(extra_args[KEY]) if extra_args and KEY in extra_args else None
 
 
@@ -102,10 +102,11 @@ def _parsed(config: str) -> ChunkWiseConfig:
 
 
 def salt(config: ChunkWiseConfig) -> str | None:
-    """What tells KV made under `config` from other KV of the same tokens and adapter; None for `lossless`.
+    """The salt that keeps KV blocks made under `config` apart from other blocks of the same tokens and adapter.
 
-    It ends in `PRIVATE` where plans read entropies: a generated token then runs on another rung than the same token in
-    a prompt would, so its KV is no other request's.
+    None for `lossless`, whose blocks are those of vLLM's own LoRA. The salt ends in `PRIVATE` where plans read
+    entropies: a generated token then runs on another rung than the same token in a prompt, so no other request may
+    use its block.
     """
     if config == ChunkWiseConfig.preset("lossless"):
         return None

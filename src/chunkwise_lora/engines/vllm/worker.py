@@ -1,4 +1,4 @@
-"""Planning in vLLM's model runner: what it schedules goes to the planner, what is planned goes to the layers."""
+"""Planning in vLLM's model runner: the planner gets what the runner schedules, and the layers get the plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 
 
 def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
-    """In place of vLLM's `load_lora_model`: prepare a runner's model for ladders, and plan its passes from now on."""
+    """Replaces vLLM's `load_lora_model`: prepares a runner's model for ladders, and plans its passes from then on."""
     runner.lora_manager = LadderWorkerManager(vllm_config, device, model.embedding_modules)
     model = runner.lora_manager.create_lora_manager(model, vllm_config)
     runner.chunkwise = RunnerPlanner(runner, runner.lora_manager, vllm_config)
@@ -28,10 +28,10 @@ def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: 
 
 
 class RunnerPlanner:
-    """Follows one model runner through the three of its methods between which a request lives.
+    """Plans the passes of one model runner. It wraps three methods of the runner.
 
-    `_update_states` tells which requests have ended, `set_active_loras` that a pass is ready to be planned, and
-    `sample_tokens` has its logits.
+    `_update_states` tells which requests have ended. `set_active_loras` is called when the requests of a pass are
+    known. `sample_tokens` has the logits of the pass.
     """
 
     def __init__(self, runner: Any, manager: LadderWorkerManager, vllm_config: VllmConfig) -> None:
@@ -39,7 +39,7 @@ class RunnerPlanner:
         self._runner = runner
         self._manager = manager
         self._noted: set[tuple[str, KVCacheConfig]] = set()
-        """Adapters and KV policies about which the log has said what is left undone."""
+        """Adapters and KV policies for which the log already names what is not carried out."""
         self._ends: list[int] = []
         """Where the tokens of each request end in the running pass."""
         self._sampled: list[tuple[list[tuple[str, int]], Tensor]] = []
@@ -57,7 +57,7 @@ class RunnerPlanner:
             setattr(runner, name, _around(getattr(runner, name), hook))
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
-        """What of a KV policy vLLM's cache cannot do."""
+        """The parts of a KV policy that vLLM's cache cannot carry out."""
         return loading.kv_left_undone(config)
 
     def _update_states(self, original: Callable[..., Any], scheduler_output: Any) -> Any:
@@ -94,11 +94,12 @@ class RunnerPlanner:
         return original(*arguments)
 
     def _note_entropies(self, requests: Sequence[str], logits: Tensor) -> None:
-        """Logits (requests, vocabulary) give the token of each request behind its tokens in the pass."""
+        """Compute the entropies of logits (requests, vocabulary), which give each request's next token after the
+        pass."""
         known = [self.planner.get(request) for request in requests]
         rows = [row for row, one in enumerate(known) if one is not None and one.config.reads_entropy]
         if rows:
-            # Read when the next pass is planned, so that a device need not be waited for now.
+            # They are read when the next pass is planned, so that this pass does not wait for the device.
             chosen = logits if len(rows) == len(logits) else logits[rows]
             self._sampled.append(([(requests[row], self._ends[row]) for row in rows], entropies_of(chosen)))
 
