@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, RuntimeScheduler
-from chunkwise_lora.method.batch import NO_ADAPTER, AdapterInfo, BatchPlanner, SequencePlanner, Span, Usage
+from chunkwise_lora.method.batch import BatchPlanner, Span, Usage
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
+from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
 
 VOCABULARY = 50
 BALANCED, LOSSLESS = ChunkWiseConfig.preset("balanced"), ChunkWiseConfig.preset("lossless")

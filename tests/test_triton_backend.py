@@ -16,8 +16,9 @@ from chunkwise_lora.backends import AnyBackend, Columns, Limits
 from chunkwise_lora.backends.torch_products import TorchBackend
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method import segments as grouping
-from chunkwise_lora.method.batch import AdapterInfo, BatchPlanner, SequencePlanner, Span
+from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
+from chunkwise_lora.method.sequence import AdapterInfo, SequencePlanner
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chunkwise_lora import embedded
-from chunkwise_lora.method.batch import SequencePlanner
+from chunkwise_lora.method.sequence import SequencePlanner
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]

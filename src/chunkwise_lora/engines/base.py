@@ -10,8 +10,9 @@ from torch import Tensor
 
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder
-from chunkwise_lora.method.batch import AdapterInfo, BatchPlanner
+from chunkwise_lora.method.batch import BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.sequence import AdapterInfo
 
 NOTHING_LEARNED = (
     "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from chunkwise_lora.backends import AnyBackend, Columns, backend_on
 from chunkwise_lora.engines.base import adapter_info, config_for, refuse_non_finite
 from chunkwise_lora.engines.transformers import attention
+from chunkwise_lora.engines.transformers.adapted_modules import AdaptedModules
+from chunkwise_lora.engines.transformers.attachment import Attachment
 from chunkwise_lora.engines.transformers.checks import (
     GenerateOptions,
     check_prompt,
@@ -24,16 +25,15 @@ from chunkwise_lora.engines.transformers.checks import (
 )
 from chunkwise_lora.engines.transformers.context import ForwardContext
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
-from chunkwise_lora.engines.transformers.fitting import device_of, fitting_linear, linear_shape, replaced_copies
 from chunkwise_lora.engines.transformers.layers import GatedLinear, ReplacedModule
 from chunkwise_lora.engines.transformers.loading import load_base
 from chunkwise_lora.engines.transformers.session import Prompts, Session
 from chunkwise_lora.engines.transformers.traits import ModelTraits, forward_parameters
-from chunkwise_lora.engines.transformers.wide_linear import widens
 from chunkwise_lora.errors import EngineError
-from chunkwise_lora.ladder import LadderModule, RankLadder
-from chunkwise_lora.method.batch import NO_ADAPTER, AdapterInfo, BatchPlanner
+from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.method.batch import BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
 from chunkwise_lora.method.trace import Trace
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,6 @@ BASE = "__base__"
 
 DEFAULT = "default"
 """The name of a ladder given without one, as in PEFT."""
-
-CACHE_READERS = ("doge",)
-"""Models that use what the cache gives for more than attention, so that all of it must be given."""
 
 PREFILL_TOKENS = 512
 """Longer prompts are prefilled in passes of so many tokens, so that the KV policy keeps the peak of memory low."""
@@ -93,18 +90,12 @@ class ChunkWiseModel:
         self._fast = fast or FastPaths()
         self._traits = ModelTraits.of(model)
         self._infos: dict[str, AdapterInfo] = {}
-        self._backends: dict[torch.device, AnyBackend] = {}
         self._context = ForwardContext()
+        self._modules = AdaptedModules(model, self._context, self._fast)
+        self._attachment = Attachment()
         self._session: Session | None = None
-        self._linears: dict[str, GatedLinear] = {}
-        self._replaced: dict[str, ReplacedModule] = {}
-        self._restore: list[Callable[[], None]] = []
         self._depth = 0
         self._planned_by: nn.Module | None = None
-        if self._fast.products:
-            for name, module in model.named_modules():
-                if widens(module) and "forward" not in vars(module):
-                    self._linears[name] = self._gated(name, module)
         for name, one in ladders.items():
             self.load_ladder(name, one)
         self.attach()
@@ -139,34 +130,29 @@ class ChunkWiseModel:
     @property
     def attached(self) -> bool:
         """Whether the model runs with its ladders."""
-        return bool(self._restore)
+        return bool(self._attachment)
 
     def attach(self) -> Self:
         """Let the model run with its ladders, until `detach`."""
         if self.attached:
             return self
-        modules = {name: self.model.get_submodule(name) for name in (*self._linears, *self._replaced)}
-        for name, module in modules.items():
+        stand_ins = {self.model.get_submodule(name): one for name, one in self._modules.stand_ins().items()}
+        for module in stand_ins:
             if isinstance(vars(module).get("forward"), (GatedLinear, ReplacedModule)):
-                raise EngineError(f"{name}: another ChunkWiseModel is attached to this model; detach that one first")
-        for name, module in modules.items():
-            self._replace(module, "forward", self._linears.get(name) or self._replaced[name])
+                raise EngineError("another ChunkWiseModel is attached to this model; detach that one first")
+        for module, stand_in in stand_ins.items():
+            self._attachment.replace(module, "forward", stand_in)
         if self._fast.attention and self._traits.carries_out_kv:
-            self._use_attention(attention.NAME)
-        self._replace(self.model, "generate", self.generate)
+            self._attachment.use_attention(self.model, attention.NAME)
+        self._attachment.replace(self.model, "generate", self.generate)
         # The body too may be called alone, for hidden states; within a pass of the whole model its hooks do nothing.
         for part in dict.fromkeys((self.model, self.model.base_model)):
-            self._restore += [
-                part.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove,
-                part.register_forward_hook(self._after_pass, always_call=True).remove,
-            ]
+            self._attachment.hook(part, self._before_pass, self._after_pass)
         return self
 
     def detach(self) -> PreTrainedModel:
         """Put the model back exactly as it was, and return it."""
-        for restore in reversed(self._restore):
-            restore()
-        self._restore.clear()
+        self._attachment.undo()
         return self.model
 
     def __enter__(self) -> Self:
@@ -181,26 +167,6 @@ class ChunkWiseModel:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise EngineError("a model with ladders attached cannot be copied or pickled; detach() first, then attach anew")
 
-    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
-        own = vars(module)
-        before = own.get(name)
-        setattr(module, name, value)
-        self._restore.append(lambda: own.pop(name) if before is None else own.update({name: before}))
-
-    def _use_attention(self, name: str) -> None:
-        """Run `sdpa` attention by the implementation `name` until `detach`; another one stays the user's choice."""
-        config = self.model.config.get_text_config()
-        before = config._attn_implementation
-        fits = type(self.model)._supports_attention_backend and config.model_type not in CACHE_READERS
-        if before == "sdpa" and fits:
-
-            def restore() -> None:
-                if config._attn_implementation == name:  # and not the user's later choice
-                    config._attn_implementation = before
-
-            config._attn_implementation = name
-            self._restore.append(restore)
-
     # Ladders
 
     def load_ladder(self, name: str, ladder: RankLadder | str | Path) -> None:
@@ -211,46 +177,16 @@ class ChunkWiseModel:
             raise EngineError(f"ladder {name!r} is a {type(ladder).__name__}; give a RankLadder, or a folder")
         ladder = ladder if isinstance(ladder, RankLadder) else RankLadder.load(ladder)
         refuse_non_finite(f"ladder {name!r}", ladder)
-        modules = {module: fitting_linear(self.model, module, ladder) for module in ladder.modules}
-        copies = replaced_copies(self.model, ladder)
+        dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
         attached = self.attached
         self.detach()
-        dtype = self.model.dtype if self.model.dtype.is_floating_point else torch.float32
-        self._load_factors(name, ladder, modules, dtype)
-        for module_name, module in copies.items():
-            original = self.model.get_submodule(module_name)
-            self._replaced.setdefault(module_name, ReplacedModule(original, self._context)).copies[name] = module
-        for module_name in self._linears.keys() & self._replaced.keys():  # one adapter's LoRA, another's replacement
-            self._linears[module_name].inner = self._replaced[module_name]
-        self.ladders[name] = ladder
-        self._infos[name] = adapter_info(name, ladder, dtype.itemsize)
-        if attached:
-            self.attach()
-
-    def _load_factors(
-        self, name: str, ladder: RankLadder, modules: Mapping[str, nn.Module], dtype: torch.dtype
-    ) -> None:
-        """Bring the factors to the backend of each module's device."""
-        by_device: dict[torch.device, dict[str, list[LadderModule | None]]] = {}
-        for module_name, module in modules.items():
-            device = device_of(self.model, module)
-            if device not in self._backends:
-                self._backends[device] = backend_on(device, dtype, name=None if self._fast.kernels else "torch")
-            backend = self._backends[device]
-            if module_name not in self._linears:
-                self._linears[module_name] = self._gated(module_name, module)
-            linear = self._linears[module_name]
-            if linear.layer is None:
-                shape = linear_shape(module)
-                assert shape is not None  # `fitting_linear` says so
-                linear.known_as(backend, backend.add_layer(module_name, shape[1], [Columns(0, shape[0])]))
-            linear.adapters.add(name)
-            by_device.setdefault(device, {})[module_name] = [ladder.modules[module_name]]
-        for device, of_device in by_device.items():
-            self._backends[device].load(name, of_device)
-
-    def _gated(self, name: str, module: nn.Module) -> GatedLinear:
-        return GatedLinear(name, module, self._context, self._fast)
+        try:
+            self._modules.load(name, ladder, dtype)
+            self.ladders[name] = ladder
+            self._infos[name] = adapter_info(name, ladder, dtype.itemsize)
+        finally:
+            if attached:
+                self.attach()
 
     # Running
 

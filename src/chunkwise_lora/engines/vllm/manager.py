@@ -28,8 +28,8 @@ from chunkwise_lora.engines.vllm import loading, settings
 from chunkwise_lora.engines.vllm.layers import LayerAdapters, RunningPass
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
-from chunkwise_lora.method.batch import NO_ADAPTER, AdapterInfo
 from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
 
 
 @dataclass

@@ -15,8 +15,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
-from chunkwise_lora.method.batch import BatchPlanner, SequencePlanner, Span
+from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.sequence import SequencePlanner
 
 
 def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
