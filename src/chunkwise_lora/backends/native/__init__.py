@@ -6,15 +6,11 @@ compiler PyTorch computes all of this.
 """
 
 from chunkwise_lora.backends.native.host import give_memory_back
+from chunkwise_lora.backends.native.structs import Layer, Segment, Slice
 from chunkwise_lora.backends.native.wrappers import (
     AttentionPools,
     Kernels,
-    Layer,
-    Pools,
     PoolTensors,
-    Segment,
-    Shape,
-    Slice,
     kernels,
     layers_of,
     segments_of,
@@ -26,9 +22,7 @@ __all__ = [
     "Kernels",
     "Layer",
     "PoolTensors",
-    "Pools",
     "Segment",
-    "Shape",
     "Slice",
     "give_memory_back",
     "kernels",

@@ -144,7 +144,6 @@ static int check(const Layer *layer, const Segment *segment, int64_t tokens, int
   for (int64_t s = 0; s < layer->count; s++) {
     const Slice *slice = layer->slices + s;
     if (slice->out < 0 || slice->offset < 0 || slice->out > width - slice->offset) return BAD_SLICE;
-    if (!slice->element) continue;  // prepared by hand
     if (slice->in != in || slice->element != element) return BAD_SLICE;
     if (segment->rung >= slice->rungs) return BAD_RUNG;
   }

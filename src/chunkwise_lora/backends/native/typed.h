@@ -48,26 +48,6 @@ INLINE void NAMED(expand)(ELEMENT *y, const float *z, const ELEMENT *up, int64_t
   for (int64_t i = 0; i < columns; i++) y[i] = NARROW(WIDEN(y[i]) + sums[i]);
 }
 
-// y_t += up^T (g_t * (down x_t)), for the tokens t that `rows` lists or for all.
-// y (tokens, out), x (tokens, in), down (rank, in), up (rank, out), gates (tokens, rank) or null for ones.
-int NAMED(add_adapter)(ELEMENT *y, const ELEMENT *x, const ELEMENT *down, const ELEMENT *up, const float *gates,
-                       const int64_t *rows, int64_t tokens, int64_t in, int64_t out, int64_t rank, int threads) {
-  float small[SMALL / sizeof(float)], *all = small;
-  if (tokens * rank > (int64_t)(sizeof small / sizeof *small) && !(all = malloc(tokens * rank * sizeof(float))))
-    return NO_MEMORY;
-#pragma omp parallel for num_threads(threads) if (tokens > 1 && tokens * rank * (in + out) > 2 * PARALLEL_WORK)
-  for (int64_t t = 0; t < tokens; t++) {
-    const int64_t row = rows ? rows[t] : t;
-    float *z = all + t * rank;
-    NAMED(project)(z, x + row * in, down, in, rank);
-    for (int64_t j = 0; gates && j < rank; j++) z[j] *= gates[t * rank + j];
-    for (int64_t from = 0; from < out; from += COLUMNS)
-      NAMED(expand)(y + row * out + from, z, up + from, out - from < COLUMNS ? out - from : COLUMNS, out, rank);
-  }
-  if (all != small) free(all);
-  return DONE;
-}
-
 // What each thread does for `add_segments`: the threads share the directions of all segments, then the columns.
 static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers,
                                                           const Segment *segments, const Run *runs, int64_t count,

@@ -11,21 +11,23 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
-from ctypes import POINTER, Array, Structure, byref, c_float, c_int, c_int64, c_void_p
+from ctypes import Array, byref
 from functools import cache
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chunkwise_lora.backends.native import build
+from chunkwise_lora.backends.native.selftest import works
+from chunkwise_lora.backends.native.structs import ELEMENTS, Functions, Layer, Pools, Segment, Shape, Slice
 from chunkwise_lora.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-ELEMENTS = {torch.float32: ("float32", 1), torch.bfloat16: ("bfloat16", 2), torch.float16: ("float16", 3)}
-"""Element types that the kernels know: their name and code in `kernels.c`."""
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Element types that the kernels know."""
 SERIAL_WORK = 100_000
 """Attention that reads fewer numbers than this runs on one thread: a second costs more time than it saves."""
 _NO_MEMORY = 1
@@ -36,46 +38,6 @@ _REFUSALS = {
     5: "a cache layer uses slots or heads that its pools do not have",
 }
 """By the code that a kernel returns."""
-
-
-class Pools(Structure):
-    """Addresses of a layer's keys or values; see `kernels.c`."""
-
-    _fields_ = [(name, c_void_p) for name in ("hot", "codes", "scales", "others")]
-
-
-class Shape(Structure):
-    """Shape of an attention call; see `kernels.c`."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("batch", "heads", "group", "width")),
-        *((name, c_int64) for name in ("hot", "hot_room", "cold", "cold_room", "int8_heads")),
-        ("places", c_void_p),
-    ]
-
-
-class Slice(Structure):
-    """One module of a layer that computes several at once; see `kernels.c` and `slices_of`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("down", "up", "ranks")),
-        *((name, c_int64) for name in ("out", "offset", "in_features", "rank", "rungs", "element")),
-    ]
-
-
-class Layer(Structure):
-    """The modules that one adapter has in a layer; see `kernels.c`."""
-
-    _fields_ = [("slices", POINTER(Slice)), ("count", c_int64)]
-
-
-class Segment(Structure):
-    """The tokens of a pass that one adapter runs for; see `kernels.c` and `segments_of`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("weights", "rows")),
-        *((name, c_int64) for name in ("rung", "rungs", "tokens")),
-    ]
 
 
 def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
@@ -92,15 +54,15 @@ def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Sl
         _check("down", down, (down.dtype,), (None, None))
         _check("up", up, (down.dtype,), (len(down), None))
         _check("ranks", ranks, (torch.int64,), (None,))
-        if down.dtype not in ELEMENTS:
-            raise EngineError(f"the C kernels do not know {down.dtype}; they know {', '.join(map(str, ELEMENTS))}")
+        if down.dtype not in NAMES:
+            raise EngineError(f"the C kernels do not know {down.dtype}; they know {', '.join(map(str, NAMES))}")
         if not (len(ranks) and ranks[0] >= 0 and ranks[-1] <= len(down) and bool((ranks.diff() >= 0).all())):
             raise EngineError(f"ranks must ascend from 0 to at most {len(down)}, not {ranks.tolist()}")
     found = (Slice * len(modules))(
         *(
             Slice(
                 *(down.data_ptr(), up.data_ptr(), ranks.data_ptr(), up.shape[1], offset),
-                *(down.shape[1], len(down), len(ranks), ELEMENTS[down.dtype][1]),
+                *(down.shape[1], len(down), len(ranks), ELEMENTS[NAMES[down.dtype]]),
             )
             for down, up, ranks, offset in modules
         )
@@ -214,59 +176,8 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
-
-        def function(name: str, *arguments: Any) -> Any:
-            found = library[f"{name}_{ELEMENTS[dtype][0]}"]
-            found.argtypes, found.restype = list(arguments), c_int
-            return found
-
-        address, number = c_void_p, c_int64
-        self._add_adapter = function("add_adapter", *[address] * 6, *[number] * 4, c_int)
-        self._add_segments = function(
-            "add_segments", *[address] * 2, POINTER(Layer), POINTER(Segment), *[number] * 4, c_int
-        )
-        self._multiply = function("multiply", *[address] * 4, *[number] * 3, c_int)
-        self._attend = function(
-            *("attend", address, address, POINTER(Pools), POINTER(Pools), address, number, c_float, POINTER(Shape)),
-            *(number, c_int),
-        )
-
-    def add_adapter(
-        self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, gates: Tensor | None, rows: Tensor | None
-    ) -> None:
-        """In place, y (..., out) += (x (..., in) @ down.T * gates) @ up, for the tokens in `rows` or for all.
-
-        `down` is (k, in), `up` (k, out), `gates` (tokens, k) in float32, `rows` (tokens,) in int64.
-
-        Raises:
-            EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
-        """
-        tokens, width_in, width_out = self._sizes(y, x)
-        _check("down", down, (self.dtype,), (None, width_in))
-        _check("up", up, (self.dtype,), (len(down), width_out))
-        if rows is not None:
-            _check("rows", rows, (torch.int64,), (None,))
-            if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < tokens):
-                raise EngineError(_REFUSALS[2])
-            tokens = len(rows)
-        if gates is not None:
-            gates = gates.float().contiguous()  # under autocast a product may have made them bfloat16
-            gates = gates.reshape(tokens, len(down))
-        self._done(
-            self._add_adapter(
-                y.data_ptr(),
-                x.data_ptr(),
-                down.data_ptr(),
-                up.data_ptr(),
-                None if gates is None else gates.data_ptr(),
-                None if rows is None else rows.data_ptr(),
-                tokens,
-                width_in,
-                width_out,
-                len(down),
-                torch.get_num_threads(),
-            )
-        )
+        functions = Functions(library, NAMES[dtype])
+        self._add_segments, self._multiply, self._attend = functions.add_segments, functions.multiply, functions.attend
 
     def add_segments(self, y: Tensor, x: Tensor, layers: Array[Layer], segments: Array[Segment]) -> None:
         """In place, y (..., width) += what the segments of a pass add to one layer for x (..., in).
@@ -411,7 +322,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 
     The first call in a process loads the library and compiles it if needed. Where that fails, it logs a warning.
     """
-    if dtype not in ELEMENTS or os.environ.get("CHUNKWISE_KERNELS") == "0":
+    if dtype not in NAMES or os.environ.get("CHUNKWISE_KERNELS") == "0":
         return None
     library = _library()
     return None if library is None else Kernels(library, dtype)
@@ -436,36 +347,3 @@ def _library() -> ctypes.CDLL | None:
                 )
                 _libraries.append(None)
         return _libraries[0]
-
-
-def works(library: ctypes.CDLL) -> bool:
-    """Whether the kernels of a library compute two small products and an attention right, in every element type."""
-    for dtype in ELEMENTS:
-        kernel = Kernels(library, dtype)
-        # Small whole numbers: the products are exact in every element type.
-        x, down, up = (torch.arange(1.0, 1 + rows * 4).view(rows, 4).fmod(3) for rows in (2, 3, 3))
-        y, ranks, rows, gates = torch.ones(2, 6), torch.tensor([1, 3]), torch.tensor([1]), torch.tensor([[1.0, 1.0]])
-        expected = y.clone()
-        expected[1, 1:5] += (x[1] @ down.T * torch.tensor([2.0, 1.0, 1.0])) @ up
-        x, y, down, up = (tensor.to(dtype) for tensor in (x, y, down, up))
-        slices, segments = slices_of([(down, up, ranks, 1)]), segments_of([(1, gates, rows)], 2)
-        kernel.add_segments(y, x, layers_of([slices]), segments)
-        if not torch.equal(y.float(), expected):
-            return False
-        if not torch.equal(kernel.multiply(x.float(), down, None).float(), x.float() @ down.float().T):
-            return False
-        states = torch.tensor([0.0, 1.0, -2.0, 0.5]).repeat(3)[:8].view(1, 1, 2, 4)
-        codes, scales = (
-            torch.tensor([4, -3, 2, 1], dtype=torch.int8).view(1, 1, 1, 4),
-            torch.ones(1, 1, 1, 1).bfloat16(),
-        )
-        pool = PoolTensors(states.to(dtype), codes, scales, states.new_empty((1, 0, 1, 4), dtype=dtype))
-        query = torch.tensor([1.0, 0.5, -1.0, 2.0]).view(1, 1, 1, 4).to(dtype)
-        places = torch.zeros(1, dtype=torch.int32)
-        pools = AttentionPools(pool, pool, places)
-        found = kernel.attend(query, pools, (1, 2), None, 0.25)
-        every = torch.cat([codes.float(), states], dim=2)
-        wanted = torch.softmax(0.25 * query.float() @ every.transpose(2, 3), dim=-1) @ every
-        if not torch.allclose(found.float(), wanted, atol=0.02):
-            return False
-    return True
