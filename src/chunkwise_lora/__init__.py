@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, EngineError, LadderError
 from chunkwise_lora.method.config import ChunkWiseConfig
-from chunkwise_lora.method.scheduler import Plan, RuntimeScheduler
+from chunkwise_lora.method.plan import Plan
+from chunkwise_lora.method.scheduler import RuntimeScheduler
 from chunkwise_lora.method.trace import Trace
 
 if TYPE_CHECKING:

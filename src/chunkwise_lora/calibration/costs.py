@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.method.config import ChunkWiseConfig
-from chunkwise_lora.method.scheduler import FixedScheduler
+from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Component 2: where does one chunk end and the next begin? (paper, adaptive chunker)"""
+"""Component 2: where does one chunk end and the next begin? (arXiv 2601.21109, adaptive chunker)"""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from chunkwise_lora.method.config import ChunkingConfig
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `end` (exclusive; None while the chunk is open) of one sequence."""
+    """Adjacent tokens of one sequence that share a rank, a scale and a KV policy."""
 
     start: int
+    """Position of the first token."""
     level: int
-    """How many thresholds the running mean had passed when the chunk opened; 0 is easiest."""
+    """Number of thresholds below the running mean when the chunk opened; 0 is easiest."""
     complexity: float
     """The running mean complexity when the chunk opened, in [0, 1]."""
     end: int | None = None
+    """Position after the last token; None while the chunk is open."""
 
 
 class AdaptiveChunker:
-    """Streams complexity scores of one sequence into chunks.
+    """Cuts one sequence into chunks by its complexity scores, token by token.
 
-    The running mean is exponential over about `memory` tokens. An open chunk is cut when it is `max_length`
-    long, or at least `min_length` long and the mean has passed a threshold by more than `hysteresis`. A chunk of
-    the highest level opens only while at most `hard_share` of the tokens so far were at that level, which bounds
-    their number among any first n tokens by `hard_share * n + max_length`.
+    A chunk ends when it is `max_length` tokens long. It ends earlier, after at least `min_length` tokens, when the
+    running mean of the scores has crossed a threshold by more than `hysteresis`. The running mean is exponential with
+    a length of `memory` tokens.
+
+    A chunk of the highest level opens only while at most `hard_share` of the tokens so far were at that level. So the
+    first n tokens of a sequence hold at most `hard_share * n + max_length` tokens of that level.
     """
 
     def __init__(self, config: ChunkingConfig) -> None:
@@ -39,11 +43,11 @@ class AdaptiveChunker:
 
     @property
     def chunk(self) -> Chunk | None:
-        """The open chunk, None before the first token."""
+        """The open chunk; None before the first token."""
         return self._chunk
 
     def update(self, scores: Sequence[float]) -> list[Chunk]:
-        """(len(scores),) the chunk, still open, that each token belongs to."""
+        """Place the next tokens, given (n,) scores in [0, 1]; return (n,) the chunk, still open, of each token."""
         return [self._place(score) for score in scores]
 
     def _place(self, score: float) -> Chunk:
@@ -64,7 +68,7 @@ class AdaptiveChunker:
         thresholds = self.config.thresholds
         risen = chunk.level < len(thresholds) and self._mean > thresholds[chunk.level] + margin
         fallen = chunk.level > 0 and self._mean < thresholds[chunk.level - 1] - margin
-        # A chunk held below its wish by the budget is not cut just to be refused again.
+        # Where the budget refuses the highest level, cutting would only give the same level again.
         return length >= self.config.min_length and (fallen or (risen and self._affordable_level() > chunk.level))
 
     def _affordable_level(self) -> int:

@@ -1,4 +1,4 @@
-"""Component 4: from one chunk's adapter to the next without a jump (paper, boundary-safe composer)"""
+"""Component 4: how do chunks join without a jump? (arXiv 2601.21109, boundary-safe composer)"""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from chunkwise_lora.method.selection import Selection
 
 
 class BoundarySafeComposer:
-    """Streams selections of one sequence into weights over the rungs.
+    """Turns the selections of one sequence into weights over the rungs.
 
-    Inside a chunk the weights are one-hot, times the scale. Over the first w tokens after a boundary they move
-    from the outgoing to the incoming selection: token j gets `(1 - u) * old + u * new`, `u = (j + 1) / (w + 1)`.
-    Since all rungs share `up` and `down`, mixing weights mixes the adapters' outputs exactly.
+    Inside a chunk, the selected rung has the weight `scale` and all others 0. The first w tokens of a chunk are
+    cross-faded: token j gets `(1 - u) * old + u * new` with `u = (j + 1) / (w + 1)`. All rungs share the factors `up`
+    and `down`, so mixing weights is the same as mixing the adapters' outputs.
+
+    Args:
+        config: Holds w, the window of the cross-fade in tokens.
+        rungs: Number of rungs of the ladder.
     """
 
     def __init__(self, config: CompositionConfig, rungs: int) -> None:
@@ -23,7 +27,7 @@ class BoundarySafeComposer:
         self._incoming: np.ndarray | None = None
 
     def weights(self, selection: Selection, offset: int) -> np.ndarray:
-        """(rungs,) float32: the weights of the token `offset` tokens into a chunk with `selection`."""
+        """Return (rungs,) float32 weights of the next token, which is token `offset` of a chunk with `selection`."""
         if offset == 0 or self._incoming is None:
             self._outgoing = self._incoming
             self._incoming = np.zeros(self._rungs, np.float32)

@@ -22,7 +22,7 @@ KVPrecision = Literal["full", "int8"]
 
 
 class StrictConfig(BaseModel):
-    """Frozen; an unknown name or an impossible value raises `ConfigError`."""
+    """Base of all settings: frozen. An unknown name or an impossible value raises `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ class StrictConfig(BaseModel):
 
 
 class ComplexityConfig(StrictConfig):
-    """Weights and ranges of the complexity signals (paper, token complexity estimator)."""
+    """Weights and ranges of the complexity signals (arXiv 2601.21109, token complexity estimator)."""
 
     entropy: Weight = Field(0.4, description="Weight of the next-token entropy.")
     novelty: Weight = Field(0.3, description="Weight of the n-gram novelty.")
@@ -48,7 +48,7 @@ class ComplexityConfig(StrictConfig):
     position: Weight = Field(0.1, description="Weight of the positional prior.")
     signals: Mapping[str, Weight] = Field({}, description="Weights of other registered signals, by name.")
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
-    window: int = Field(512, ge=1, le=MOST_TOKENS, description="How far back novelty and attention look, tokens.")
+    window: int = Field(512, ge=1, le=MOST_TOKENS, description="Tokens that novelty and the attention proxy look back.")
     half_life: float = Field(
         64.0, gt=0, le=MOST_TOKENS, description="The positional prior halves every so many tokens."
     )
@@ -87,16 +87,18 @@ class ComplexityConfig(StrictConfig):
 
 
 class ChunkingConfig(StrictConfig):
-    """Where chunks are cut (paper, adaptive chunker)."""
+    """Where chunks are cut (arXiv 2601.21109, adaptive chunker)."""
 
     min_length: int = Field(4, ge=1, le=MOST_TOKENS, description="Shortest chunk, tokens.")
     max_length: int = Field(32, ge=1, le=MOST_TOKENS, description="Longest chunk, tokens.")
     thresholds: tuple[Share, ...] = Field(
-        (0.45, 0.6), description="Rising bounds on the running mean complexity; n bounds make n + 1 levels."
+        (0.45, 0.6), description="Rising thresholds on the running mean complexity; n thresholds make n + 1 levels."
     )
-    hysteresis: float = Field(0.03, ge=0, lt=1, description="How far past a bound the mean must go to cut.")
+    hysteresis: float = Field(
+        0.03, ge=0, lt=1, description="How far beyond a threshold the running mean must go before a chunk is cut."
+    )
     memory: float = Field(6.0, ge=1, le=MOST_TOKENS, description="Length of the running mean, tokens.")
-    hard_share: Share = Field(0.1, description="Budget: largest share of tokens at the highest level.")
+    hard_share: Share = Field(0.1, description="Budget: the largest share of tokens at the highest level.")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -111,42 +113,48 @@ class ChunkingConfig(StrictConfig):
 
 
 class SelectionConfig(StrictConfig):
-    """Rank and scale of each level, easiest first (paper, rank and scale selector)."""
+    """Rank and scale of each level, easiest first (arXiv 2601.21109, rank and scale selector)."""
 
     rank_shares: tuple[Share, ...] = Field(
         (0.625, 0.75, 0.875),
-        description="Share of the full rank per level; the rung nearest to it is taken. 0 turns the adapter off.",
+        description="Share of the full rank per level; the level gets the nearest rung. 0 turns the adapter off.",
     )
     scales: tuple[Annotated[float, Field(ge=0, le=4)], ...] = Field(
-        (1.0, 1.0, 1.0), description="Factor on the adapter's own scale, per level."
+        (1.0, 1.0, 1.0), description="Factor on the adapter's output per level."
     )
 
 
 class CompositionConfig(StrictConfig):
-    """The cross-fade at chunk boundaries (paper, boundary-safe composer)."""
+    """The cross-fade at chunk boundaries (arXiv 2601.21109, boundary-safe composer)."""
 
     window: int = Field(
-        2, ge=0, le=MOST_TOKENS, description="Tokens of the incoming chunk that are cross-faded; 0 switches at once."
+        2,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Tokens at the start of a chunk that are cross-faded; 0 turns the cross-fade off.",
     )
 
 
 class LevelKVPolicy(StrictConfig):
-    """What happens to the keys and values of a chunk of one level once the chunk is closed."""
+    """What happens to the keys and values of a chunk of one level when the chunk closes."""
 
-    precision: KVPrecision = Field("full", description="Storage of the chunk: the model's own precision, or INT8.")
+    precision: KVPrecision = Field("full", description="Storage of the chunk: full (the model's precision) or int8.")
     duplicate_similarity: float | None = Field(
-        None, gt=0, le=1, description="Drop a key whose cosine with the next one is above this; none keeps all."
+        None,
+        gt=0,
+        le=1,
+        description="Drop a token whose keys have a cosine above this with the next token's; null drops none.",
     )
     evict: str | None = Field(
         None,
         description="Name of a registered KV policy (knorm, snapkv, near_duplicates, or your own); the tokens of the "
-        "closed chunk that it scores lowest are dropped. none keeps all.",
+        "closed chunk that it scores lowest are dropped. null drops none.",
     )
     keep_share: Share | None = Field(
         None, description="Share of the closed chunk's tokens that evict keeps, rounded to whole tokens."
     )
     max_age: int | None = Field(
-        None, ge=1, le=MOST_TOKENS, description="Drop the chunk once it lies this many tokens behind; none keeps it."
+        None, ge=1, le=MOST_TOKENS, description="Drop the chunk once this many tokens follow it; null keeps it."
     )
 
     @model_validator(mode="after")
@@ -162,20 +170,23 @@ class LevelKVPolicy(StrictConfig):
 
 
 class KVCacheConfig(StrictConfig):
-    """The KV-cache policy per level, easiest first (paper, KV-cache policy controller)."""
+    """The KV policy of each level, easiest first (arXiv 2601.21109, KV-cache policy controller)."""
 
     levels: tuple[LevelKVPolicy, ...] = Field(
         (LevelKVPolicy(precision="int8"), LevelKVPolicy(precision="int8"), LevelKVPolicy()),
         description="One policy per level.",
     )
     int8_head_share: Share = Field(
-        1.0, description="Share of the key-value heads of a layer that INT8 may use: those it hurts least."
+        1.0,
+        description="Share of a layer's key-value heads that int8 applies to: those with the smallest rounding error.",
     )
-    sinks: int = Field(4, ge=0, le=MOST_TOKENS, description="First tokens of a sequence, never dropped or quantised.")
+    sinks: int = Field(
+        4, ge=0, le=MOST_TOKENS, description="First tokens of a sequence, which are never dropped or quantised."
+    )
 
     @property
     def acts(self) -> bool:
-        """Whether any policy does anything."""
+        """Whether any level changes the cache."""
         return any(level != LevelKVPolicy() for level in self.levels)
 
     @property
@@ -185,7 +196,7 @@ class KVCacheConfig(StrictConfig):
 
 
 class ChunkWiseConfig(StrictConfig):
-    """All knobs of the method. Without arguments: the `balanced` preset."""
+    """All settings of the method. Without arguments it is the `balanced` preset."""
 
     complexity: ComplexityConfig = ComplexityConfig()
     chunking: ChunkingConfig = ChunkingConfig()
@@ -225,11 +236,14 @@ class ChunkWiseConfig(StrictConfig):
 
     @classmethod
     def preset(cls, name: str) -> ChunkWiseConfig:
-        """`lossless` (full rank, full cache), `balanced` or `compact`.
+        """Return the preset `lossless` (full rank, full cache), `balanced` or `compact`.
 
-        `balanced` and `compact` are uncalibrated: the paper's four signals choose between close rungs.
-        On their own these signals pick tokens little better than chance; what the presets save comes from
-        the lower ranks and the KV policy.
+        `balanced` and `compact` are not calibrated: the paper's four signals choose between rungs of similar rank.
+        Alone, these signals choose tokens little better than chance. The presets save time and memory by lower ranks
+        and by the KV policy.
+
+        Raises:
+            ConfigError: There is no preset of that name.
         """
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -237,7 +251,7 @@ class ChunkWiseConfig(StrictConfig):
 
     @classmethod
     def uniform(cls, share: float) -> ChunkWiseConfig:
-        """Every token alike, at the rung nearest to `share` of the full rank, with a full cache."""
+        """Return settings that give every token the rung nearest to `share` of the full rank, with a full cache."""
         return cls(
             chunking=ChunkingConfig(thresholds=(), hard_share=1.0),
             selection=SelectionConfig(rank_shares=(share,), scales=(1.0,)),
@@ -247,7 +261,11 @@ class ChunkWiseConfig(StrictConfig):
 
     @classmethod
     def from_json(cls, text: str, where: str = "config") -> ChunkWiseConfig:
-        """Parse `text`; `where` names the source in errors."""
+        """Parse JSON; `where` names its source in errors.
+
+        Raises:
+            ConfigError: The text is no JSON, a name is unknown, or a value is impossible.
+        """
         try:
             return cls.model_validate_json(text)
         except ConfigError as error:
@@ -256,7 +274,7 @@ class ChunkWiseConfig(StrictConfig):
             raise ConfigError(f"{where}: {shown(error.errors()[0]['msg'])}; correct the file") from None
 
     def to_json(self) -> str:
-        """The JSON that `from_json` reads."""
+        """Return the JSON that `from_json` reads."""
         return self.model_dump_json(indent=2) + "\n"
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.errors import ConfigError, shown
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -64,7 +64,7 @@ class Registry(Generic[T]):
         """
         if name not in self._factories:
             raise ConfigError(
-                f"{where}: {self._kind} {name!r} is not registered; registered are {', '.join(self.names)}. "
+                f"{where}: {self._kind} {shown(repr(name))} is not registered; registered are {', '.join(self.names)}. "
                 "Import the module that registers it first, or correct the name"
             )
 

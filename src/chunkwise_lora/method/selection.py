@@ -1,4 +1,4 @@
-"""Component 3: which rung of the ladder, at which scale? (paper, rank and scale selector)"""
+"""Component 3: which rung of the ladder, at which scale? (arXiv 2601.21109, rank and scale selector)"""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from chunkwise_lora.method.config import SelectionConfig
 
 @dataclass(frozen=True)
 class Selection:
-    """A rung of the ladder (0 is the lowest) and the factor on the adapter's output."""
+    """The rung and scale of a chunk."""
 
     rung: int
+    """Index of the rung; 0 is the lowest."""
     scale: float
+    """Factor on the adapter's output."""
 
 
 class RankScaleSelector:
-    """Maps a chunk's level to the rung whose share of the full rank is nearest to the configured one.
+    """Gives each chunk the rung of its level.
 
-    `rung_ranks` are the mean ranks of the ladder's rungs, lowest first.
+    A level's rung is the one whose rank is nearest to the configured share of the full rank.
+
+    Args:
+        config: Share and scale of each level.
+        rung_ranks: (rungs,) mean rank of each rung of the ladder, lowest first.
     """
 
     def __init__(self, config: SelectionConfig, rung_ranks: Sequence[float]) -> None:
@@ -31,5 +37,5 @@ class RankScaleSelector:
         )
 
     def select(self, chunk: Chunk) -> Selection:
-        """Rung and scale of `chunk`."""
+        """Return the rung and scale of a chunk."""
         return self._by_level[chunk.level]

@@ -15,8 +15,10 @@ import numpy as np
 
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
-from chunkwise_lora.method.scheduler import FixedScheduler, RuntimeScheduler, ScheduledChunk
+from chunkwise_lora.method.plan import ScheduledChunk
+from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 
 @dataclass(frozen=True, eq=False)

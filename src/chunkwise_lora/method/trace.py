@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chunkwise_lora.method.scheduler import ScheduledChunk
+from chunkwise_lora.method.plan import ScheduledChunk
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,13 @@ class SequenceTrace:
     """One sequence of a batch."""
 
     adapter: str | None
-    """None for the base model."""
+    """The adapter's name; None for the base model."""
     tokens: tuple[int, ...]
-    """Token ids that were run, without padding."""
+    """Token ids that the model read, without padding."""
     ranks: tuple[float, ...]
-    """Each token's rank, averaged over modules by cost and over rungs by gate."""
+    """(tokens,) the rank of each token: the mean over modules, weighted by cost (in + out)."""
     chunks: tuple[ScheduledChunk, ...]
+    """All chunks; the last one was still open."""
 
     @property
     def mean_rank(self) -> float:
@@ -28,22 +29,23 @@ class SequenceTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A whole call of generate."""
+    """What one call of `generate` did."""
 
     sequences: tuple[SequenceTrace, ...]
+    """One per row of the batch."""
     passes: int
     """Forward passes of the model."""
     adapter_bytes_read: int
-    """Bytes of adapter factors that the passes read, counted once per pass."""
+    """Bytes of adapter weights that the passes read. What a pass reads for several tokens counts once."""
     kv_bytes: int
-    """Bytes of storage that the cache held at the end, all sequences and layers, with its room for tokens to come."""
+    """Bytes of storage that the cache held at the end, over all sequences and layers, with room for later tokens."""
     kv_bytes_full: int
-    """Bytes that a full-precision cache would have held."""
+    """Bytes that the same tokens would take in the model's precision, without room for later tokens."""
     kv_notes: tuple[str, ...]
-    """Which KV decisions were left undone, and why."""
+    """Which KV decisions the engine did not carry out, and why."""
     scheduler_seconds: float
-    """Time spent in planning, over all passes."""
+    """Seconds spent on planning, over all passes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)

@@ -18,8 +18,8 @@ from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
-from chunkwise_lora.method.scheduler import FixedScheduler
 from chunkwise_lora.method.segments import PassPlan, ranks_of
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
 from chunkwise_lora.method.trace import SequenceTrace, Trace
