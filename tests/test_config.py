@@ -90,21 +90,24 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
     },
 }
 CASES = [
-    (kind, knob, value) for kind, knobs in IMPOSSIBLE.items() for knob, values in knobs.items() for value in values
+    (kind, setting, value)
+    for kind, settings in IMPOSSIBLE.items()
+    for setting, values in settings.items()
+    for value in values
 ]
 
 
-@pytest.mark.parametrize(("kind", "knob", "value"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
-def test_an_impossible_value_is_refused_by_name(kind: type[StrictConfig], knob: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{kind.__name__}: .*{knob}"):
-        kind(**{knob: value})
+@pytest.mark.parametrize(("kind", "setting", "value"), CASES, ids=lambda part: getattr(part, "__name__", str(part)))
+def test_an_impossible_value_is_refused_by_name(kind: type[StrictConfig], setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{kind.__name__}: .*{setting}"):
+        kind(**{setting: value})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"complexity": {"ngram": 0}}, "ComplexityConfig: ngram"),
-        ({"chunking": {"no_such_knob": 1}}, "ChunkingConfig: no_such_knob"),
+        ({"chunking": {"no_such_setting": 1}}, "ChunkingConfig: no_such_setting"),
         ({"selection": {"scales": (1, 9, 1)}}, r"SelectionConfig: scales\.1"),
         ({"composition": {"window": -1}}, "CompositionConfig: window"),
         ({"kv_cache": {"levels": ({"max_age": 0},)}}, "LevelKVPolicy: max_age"),
@@ -113,27 +116,27 @@ def test_an_impossible_value_is_refused_by_name(kind: type[StrictConfig], knob: 
         ({"no_such_section": {}}, "ChunkWiseConfig: no_such_section"),
     ],
 )
-def test_an_impossible_value_deep_inside_is_refused_by_the_name_of_its_knob(
+def test_an_impossible_value_deep_inside_is_refused_by_the_name_of_its_setting(
     values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         ChunkWiseConfig(**values)
 
 
-def test_every_knob_has_impossible_values_listed_here() -> None:
+def test_every_setting_has_impossible_values_listed_here() -> None:
     assert set(IMPOSSIBLE) == set(StrictConfig.__subclasses__()) - {ChunkWiseConfig}
     assert {kind: set(kind.model_fields) for kind in IMPOSSIBLE} == {k: set(v) for k, v in IMPOSSIBLE.items()}
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-def test_every_knob_is_documented(kind: type[StrictConfig]) -> None:
+def test_every_setting_is_documented(kind: type[StrictConfig]) -> None:
     assert all(field.description for field in kind.model_fields.values())
 
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
-def test_an_unknown_knob_is_refused_by_name(kind: type[StrictConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"no_such_knob"):
-        kind(no_such_knob=1)
+def test_an_unknown_setting_is_refused_by_name(kind: type[StrictConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"no_such_setting"):
+        kind(no_such_setting=1)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_values_that_do_not_fit_together_are_refused(values: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"no_such_knob": 1}', '{"chunking": {"min_length": "x"}}', "\x00"]
+    "text", ["", "{", "[]", "3", '{"no_such_setting": 1}', '{"chunking": {"min_length": "x"}}', "\x00"]
 )
 def test_bad_json_is_refused_by_the_name_of_its_file(text: str) -> None:
     with pytest.raises(ConfigError, match=r"my\.json"):

@@ -1,4 +1,4 @@
-"""Attention of models with ladders: INT8 entries are read as they are, and no half precision is emulated."""
+"""The attention function of models with ladders: it reads INT8 entries directly and avoids emulated half precision."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ from chunkwise_lora.backends.emulation import emulates
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
 
 NAME = "chunkwise"
-"""Its name among transformers' attention implementations."""
+"""The name under which transformers knows this attention implementation."""
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, but for a decode step over a `ChunkWiseLayer` a kernel where there is one.
+    """Compute attention as transformers' `sdpa` does, in decode steps by a native kernel where there is one.
 
-    query (batch, heads, tokens, head_dim); key and value as the cache gave them; the output is
-    (batch, tokens, heads, head_dim). That a cache's own tensors arrive here tells it that it need not widen INT8.
+    A `ChunkWiseLayer` marks the tensors that it returns. If they arrive here unchanged, the function reads the layer
+    itself, so that INT8 entries need not be converted first, and hands the layer the queries for its KV policies.
+
+    Args:
+        module: The attention module.
+        query: (batch, query heads, tokens, head_dim).
+        key: (batch, heads, slots, head_dim), as the cache returned it.
+        value: (batch, heads, slots, head_dim), as the cache returned it.
+        attention_mask: (batch, 1, tokens, slots) or None.
+        options: What transformers passes, such as `scaling` and `dropout`.
+
+    Returns:
+        (batch, tokens, query heads, head_dim), and None in place of attention weights.
     """
     layer = getattr(key, "layer", None)
     plain = (

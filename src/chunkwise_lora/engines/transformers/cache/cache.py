@@ -1,8 +1,8 @@
-"""A KV cache that carries out KV decisions: it really stores INT8 and really drops positions.
+"""A KV cache that carries out KV decisions: it stores INT8 and frees dropped entries.
 
-Each layer holds two pools. *Hot* holds entries in the model's precision, the newest last; *cold* holds INT8. Attention
-does not depend on the order of keys, whose positions are already in them, so attention sees cold, then hot, and a mask
-that tells which slots each sequence really uses. All layers hold the same tokens in the same slots.
+Each layer holds a hot pool in the model's precision and a cold pool in INT8. Keys already contain their positions, so
+attention does not depend on the order of slots: it reads the cold pool, then the hot pool, under a mask of the slots
+that each sequence uses. All layers hold the same tokens in the same slots.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from chunkwise_lora.method.kv_policy import KVDecision
 logger = logging.getLogger(__name__)
 
 MANY_SLOTS = 256
-"""Where so many slots move at once, as after a pass over a prompt, what a layer frees is given back to the system."""
+"""When at least so many slots move at once, as after a prompt, freed memory is returned to the operating system."""
 
 SCORED_TOKENS = 512
-"""Keys and values of about so many tokens are copied at once for KV policies to score."""
+"""About so many tokens are copied at once for KV policies to score, which bounds the memory of the copy."""
 
 _KEEP, _INT8, _DROP = 0, 1, 2
 
@@ -65,29 +65,31 @@ class ChunkWiseCache(Cache):
         )
         self.own = [layer for layer in self.layers if isinstance(layer, ChunkWiseLayer)]
         self._cold = np.empty((0, 0), np.int64)
-        """(batch, cold slots) the token in each slot."""
+        """(batch, cold slots) the token in each cold slot, `NO_TOKEN` where it is unused."""
         self._hot = np.empty((0, 0), np.int64)
+        """(batch, hot slots) the token in each hot slot."""
         self._in_columns = True
+        """Whether slots still are the columns of the input, padding included."""
         self._queries = OpenChunkQueries(self.own) if record_queries and self.own else None
         self.notes: tuple[str, ...] = ()
         """Which decisions were not carried out so far, and why."""
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where a mask puts the first query: behind all slots."""
+        """Return the column of the first query in a mask: behind all slots."""
         layer = self.layers[layer_idx]
         return layer.slots if isinstance(layer, ChunkWiseLayer) else super().get_query_offset(layer_idx)
 
     def slot_mask(self, new: np.ndarray) -> np.ndarray | None:
-        """(batch, slots + tokens) bool: the slots each sequence uses, then `new` (batch, tokens).
+        """Return (batch, slots + tokens) bool: the slots that each sequence uses, then `new` (batch, tokens).
 
-        None while slots are columns of the input: then the input's own mask is right.
+        None while slots are the columns of the input: the mask of the input is right then.
         """
         if self._in_columns:
             return None
         return np.concatenate([self._cold != NO_TOKEN, self._hot != NO_TOKEN, new], axis=1)
 
     def note(self, tokens: np.ndarray) -> None:
-        """Tell which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
+        """Record which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
         if not len(self._hot):
             self._hot = self._cold = np.empty((len(tokens), 0), np.int64)
         self._hot = np.concatenate([self._hot, tokens], axis=1)
@@ -131,7 +133,7 @@ class ChunkWiseCache(Cache):
             self._hot = picked(self._hot, kept_hot)
 
     def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
-        """Do the same in all own layers; `slots` are (batch, n)."""
+        """Call `act` for each of our layers with `slots`, each (batch, n)."""
         tensors = [None if index is None else torch.from_numpy(np.maximum(index, 0)) for index in slots]
         many = sum(tensor.shape[1] for tensor in tensors if tensor is not None) >= MANY_SLOTS
         for layer in self.own:
@@ -168,7 +170,7 @@ class ChunkWiseCache(Cache):
         return replace(decision, evict=None, keep_share=None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow a beam search's choice of sequences."""
+        """Reorder the sequences as a beam search chose."""
         super().reorder_cache(beam_idx)
         if len(self._hot):
             order = beam_idx.cpu().numpy()
@@ -183,7 +185,7 @@ class ChunkWiseCache(Cache):
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes that transformers' own cache would hold for the same tokens."""
+        """Bytes that the same tokens would take in the model's precision."""
         return sum(
             layer.full_nbytes if isinstance(layer, ChunkWiseLayer) else _plain_nbytes(layer) for layer in self.layers
         )

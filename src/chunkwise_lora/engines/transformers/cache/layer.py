@@ -1,4 +1,4 @@
-"""The cache of one attention layer."""
+"""Keys and values of one attention layer, part in the model's precision, part in INT8."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from chunkwise_lora.errors import EngineError
 
 
 class ChunkWiseLayer(CacheLayerMixin):
-    """The cache of one attention layer: a hot and a cold pool.
+    """The cache of one attention layer.
 
-    `kernels` may attend to it in decode steps; see `attention`.
+    The *hot* pool holds tokens in the model's precision, the newest last. The *cold* pool holds tokens in INT8. A
+    decode step may attend to both pools by a native kernel; see `attention`.
+
+    Args:
+        int8_head_share: Share of the heads that INT8 applies to, in [0, 1].
+        use_kernels: Whether the native kernels may read this layer.
     """
 
     is_sliding = False
     read_by_attention = False
-    """Whether the model hands what `update` gives straight to `attention`, which reads the cold pool itself."""
+    """Whether `attention` receives the very tensors that `update` returns. It then reads the cold pool by itself."""
 
     def __init__(self, int8_head_share: float = 1.0, use_kernels: bool = True) -> None:
         super().__init__()
@@ -29,11 +34,11 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys: Tensor
         self.values: Tensor
         self.seen = 0
-        """Tokens seen, whether still held or not."""
+        """Number of tokens stored so far, those dropped since included."""
         self.hot = 0
-        """Hot slots in use."""
+        """Number of hot slots in use."""
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
-        """Keys and values in INT8, None before the first."""
+        """Keys and values in INT8; None until the first token is quantised."""
         self.queries: list[Tensor] | None = None
         """Queries (batch, query heads, tokens, head_dim) of recent passes; None where no KV policy reads them."""
         self.scaling = 1.0
@@ -43,7 +48,7 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     @property
     def slots(self) -> int:
-        """Slots that attention sees."""
+        """Number of slots that attention reads, hot and cold."""
         return self.hot + (self.cold[0].used if self.cold else 0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,9 +61,9 @@ class ChunkWiseLayer(CacheLayerMixin):
             self._use_kernels = False  # autocast may give keys and values of two element types
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store states (batch, heads, tokens, head_dim) and return all that attention sees.
+        """Store new states (batch, heads, tokens, head_dim) and return the keys and values that attention reads.
 
-        Where attention reads this layer itself, the hot pool stands for it.
+        Where `attention` reads the cold pool by itself, only the hot pool is returned.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -71,7 +76,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         return keys, values
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (batch, heads, slots, head_dim) of all slots, cold ones first."""
+        """Return keys and values (batch, heads, slots, head_dim) of all slots, cold slots first."""
         keys, values = self._hot()
         if self.cold is None:
             return keys, values
@@ -88,7 +93,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.scaling = scaling
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
-        """Whether `attend` takes these: one token per sequence, and a mask of slots alone or none."""
+        """Say whether `attend` takes this query and mask: one token per sequence, and a mask over slots or none."""
         if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
             return False
         if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
@@ -133,7 +138,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         return self.__dict__ | {"_pools": None}
 
     def quantise(self, slots: Tensor) -> None:
-        """Add hot `slots` (batch, n) to the cold pool; they stay hot until `sweep`."""
+        """Copy hot `slots` (batch, n) into the cold pool. They stay in the hot pool until `sweep` removes them."""
         keys, values = take(self.keys, slots), take(self.values, slots)
         if self.cold is None:
             heads = self._int8_heads(keys, values)
@@ -142,7 +147,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.cold[1].append(values)
 
     def sweep(self, cold: Tensor | None, hot: Tensor | None) -> None:
-        """Keep only the slots `cold` and `hot`, each (batch, n); None keeps all."""
+        """Keep only the slots `cold` and `hot` of the two pools, each (batch, n). None keeps the whole pool."""
         if cold is not None:
             for pool in self.cold or ():
                 pool.pick(cold)
@@ -151,7 +156,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.hot = hot.shape[1]
 
     def _int8_heads(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The share of heads that INT8 hurts least, measured on the first states to be quantised."""
+        """Return the heads with the smallest rounding error in INT8, measured on the first states to be quantised."""
         errors = torch.zeros(keys.shape[1], device=keys.device)
         for states in (keys, values):
             codes, scales = quantise(states)
@@ -161,15 +166,15 @@ class ChunkWiseLayer(CacheLayerMixin):
         return errors.argsort()[:count].sort().values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of what attention sees."""
+        """Return the number of slots after `query_length` more tokens, and the offset 0."""
         return self.slots + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
+        """Return the number of tokens stored so far."""
         return self.seen
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Return -1: there is no maximum."""
         return -1
 
     def select(self, sequences: Tensor) -> None:
@@ -181,7 +186,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.queries = [queries[sequences] for queries in self.queries]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow a beam search's choice of sequences."""
+        """Reorder the sequences as a beam search chose."""
         if self.is_initialized:
             self.select(beam_idx.to(self.device))
 
@@ -196,7 +201,7 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes that every token seen would take in the model's precision."""
+        """Bytes that all tokens stored so far would take in the model's precision."""
         if not self.is_initialized:
             return 0
         tensors = (self.keys, self.values)

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 ROOM = 16
-"""Storage grows by so many slots at least, or by a 32nd, so that a step rarely copies it."""
+"""Storage grows by at least so many slots, or by a 32nd of its size, so that few steps copy it."""
 
 
 class Int8Pool:
-    """Keys or values of one layer, INT8 in `int8_heads`, the model's precision in the others.
+    """Keys or values of one layer: INT8 for `int8_heads`, the model's precision for the other heads.
 
-    The tensors have room for more than the `used` slots.
+    The tensors have room for more slots than the `used` ones.
+
+    Args:
+        template: (batch, heads, slots, head_dim) states whose shape, dtype and device the pool takes over.
+        int8_heads: (n,) indices of the heads to store in INT8.
     """
 
     def __init__(self, template: Tensor, int8_heads: Tensor) -> None:
@@ -21,7 +25,7 @@ class Int8Pool:
         self.int8_heads = int8_heads
         self.other_heads = every[~torch.isin(every, int8_heads)]
         self.places = torch.empty_like(every, dtype=torch.int32)
-        """(heads,) where a head stands: p >= 0 among the INT8 ones, or else at -1 - p among the others."""
+        """(heads,) int32 the place of each head: p among the INT8 heads, or -1 - p for place p among the others."""
         self.places[self.int8_heads] = torch.arange(len(self.int8_heads)).to(self.places)
         self.places[self.other_heads] = -1 - torch.arange(len(self.other_heads)).to(self.places)
         self.used = 0
@@ -30,7 +34,7 @@ class Int8Pool:
         self.others = template.new_empty((batch, len(self.other_heads), 0, width))
 
     def append(self, states: Tensor) -> None:
-        """Quantise (batch, heads, slots, width) and add it behind what is held."""
+        """Quantise states (batch, heads, slots, head_dim) and add them behind the used slots."""
         codes, scales = quantise(states[:, self.int8_heads])
         self.codes = appended(self.codes, self.used, codes)
         self.scales = appended(self.scales, self.used, scales)
@@ -38,7 +42,7 @@ class Int8Pool:
         self.used += states.shape[2]
 
     def pick(self, slots: Tensor) -> None:
-        """Keep only `slots` (batch, n), in that order, without room."""
+        """Keep only `slots` (batch, n), in that order, and free the room behind them."""
         self.codes, self.scales, self.others = (take(t, slots) for t in (self.codes, self.scales, self.others))
         self.used = slots.shape[1]
 
@@ -47,7 +51,7 @@ class Int8Pool:
         self.codes, self.scales, self.others = (t[sequences] for t in (self.codes, self.scales, self.others))
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """(batch, heads, slots, width) what is held, in the model's precision."""
+        """Return (batch, heads, slots, head_dim) all states in `dtype`."""
         codes, scales, others = (t[:, :, : self.used] for t in (self.codes, self.scales, self.others))
         states = (codes * scales.float()).to(dtype)
         if not len(self.other_heads):
@@ -63,24 +67,24 @@ class Int8Pool:
 
 
 def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric INT8 per token and head: codes like `states` (..., width), scales (..., 1) in bfloat16."""
+    """Quantise (..., head_dim) per token and head; return INT8 codes (..., head_dim), bfloat16 scales (..., 1)."""
     states = states.float()
     scales = (states.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
     return (states / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def take(states: Tensor, slots: Tensor) -> Tensor:
-    """Slots (batch, n) of states (batch, heads, slots, width); n slots for every sequence."""
+    """Return (batch, heads, n, head_dim) the given slots (batch, n) of states (batch, heads, slots, head_dim)."""
     if len(slots) == 1:
         return states.index_select(2, slots[0])
     return states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
 def appended(storage: Tensor, used: int, states: Tensor) -> Tensor:
-    """`storage` (batch, heads, room, width) with `states` behind its `used` slots, larger if need be."""
+    """Return `storage` (batch, heads, room, width) with `states` behind its `used` slots, enlarged if it is full."""
     end = used + states.shape[2]
     if end > storage.shape[2]:
-        # The first states, a whole prompt, get no room: much of them may go once it is known what becomes of them.
+        # The first states, often a whole prompt, get no room: the KV policy may soon drop or quantise many of them.
         room = end + max(ROOM, end // 32) if used else end
         larger = storage.new_empty((*storage.shape[:2], room, storage.shape[3]))
         larger[:, :, :used] = storage[:, :, :used]

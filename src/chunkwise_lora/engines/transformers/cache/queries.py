@@ -34,7 +34,7 @@ class OpenChunkQueries:
             layer.queries = []
 
     def note(self, tokens: np.ndarray) -> None:
-        """Tell which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
+        """Record which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
         self._passes += 1
         if not self.complete or not all(self._received(layer, tokens.shape[1]) for layer in self._layers):
             self.complete = False

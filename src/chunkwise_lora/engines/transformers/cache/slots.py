@@ -10,22 +10,23 @@ NO_TOKEN = -1
 """Marks a slot that holds nothing for a sequence."""
 
 WASTE = 16
-"""Slots that no sequence uses are swept out once they are so many, and an eighth of all."""
+"""Unused slots are removed when there are at least so many, and at least an eighth of all slots."""
 
 
 def kept(tokens: np.ndarray) -> np.ndarray | None:
-    """(batch, n) the slots in use, packed to one side; None while those that are not are too few to sweep out."""
+    """Return (batch, n) the slots in use, packed to the left, or None where too few are unused to remove them."""
     used = tokens != NO_TOKEN
     waste = tokens.shape[1] - int(used.sum(1).max(initial=0))
     return packed(used) if waste >= max(WASTE, tokens.shape[1] // 8) else None
 
 
 def within(tokens: np.ndarray, decision: KVDecision) -> np.ndarray:
+    """Return (n,) the slots of one sequence, tokens (slots,), that hold the tokens of a decision."""
     return np.flatnonzero((tokens >= decision.start) & (tokens < decision.end))
 
 
 def packed(chosen: np.ndarray) -> np.ndarray:
-    """(batch, n) the chosen slots of each row, packed to the left; `NO_TOKEN` fills up."""
+    """Return (batch, n) the slots that `chosen` (batch, slots) marks, packed to the left, then `NO_TOKEN`."""
     packed = np.full((len(chosen), int(chosen.sum(1).max(initial=0))), NO_TOKEN)
     for row, flags in enumerate(chosen):
         slots = np.flatnonzero(flags)
@@ -34,7 +35,7 @@ def packed(chosen: np.ndarray) -> np.ndarray:
 
 
 def picked(tokens: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """The tokens in packed slots."""
+    """Return (batch, n) the tokens (batch, slots) in packed slots (batch, n)."""
     if not tokens.shape[1]:
         return np.full(slots.shape, NO_TOKEN)
     return np.where(slots == NO_TOKEN, NO_TOKEN, np.take_along_axis(tokens, np.maximum(slots, 0), axis=1))
