@@ -106,6 +106,22 @@ def first_module(manifest: dict[str, Any]) -> str:
     return next(iter(manifest["ranks"]))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to nothing"])
+def test_a_manifest_that_is_no_regular_file_is_refused_by_name_at_once(ladder: Path, kind: str) -> None:
+    """The folder is a PEFT adapter as well, which would run without the ladder's policy."""
+    path = ladder / LADDER_NAME
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(LadderError, match=LADDER_NAME):
+        RankLadder.load(ladder)
+
+
 MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no format_version": lambda manifest: manifest.pop("format_version"),
     "no build": lambda manifest: manifest.pop("build"),
@@ -224,6 +240,12 @@ def test_what_is_no_regular_file_is_refused_by_name_at_once(folder: Path, name: 
         (folder / name).symlink_to(target)
     with pytest.raises(LadderError, match=name):
         RankLadder.from_peft(folder)
+
+
+def test_an_empty_path_is_not_the_current_folder(ladder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ladder)
+    with pytest.raises(LadderError, match="empty"):
+        RankLadder.load("")
 
 
 @pytest.mark.parametrize("path", ["", "\0", "a\0b", "x" * 5000, "x/" * 5000, "~", "http://127.0.0.1:9/x", "\ud800"])

@@ -433,9 +433,19 @@ def test_a_base_name_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_float16_keeps_adapters_of_any_usual_size(factor: float) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    for module in ladder.modules.values():
+        scaled = replace(module, down=module.down * factor)
+        stored, exact = scaled.to(torch.float16), scaled.up.double() @ scaled.down.double()
+        error = (stored.up.double() @ stored.down.double() - exact).norm() / exact.norm()
+        assert error < 2e-3  # float16 has 11 bits
+
+
 def test_factors_beyond_float16_are_refused() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
-    loud = {name: replace(module, up=module.up * 1e6) for name, module in ladder.modules.items()}
+    loud = {name: replace(module, up=module.up * 1e12) for name, module in ladder.modules.items()}
     with pytest.raises(LadderError, match="float16"):
         replace(ladder, modules=loud).to(torch.float16)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,23 @@ class LadderModule:
         up, down = self.up.float(), self.down.float()
         balance = (up.norm(dim=0) / down.norm(dim=1).clamp_min(1e-12)).clamp_min(1e-12).sqrt()
         return up / balance, down * balance[:, None]
+
+    def to(self, dtype: torch.dtype) -> LadderModule:
+        """The module with factors in `dtype`.
+
+        float16 has a narrow range. For it, a power of two moves from the larger to the smaller side of each direction
+        first, which changes no product.
+        """
+        up, down = self.up, self.down
+        if dtype == torch.float16:
+            sizes = [side.float().clamp_min(torch.finfo(torch.float32).tiny).log2() for side in self._largest()]
+            exponents = ((sizes[1] - sizes[0]) / 2).round()
+            up, down = torch.ldexp(up.float(), exponents), torch.ldexp(down.float(), -exponents[:, None])
+        return replace(self, up=up.to(dtype), down=down.to(dtype))
+
+    def _largest(self) -> tuple[Tensor, Tensor]:
+        """(r,) and (r,): the largest magnitude of each direction in up and in down."""
+        return self.up.abs().amax(0), self.down.abs().amax(1)
 
     def gate_table(self) -> Tensor:
         """(rungs, r) float32 of ones and zeros: the gates of each rung."""

@@ -177,7 +177,7 @@ class RankLadder(LadderContents):
             raise LadderError(f"a ladder is stored in float32, bfloat16 or float16, not in {dtype}")
         modules = {}
         for name, module in self.modules.items():
-            modules[name] = replace(module, up=module.up.to(dtype), down=module.down.to(dtype))
+            modules[name] = module.to(dtype)
             if not (modules[name].up.isfinite().all() and modules[name].down.isfinite().all()):
                 raise LadderError(f"{name}: its factors are beyond the range of {dtype}; store the ladder in bfloat16")
         return replace(self, modules=modules)
