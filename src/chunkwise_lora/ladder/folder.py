@@ -25,13 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
-from chunkwise_lora.files import write_atomically
 from chunkwise_lora.ladder import format_v1
 from chunkwise_lora.ladder.contents import Build, LadderContents
 from chunkwise_lora.ladder.module import LadderModule, checked_module, checked_parameter, direction_lengths
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, MEANING, PREFIX, WEIGHTS_NAME, peft_config, peft_files
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.tensors import LEARNED, learned_tensors, read_learned, to_bytes
+from chunkwise_lora.ladder.whole_folder import read_folder, write_folder
 
 LADDER_NAME = "chunkwise.json"
 LEARNED_NAME = "chunkwise.safetensors"
@@ -68,17 +68,18 @@ def is_format_2(folder: str | Path) -> bool:
 
 
 def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
-    """The content of a ladder's files, by file name.
+    """The content of a ladder's files, by file name, that of the weights last.
 
     Raises:
         LadderError: A text of the ladder cannot be written as UTF-8.
     """
-    files = peft_files(ladder)
+    files: dict[str, bytes] = {}
     extra = {} if _sigma_is_length(ladder) else {f"{SIGMA}{name}": m.sigma for name, m in ladder.modules.items()}
     if ladder.learned is not None:
         extra |= learned_tensors(ladder.learned)
     if extra:
         files[LEARNED_NAME] = to_bytes(extra)
+    files |= peft_files(ladder)
     manifest = {
         "format_version": FORMAT_VERSION,
         "build": ladder.build,
@@ -88,8 +89,7 @@ def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
         "rung_divergence": None if ladder.rung_divergence is None else list(ladder.rung_divergence),
         "policy": None if ladder.policy is None else ladder.policy.model_dump(mode="json"),
     }
-    files[LADDER_NAME] = (_dump(manifest) + "\n").encode()
-    return files
+    return {LADDER_NAME: (_dump(manifest) + "\n").encode(), **files}
 
 
 def _dump(manifest: dict[str, Any]) -> str:
@@ -114,46 +114,26 @@ def _sigma_is_length(ladder: LadderContents) -> bool:
     )
 
 
-def owned_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that a ladder or adapter of ours or of PEFT consists of, whatever its format.
+def owned_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that a ladder of either format or a PEFT adapter consists of.
 
-    A new ladder replaces these. All other files of the folder belong to somebody else.
+    A new ladder replaces these. All other files of the folder belong to somebody else. Without the first ones, the
+    others are refused, so they may be removed in this order.
     """
-    ours = {LADDER_NAME, LEARNED_NAME, CONFIG_NAME, WEIGHTS_NAME}
-    return ours | format_v1.owned_files(folder)
+    return [WEIGHTS_NAME, *format_v1.owned_files(folder), LEARNED_NAME, CONFIG_NAME, LADDER_NAME]
 
 
 def read(folder: Path) -> LadderContents:
     """Read a ladder of format 2.
 
-    All files are read into memory and checked against the SHA-256 in the manifest before they are used. Where a file
-    does not fit and the manifest has changed meanwhile, a writer is at work, and everything is read again.
+    All files are read into memory and checked against the SHA-256 in the manifest before they are used.
 
     Raises:
         LadderError: A file is missing, cut off, altered, or not what a ladder holds.
+        ConfigError: The policy is damaged.
     """
+    manifest, files = read_folder(folder, lambda: _read_files(folder), self_checking=True)
     path = folder / LADDER_NAME
-    content = read_file(path, LARGEST_JSON)
-    while True:
-        try:
-            return _parse(folder, content)
-        except LadderError:
-            again = read_file(path, LARGEST_JSON)
-            if again == content:
-                raise
-            content = again
-
-
-def _parse(folder: Path, content: bytes) -> LadderContents:
-    path = folder / LADDER_NAME
-    manifest = _read_manifest(content, path)
-    needed = {CONFIG_NAME, WEIGHTS_NAME}
-    if not needed <= manifest.files.keys() <= needed | {LEARNED_NAME}:
-        raise LadderError(
-            f"{path}: files must name {CONFIG_NAME}, {WEIGHTS_NAME} and, if at all, {LEARNED_NAME}, and nothing else; "
-            "build the ladder anew"
-        )
-    files = {name: _read_file(folder / name, digest) for name, digest in manifest.files.items()}
     tensors = parse_tensors(files[WEIGHTS_NAME], folder / WEIGHTS_NAME)
     extra = parse_tensors(files[LEARNED_NAME], folder / LEARNED_NAME) if LEARNED_NAME in files else {}
     if unknown := [name for name in extra if not name.startswith((SIGMA, LEARNED))]:
@@ -178,6 +158,19 @@ def _parse(folder: Path, content: bytes) -> LadderContents:
         raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
     _check_config(files[CONFIG_NAME], ladder, folder / CONFIG_NAME)
     return ladder
+
+
+def _read_files(folder: Path) -> tuple[_Manifest, dict[str, bytes]]:
+    """The manifest, and the content of the files that it names, which is what it says."""
+    path = folder / LADDER_NAME
+    manifest = _read_manifest(read_file(path, LARGEST_JSON), path)
+    needed = {CONFIG_NAME, WEIGHTS_NAME}
+    if not needed <= manifest.files.keys() <= needed | {LEARNED_NAME}:
+        raise LadderError(
+            f"{path}: files must name {CONFIG_NAME}, {WEIGHTS_NAME} and, if at all, {LEARNED_NAME}, and nothing else; "
+            "build the ladder anew"
+        )
+    return manifest, {name: _read_file(folder / name, digest) for name, digest in manifest.files.items()}
 
 
 def _module(name: str, ranks: list[int], tensors: dict[str, Tensor], extra: Mapping[str, Tensor]) -> LadderModule:
@@ -223,26 +216,25 @@ def _read_manifest(content: bytes, path: Path) -> _Manifest:
 
 
 def write(ladder: LadderContents, folder: Path) -> None:
-    """Write a ladder to `folder`.
+    """Write a ladder to `folder`, all files at once; see `whole_folder`.
 
     Raises:
         LadderError: It cannot be written.
     """
-    _replace(folder, ladder_files(ladder))
+    _write(folder, ladder_files(ladder))
 
 
 def write_adapter(ladder: LadderContents, folder: Path) -> None:
-    """Write a ladder at full rank to `folder`, as a plain PEFT adapter and nothing else.
+    """Write a ladder at full rank to `folder`, as a plain PEFT adapter and nothing else, all files at once.
 
     Raises:
         LadderError: It cannot be written.
     """
-    _replace(folder, peft_files(ladder))
+    _write(folder, peft_files(ladder))
 
 
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    old = owned_files(folder)
-    for name, content in files.items():
-        write_atomically(folder / name, content, LadderError)
-    for name in old - files.keys():
-        (folder / name).unlink(missing_ok=True)
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        write_folder(folder, files, owned_files)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise LadderError(f"{folder}: cannot be written ({error})") from None

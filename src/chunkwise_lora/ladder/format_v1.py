@@ -121,15 +121,15 @@ def parse_policy(values: dict[str, Any], where: str) -> ChunkWiseConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def owned_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that a ladder of format 1 consists of."""
-    path = folder / MANIFEST_NAME
+def owned_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that a ladder of format 1 consists of, in the order in which they may be removed.
+
+    The tensors are known by their name in the manifest, so the manifest goes last.
+    """
     try:
-        manifest = _read_manifest(path)
+        return [_read_manifest(folder / MANIFEST_NAME).tensors, POLICY_NAME, MANIFEST_NAME]
     except LadderError:
-        return set()
-    names = {MANIFEST_NAME, POLICY_NAME, manifest.tensors}
-    return {name for name in names if os.path.isfile(folder / name)}
+        return [POLICY_NAME]
 
 
 def _read_manifest(path: Path) -> _Manifest:

@@ -18,7 +18,8 @@ from torch import Tensor
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.checks import check_factors, check_name, check_tensor
 from chunkwise_lora.ladder.patterns import ModulePatterns
-from chunkwise_lora.ladder.reading import parse_tensors, read_file, read_json
+from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
+from chunkwise_lora.ladder.whole_folder import read_folder
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -76,14 +77,16 @@ class PeftAdapter:
         Raises:
             LadderError: Missing or damaged files, pickled weights, or anything but plain LoRA.
         """
-        config_path, weights_path = _locate(adapter, revision)
-        config = read_json(config_path)
+        raw_config, config_path, raw_weights, weights_path = read_folder(
+            Path(adapter), lambda: _read_files(adapter, revision), self_checking=False
+        )
+        config = parse_json(raw_config, config_path)
         _refuse_unsupported(config, config_path)
         _refuse_wrong_types(config, config_path)
         ranks, alphas = (
             ModulePatterns(config.get(name), f"{config_path}: {name}") for name in ("rank_pattern", "alpha_pattern")
         )
-        tensors = parse_tensors(read_file(weights_path), weights_path)
+        tensors = parse_tensors(raw_weights, weights_path)
         for name, tensor in tensors.items():
             check_name(f"{weights_path}", name)
             check_tensor(f"{weights_path}: {name}", tensor, dtypes=DTYPES)
@@ -94,6 +97,11 @@ class PeftAdapter:
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             factors[name] = (*_factors(f"{weights_path}: {name}", pair, rank, scale), scale)
         return cls(factors, saved, config.get("base_model_name_or_path"))
+
+
+def _read_files(adapter: str | Path, revision: str | None) -> tuple[bytes, Path, bytes, Path]:
+    config, weights = _locate(adapter, revision)
+    return read_file(config, LARGEST_JSON), config, read_file(weights), weights
 
 
 def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:

@@ -43,8 +43,13 @@ class RankLadder(LadderContents):
             LadderError: There is neither, or it cannot be read.
         """
         if is_ladder(path):
-            return cls.from_pretrained(path)
-        return replace(cls.from_peft(path), policy=format_v1.read_policy(path))
+            try:
+                return cls.from_pretrained(path)
+            except LadderError:
+                if is_ladder(path):
+                    raise  # else a writer has put a plain adapter there meanwhile
+        plain = replace(cls.from_peft(path), policy=format_v1.read_policy(path))
+        return cls.from_pretrained(path) if is_ladder(path) else plain  # a writer may have put a ladder there
 
     @classmethod
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
