@@ -1,4 +1,4 @@
-"""Calibration keeps its budget, predicts what it was shown, and gives the same ladder twice."""
+"""Calibration keeps its budget, predicts observed costs, and is deterministic."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
-from chunkwise_lora.calibration import calibrate as module_under_test
-from chunkwise_lora.calibration.calibrate import (
-    LEAST_BLOCKS,
-    LENGTHS,
-    SCALES,
-    SEARCH_GAIN,
-    Calibration,
-    calibrate,
-)
-from chunkwise_lora.calibration.cost_model import CostModel, Observations, choose_rungs, fit_costs
-from chunkwise_lora.calibration.costs import (
-    Text,
-    divergence,
-    log_probabilities,
-    log_probabilities_planned,
-    losses,
-)
+from chunkwise_lora.calibration import CalibrationConfig, estimator, fitted_ladder
+from chunkwise_lora.calibration import calibrate as procedure
+from chunkwise_lora.calibration import text as texts
+from chunkwise_lora.calibration.basis import Basis, rotate_basis
+from chunkwise_lora.calibration.calibrate import Calibration, calibrate
+from chunkwise_lora.calibration.cost_model import CostModel, Observations, fit_costs
+from chunkwise_lora.calibration.descent import RungTraining
+from chunkwise_lora.calibration.distillation import distil
 from chunkwise_lora.calibration.fisher import sensitivities
-from chunkwise_lora.calibration.refine import Draw, distil, planned_rungs, random_rungs, refine
-from chunkwise_lora.calibration.self_generated import BEGINNING, written
+from chunkwise_lora.calibration.log_probabilities import (
+    kl_divergence,
+    log_probabilities,
+    log_probabilities_in_one_pass,
+    next_token_losses,
+)
+from chunkwise_lora.calibration.rung_policy import choose_rungs
+from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
+from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SEARCH_TOLERANCE
+from chunkwise_lora.calibration.self_generated import PREFIX_TOKENS, generate_text
+from chunkwise_lora.calibration.text import MIN_BLOCKS, TokenBlocks
 from chunkwise_lora.ladder.tensors import read_learned
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.config import (
-    CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
@@ -49,12 +48,12 @@ from chunkwise_lora.method.scheduler import RuntimeScheduler
 from models import VOCABULARY, adapter, build
 
 BLOCK = 24
-KNOBS = CalibrationConfig(mean_rank=0.5, block=BLOCK, refinements=6, explorations=1)
+CONFIG = CalibrationConfig(mean_rank=0.5, block=BLOCK, refinements=6, explorations=1)
 
 
 @cache
 def text(blocks: int = 40) -> list[int]:
-    """What the adapted model itself would write, so that leaving full rank costs something."""
+    """Text that the adapted model generates itself, so that ranks below the full one cost something."""
     torch.manual_seed(0)
     with ChunkWiseModel(build("llama"), adapter("llama"), ChunkWiseConfig.preset("lossless")) as model:
         start = torch.full((blocks, 1), 5)
@@ -72,17 +71,17 @@ def planted(rungs: int = 5, n: int = 20_000) -> Observations:
     return Observations(tokens, previous, torch.full((n, len(SIGNALS)), float("nan")), at, costs)
 
 
-def test_a_fit_finds_what_makes_tokens_costly() -> None:
+def test_the_fit_finds_the_tokens_that_cost_most() -> None:
     seen = planted()
     model = fit_costs(seen, 10, 5)
     token, previous = model.learned.token, model.learned.previous
     assert token.argmax() == 2 and previous.argmax() == 1
     assert np.exp(model.slopes.mean() * (token[2] - np.delete(token, 2).mean())) == pytest.approx(8, rel=0.3)
     assert np.exp(-np.diff(model.offsets)) == pytest.approx(2, rel=0.3)
-    assert model.explains(seen) > 0.3 > fit_costs(seen, 10, 5, ids=0).explains(seen) + 0.2
+    assert model.explained_deviance(seen) > 0.3 > fit_costs(seen, 10, 5, ids=0).explained_deviance(seen) + 0.2
 
 
-def test_rungs_that_were_not_observed_are_interpolated() -> None:
+def test_unobserved_rungs_are_interpolated() -> None:
     seen = planted()
     odd = seen.rungs % 2 == 0
     kept = Observations(*(getattr(seen, name)[odd] for name in ("tokens", "previous", "signals", "rungs", "costs")))
@@ -90,7 +89,7 @@ def test_rungs_that_were_not_observed_are_interpolated() -> None:
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.2, 0.95), slope=st.floats(0.3, 2))
-def test_a_choice_of_rungs_keeps_the_budget_and_gives_harder_tokens_no_less(
+def test_chosen_rungs_keep_the_budget_and_give_harder_tokens_at_least_as_much_rank(
     seed: int, share: float, slope: float
 ) -> None:
     generator = np.random.default_rng(seed)
@@ -115,7 +114,7 @@ def test_one_budget_is_needed(budget: dict[str, float]) -> None:
 # The estimator
 
 
-def test_one_by_one_the_estimator_scores_as_the_fit_did() -> None:
+def test_the_estimator_scores_tokens_one_by_one_as_the_fit_did() -> None:
     generator = np.random.default_rng(0)
     tables = generator.normal(size=(2, VOCABULARY)).astype(np.float32)
     weights, means = generator.normal(size=(2, 4)).astype(np.float32)
@@ -137,7 +136,7 @@ def test_one_by_one_the_estimator_scores_as_the_fit_did() -> None:
     assert np.allclose(scores, 1 / (1 + np.exp(-fitted)), atol=1e-5)
 
 
-def test_a_config_that_needs_a_calibrated_ladder_refuses_another() -> None:
+def test_a_policy_with_learned_complexity_refuses_an_uncalibrated_ladder() -> None:
     config = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
     with pytest.raises(ConfigError, match="chunkwise calibrate"):
         RuntimeScheduler(config, [0.0, 8.0], VOCABULARY)
@@ -149,11 +148,11 @@ def test_a_config_that_needs_a_calibrated_ladder_refuses_another() -> None:
 
 
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 12))
-def test_sorted_rungs_spend_their_share_and_full_rank_stays(seed: int, steps: int) -> None:
+def test_sorted_rungs_spend_their_share_and_full_rank_is_unchanged(seed: int, steps: int) -> None:
     ladder = RankLadder.from_peft(adapter("llama", "patterns"))
     generator = torch.Generator().manual_seed(seed)
-    worth = {name: torch.rand(module.rank, generator=generator) for name, module in ladder.modules.items()}
-    found = ladder.sorted_by(worth, steps)
+    importance = {name: torch.rand(module.rank, generator=generator) for name, module in ladder.modules.items()}
+    found = ladder.sorted_by(importance, steps)
     assert found.rungs == steps + 1
     full = found.rung_ranks[-1]
     dearest = max(module.cost for module in ladder.modules.values())
@@ -165,11 +164,11 @@ def test_sorted_rungs_spend_their_share_and_full_rank_stays(seed: int, steps: in
         assert (module.sigma.diff() <= 0).all()
 
 
-def test_modules_that_matter_by_fisher_matter_when_turned_down() -> None:
+def test_modules_with_high_fisher_information_matter_most_when_weakened() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tokens = torch.tensor(text()).view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), ladder) as model:
-        found = sensitivities(model, Text.of(tokens).split(8))
+        found = sensitivities(model, TokenBlocks.all_scored(tokens).split(8))
         full = log_probabilities(model, tokens)
     names = list(ladder.modules)
     predicted, measured = [], []
@@ -177,20 +176,24 @@ def test_modules_that_matter_by_fisher_matter_when_turned_down() -> None:
         module = ladder.modules[name]
         closed = replace(module, up=0.7 * module.up)
         with ChunkWiseModel(build("llama"), replace(ladder, modules={**ladder.modules, name: closed})) as model:
-            measured.append(float(divergence(full, log_probabilities(model, tokens)).mean()))
+            measured.append(float(kl_divergence(full, log_probabilities(model, tokens)).mean()))
         predicted.append(float(found[name].gates.sum()))
     assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.7
 
 
-def test_directions_are_turned_for_what_counts_alone() -> None:
+def test_the_basis_is_rotated_for_scored_tokens_alone() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     importance = {name: module.sigma for name, module in ladder.modules.items()}
     tokens = torch.tensor(text())[None, :24]
-    counted = torch.arange(24)[None] < 10
+    scored = torch.arange(24)[None] < 10
     with ChunkWiseModel(build("llama"), ladder) as model:
-        (some, _), (shorter, _), (all_of_it, _) = (
-            refine(model, importance, [one], random_rungs(2, 8), 8, steps=1)
-            for one in (Text(tokens, counted), Text.of(tokens[:, :10]), Text.of(tokens))
+        some, shorter, all_of_it = (
+            rotate_basis(model, Basis(ladder, importance), RungTraining([one], 1, RandomRungs(2, 8)), 8).ladder
+            for one in (
+                TokenBlocks(tokens, scored),
+                TokenBlocks.all_scored(tokens[:, :10]),
+                TokenBlocks.all_scored(tokens),
+            )
         )
 
     def apart(one: RankLadder, other: RankLadder) -> float:
@@ -199,7 +202,7 @@ def test_directions_are_turned_for_what_counts_alone() -> None:
     assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # Adam moves by the sign of the smallest gradient
 
 
-def test_a_plan_is_taught_with_its_neighbours() -> None:
+def test_planned_rungs_are_shifted_to_their_neighbours() -> None:
     config = ChunkWiseConfig(
         chunking=ChunkingConfig(min_length=1, thresholds=(0.6, 0.7), hysteresis=0.0, memory=1.0, hard_share=1.0),
         selection=SelectionConfig(rank_shares=(0.25, 0.5, 1.0)),
@@ -210,22 +213,24 @@ def test_a_plan_is_taught_with_its_neighbours() -> None:
     def scheduler() -> RuntimeScheduler:
         return RuntimeScheduler(config, range(9), VOCABULARY)
 
-    drawn = planned_rungs(scheduler, 3, 8)(tokens, torch.Generator().manual_seed(0))
+    drawn = PlannedRungs(scheduler, 3, 8)(tokens, torch.Generator().manual_seed(0))
     plan = np.stack([scheduler().step(row).weights.argmax(1) for row in tokens.tolist()])
     shifts = [set((row - planned)[planned == 4].tolist()) for row, planned in zip(drawn, plan, strict=True)]
     assert set(map(len, shifts)) <= {0, 1} and set().union(*shifts) == {-1, 0, 1}
     assert set(np.unique(plan)) == {2, 4, 8} and (drawn.min(), drawn.max()) == (3, 7)
 
 
-def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again() -> None:
+def test_self_generated_text_has_the_asked_size_continues_the_text_and_is_reproducible() -> None:
     tokens = torch.tensor(text()).view(-1, 48)
     state = torch.get_rng_state()
     with ChunkWiseModel(build("llama"), adapter("llama")) as model:
-        pieces, again = (written(model, tokens, 70, seed=3) for _ in range(2))
+        pieces, again = (generate_text(model, tokens, 70, seed=3) for _ in range(2))
     assert pieces.shape == (70, 48) and torch.equal(pieces, again)
     assert torch.equal(torch.get_rng_state(), state)
-    seen = {tuple(one) for row in tokens.tolist() for one in zip(*(row[i:] for i in range(BEGINNING)), strict=False)}
-    assert all(tuple(piece[:BEGINNING]) in seen for piece in pieces.tolist())
+    seen = {
+        tuple(one) for row in tokens.tolist() for one in zip(*(row[i:] for i in range(PREFIX_TOKENS)), strict=False)
+    }
+    assert all(tuple(piece[:PREFIX_TOKENS]) in seen for piece in pieces.tolist())
 
 
 # The whole
@@ -233,31 +238,31 @@ def test_an_adapter_writes_as_much_as_is_asked_from_the_text_and_the_same_again(
 
 @pytest.fixture(scope="module")
 def calibrated() -> Calibration:
-    return calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), KNOBS)
+    return calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
 
 
 def test_calibration_is_deterministic(calibrated: Calibration) -> None:
-    again = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), KNOBS)
-    assert again.config == calibrated.config and again.check == calibrated.check
+    again = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
+    assert again.policy == calibrated.policy and again.check == calibrated.check
     for name, module in calibrated.ladder.modules.items():
         assert torch.equal(again.ladder.modules[name].down, module.down)
 
 
-def test_chunk_length_and_scale_are_those_that_cost_least(calibrated: Calibration) -> None:
-    length = calibrated.config.chunking.min_length
-    of_length = {n: calibrated.searched[f"chunks of at least {n}"] for n in LENGTHS}
-    assert of_length[length] <= min(of_length.values()) * (1 + 2 * SEARCH_GAIN)
+def test_the_chosen_chunk_length_and_scale_cost_least(calibrated: Calibration) -> None:
+    length = calibrated.policy.chunking.min_length
+    of_length = {n: calibrated.searched[f"chunks of at least {n}"] for n in MIN_LENGTHS}
+    assert of_length[length] <= min(of_length.values()) * (1 + 2 * SEARCH_TOLERANCE)
     of_scale = {scale: calibrated.searched[f"scale {scale:g}"] for scale in SCALES}
-    (scale,) = set(calibrated.config.selection.scales)
-    assert of_scale[scale] <= min(of_scale.values()) * (1 + 2 * SEARCH_GAIN)
+    (scale,) = set(calibrated.policy.selection.scales)
+    assert of_scale[scale] <= min(of_scale.values()) * (1 + 2 * SEARCH_TOLERANCE)
 
 
-def test_an_adapter_that_is_too_strong_is_scaled_down() -> None:
+def test_an_adapter_that_is_too_strong_gets_a_scale_below_1() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))  # the text is its own at scale 1
     loud = {name: replace(module, up=module.up / 0.8) for name, module in ladder.modules.items()}
-    knobs = KNOBS.model_copy(update={"mean_rank": 1.0, "refinements": 0})
+    config = CONFIG.model_copy(update={"mean_rank": 1.0, "refinements": 0})
     for strong, scale in ((ladder, 1.0), (replace(ladder, modules=loud), 0.9)):
-        assert set(calibrate(build("llama"), strong, text(200), knobs).config.selection.scales) == {scale}
+        assert set(calibrate(build("llama"), strong, text(200), config).policy.selection.scales) == {scale}
 
 
 def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration) -> None:
@@ -268,20 +273,20 @@ def test_calibration_keeps_the_rank_budget_and_full_rank(calibrated: Calibration
 
 
 def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_path: Path) -> None:
-    replace(calibrated.ladder, policy=calibrated.config).save_pretrained(tmp_path)
+    calibrated.ladder.save_pretrained(tmp_path)
     tokens = torch.tensor(text())[None, :BLOCK]
     with ChunkWiseModel(build("llama"), tmp_path) as model:
-        assert model.chunkwise_config == calibrated.config
+        assert model.chunkwise_config == calibrated.policy
         model.generate(tokens, max_new_tokens=8)
         trace = model.trace
     ranks = calibrated.ladder.rung_ranks
-    scheduler = RuntimeScheduler(calibrated.config, ranks, VOCABULARY, calibrated.ladder.learned)
+    scheduler = RuntimeScheduler(calibrated.policy, ranks, VOCABULARY, calibrated.ladder.learned)
     planned = scheduler.step(tokens[0].tolist()).weights @ np.array(ranks)
     assert trace is not None and trace.sequences[0].ranks[:BLOCK] == pytest.approx(planned.tolist())
     assert len(set(planned)) > 1
 
 
-def test_a_tighter_loss_budget_takes_more_rank_and_loses_less() -> None:
+def test_a_tighter_loss_budget_spends_more_rank_and_loses_less() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tight, loose = (
         calibrate(
@@ -296,137 +301,138 @@ def test_a_tighter_loss_budget_takes_more_rank_and_loses_less() -> None:
     assert tight.check.loss_increase < loose.check.loss_increase
 
 
-def test_what_an_adapter_writes_teaches_directions_and_no_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    lessons, observed = [], []
-    directions, explore = module_under_test._directions, module_under_test._explore
+def test_the_basis_is_learned_from_self_generated_text_and_costs_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned, observed = [], []
+    initial_basis, explore = procedure._initial_basis, fitted_ladder.explore
 
-    def note_lessons(model: Any, ladder: RankLadder, fit: Text, *rest: Any) -> Any:
-        lessons.append(fit)
-        return directions(model, ladder, fit, *rest)
+    def note_learned(run: Any, training_text: TokenBlocks) -> Any:
+        learned.append(training_text)
+        return initial_basis(run, training_text)
 
-    def note_observed(model: Any, part: Text, *rest: Any) -> Any:
+    def note_observed(run: Any, model: Any, part: TokenBlocks, *rest: Any) -> Any:
         observed.append(part.tokens)
-        return explore(model, part, *rest)
+        return explore(run, model, part, *rest)
 
-    monkeypatch.setattr(module_under_test, "_directions", note_lessons)
-    monkeypatch.setattr(module_under_test, "_explore", note_observed)
-    knobs = KNOBS.model_copy(update={"written": 4 * BLOCK, "refinements": 1})
-    calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+    monkeypatch.setattr(procedure, "_initial_basis", note_learned)
+    monkeypatch.setattr(fitted_ladder, "explore", note_observed)
+    config = CONFIG.model_copy(update={"self_generated_tokens": 4 * BLOCK, "refinements": 1})
+    calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
     given = {tuple(row) for row in torch.tensor(text()).view(-1, BLOCK).tolist()}
-    taught = [tuple(row) for row in lessons[0].tokens.tolist()]
+    taught = [tuple(row) for row in learned[0].tokens.tolist()]
     assert len([row for row in taught if row not in given]) == 4
     assert {row for row in taught if row in given} == {tuple(row) for row in observed[0].tolist()}
     assert all(tuple(row) in given for part in observed for row in part.tolist())
 
 
-def test_costs_and_checks_are_those_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_scored_tokens_are_observed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, observed = text(), []
-    fit = module_under_test.fit_costs
+    fit = estimator.fit_costs
 
     def note_observed(seen: Observations, *rest: Any, **options: Any) -> CostModel:
         observed.append(len(seen))
         return fit(seen, *rest, **options)
 
-    monkeypatch.setattr(module_under_test, "fit_costs", note_observed)
-    counted = [i % BLOCK >= BLOCK // 2 and i >= 2 * BLOCK for i in range(len(ids))]
-    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), ids, KNOBS, counted=counted)
-    sequences = len(ids) // BLOCK - 2  # in two of them, nothing counts
-    held = max(4, round(sequences * KNOBS.held_share))
-    assert set(observed) == {(sequences - held) * KNOBS.explorations * BLOCK // 2}
+    monkeypatch.setattr(estimator, "fit_costs", note_observed)
+    scored = [i % BLOCK >= BLOCK // 2 and i >= 2 * BLOCK for i in range(len(ids))]
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), ids, CONFIG, scored=scored)
+    sequences = len(ids) // BLOCK - 2  # two of them have no scored token
+    held = max(4, round(sequences * CONFIG.held_share))
+    assert set(observed) == {(sequences - held) * CONFIG.explorations * BLOCK // 2}
     checked = torch.tensor(ids).view(-1, BLOCK)[-(held // 2) :]
     with ChunkWiseModel(build("llama"), found.ladder) as model:
-        of_answers = losses(log_probabilities(model, checked), checked)[:, BLOCK // 2 :]
+        of_answers = next_token_losses(log_probabilities(model, checked), checked)[:, BLOCK // 2 :]
     assert found.check.tokens == of_answers.numel()
     assert found.check.loss_full == pytest.approx(float(of_answers.mean()), rel=1e-4)
 
 
-def test_directions_turned_for_a_plan_serve_it_better() -> None:
+def test_a_basis_rotated_for_a_plan_serves_that_plan_better() -> None:
     plain = RankLadder.from_peft(adapter("llama"))
     importance = {name: module.sigma for name, module in plain.modules.items()}
-    taught, held = Text.blocks(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+    taught, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
 
     def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return torch.where(tokens % 2 == 0, 2, 6)
 
-    def kl(draw: Draw) -> float:
+    def kl(sampler: RungSampler) -> float:
         with ChunkWiseModel(build("llama"), plain) as model:
-            ladder, learned = refine(model, importance, 6 * taught, draw, 8, steps=6 * len(taught))
+            training = RungTraining(6 * taught, 6 * len(taught), sampler)
+            rotated = rotate_basis(model, Basis(plain, importance), training, 8)
         tokens = held.view(-1, BLOCK)
-        with ChunkWiseModel(build("llama"), ladder.sorted_by(learned, 8)) as model:
+        with ChunkWiseModel(build("llama"), rotated.on_rungs(8)) as model:
             planned = log_probabilities(model, tokens, plan(tokens).numpy())
-            return float(divergence(log_probabilities(model, tokens), planned).mean())
+            return float(kl_divergence(log_probabilities(model, tokens), planned).mean())
 
-    assert kl(plan) < 0.95 * kl(random_rungs(2, 8))
+    assert kl(plan) < 0.95 * kl(RandomRungs(2, 8))
 
 
-def test_distilled_directions_serve_a_plan_better_and_keep_their_rungs() -> None:
+def test_distillation_serves_its_plan_better_and_keeps_the_rungs() -> None:
     plain = RankLadder.from_peft(adapter("llama"))
-    taught, held = Text.blocks(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+    taught, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
 
     def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return torch.where(tokens % 2 == 0, 2, 6)
 
     with ChunkWiseModel(build("llama"), plain) as model:
-        ladder = distil(model, 4 * taught, plan, steps=4 * len(taught), rate=5e-4)
+        ladder = distil(model, RungTraining(4 * taught, 4 * len(taught), plan), rate=5e-4)
     tokens = held.view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), {"plain": plain, "distilled": ladder}) as model:
         full, rungs = log_probabilities(model, tokens), plan(tokens).numpy()
         before, after = (
-            float(divergence(full, log_probabilities(model, tokens, rungs, name)).mean()) for name in model.ladders
+            float(kl_divergence(full, log_probabilities(model, tokens, rungs, name)).mean()) for name in model.ladders
         )
     assert after < 0.9 * before
     assert ladder.rung_ranks == plain.rung_ranks
 
 
-def test_a_distilled_ladder_is_checked_against_the_adapter_that_was_given_on_the_text_held_back() -> None:
+def test_a_distilled_ladder_is_checked_against_the_given_adapter_on_the_held_text() -> None:
     given, held = RankLadder.from_peft(adapter("llama")), text(60)[-10 * BLOCK :]
-    knobs = KNOBS.model_copy(update={"distillations": 3, "keep_directions": True, "int8": False})
-    found = calibrate(build("llama"), given, text(), knobs, held_tokens=held)
-    again = calibrate(build("llama"), given, text(), knobs, held_tokens=held)
+    config = CONFIG.model_copy(update={"distillations": 3, "keep_directions": True, "int8": False})
+    found = calibrate(build("llama"), given, text(), config, held_tokens=held)
+    again = calibrate(build("llama"), given, text(), config, held_tokens=held)
     checked = torch.tensor(held).view(-1, BLOCK)[5:]
     name, module = next(iter(found.ladder.modules.items()))
     assert not torch.equal(module.down, given.modules[name].down)
     assert torch.equal(module.down, again.ladder.modules[name].down)
     with ChunkWiseModel(build("llama"), {"given": given, "found": found.ladder}) as model:
         full = log_probabilities(model, checked)
-        planned, _ = log_probabilities_planned(model, checked, found.config, "found")
-    assert found.check.loss_full == pytest.approx(float(losses(full, checked).mean()), rel=1e-4)
-    assert found.check.kl == pytest.approx(float(divergence(full, planned).mean()), rel=1e-3)
+        planned = log_probabilities_in_one_pass(model, checked, found.policy, "found").log_p
+    assert found.check.loss_full == pytest.approx(float(next_token_losses(full, checked).mean()), rel=1e-4)
+    assert found.check.kl == pytest.approx(float(kl_divergence(full, planned).mean()), rel=1e-3)
     for message, options in (
         ("held tokens are too few", {"held_tokens": held[: 3 * BLOCK]}),
-        ("held text is plain text", {"held_tokens": held, "counted": [True] * len(text())}),
+        ("held text is plain text", {"held_tokens": held, "scored": [True] * len(text())}),
     ):
         with pytest.raises(ChunkWiseError, match=message):
-            calibrate(build("llama"), given, text(), knobs, **options)
+            calibrate(build("llama"), given, text(), config, **options)
 
 
-def test_a_scale_given_with_rungs_is_that_of_a_plan() -> None:
+def test_a_scale_with_fixed_rungs_equals_the_same_scale_in_a_policy() -> None:
     tokens = torch.tensor(text()).view(-1, BLOCK)[:4]
     config = ChunkWiseConfig.uniform(0.5)
     config = config.model_copy(update={"selection": config.selection.model_copy(update={"scales": (0.9,)})})
     with ChunkWiseModel(build("llama"), adapter("llama")) as model:
-        planned, ranks = log_probabilities_planned(model, tokens, config)
-        assert torch.allclose(log_probabilities(model, tokens, 4, scale=0.9), planned, atol=1e-5)
-        assert not torch.allclose(log_probabilities(model, tokens, 4), planned, atol=1e-2)
-    assert (ranks == 4).all()
+        planned = log_probabilities_in_one_pass(model, tokens, config)
+        assert torch.allclose(log_probabilities(model, tokens, 4, scale=0.9), planned.log_p, atol=1e-5)
+        assert not torch.allclose(log_probabilities(model, tokens, 4), planned.log_p, atol=1e-2)
+    assert (planned.ranks == 4).all()
 
 
 def test_a_ladder_of_one_rung_is_calibrated_too() -> None:
-    knobs = KNOBS.model_copy(update={"rungs": 1, "lowest_share": 0.0})
-    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+    config = CONFIG.model_copy(update={"rungs": 1, "lowest_share": 0.0})
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
     assert found.ladder.rungs == 2
 
 
-def test_a_long_text_is_not_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "HELD_TOKENS", 6 * BLOCK)
-    knobs = KNOBS.model_copy(update={"refinements": 0, "held_share": 0.4})
-    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), knobs)
+def test_the_check_of_a_long_text_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MAX_HELD_TOKENS", 6 * BLOCK)
+    config = CONFIG.model_copy(update={"refinements": 0, "held_share": 0.4})
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
     assert found.check.tokens == 3 * (BLOCK - 1)
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(ChunkWiseError, match="too few"):
-        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(LEAST_BLOCKS - 1), KNOBS)
+        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(MIN_BLOCKS - 1), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +446,7 @@ def test_what_was_learned_is_checked_on_load(name: str, value: list[float]) -> N
 
 
 def test_a_calibrated_folder_holds_safetensors_and_json_only(calibrated: Calibration, tmp_path: Path) -> None:
-    replace(calibrated.ladder, policy=calibrated.config).save_pretrained(tmp_path)
+    calibrated.ladder.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert load_file(tmp_path / "chunkwise.safetensors")["learned/token"].shape == (VOCABULARY,)
     assert json.loads((tmp_path / "chunkwise.json").read_text())["policy"]["complexity"]["learned"] is True

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ConfigError
+from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.engines.vllm.settings import Choice
 from chunkwise_lora.method.config import (
     PRESETS,
-    CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
@@ -72,7 +72,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
         "block": (*NOT_A_COUNT, 8),
         "rungs": (*NOT_A_COUNT, 65),
         "lowest_share": NOT_A_SHARE,
-        "written": (-1, 2.5, "much", None),
+        "self_generated_tokens": (-1, 2.5, "much", None),
         "refinements": (-1, 2.5, "few", None),
         "rounds": (-1, 0.5, "none", None),
         "keep_directions": (2, "perhaps", None),

@@ -18,10 +18,10 @@ from chunkwise_lora.benchmark.methods import BASE, STATIC, UNMERGED, Method, met
 from chunkwise_lora.benchmark.plots import plot_bench
 from chunkwise_lora.benchmark.run import Run, perplexity
 from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
-from chunkwise_lora.calibration.costs import (
+from chunkwise_lora.calibration.log_probabilities import (
     log_probabilities,
-    log_probabilities_planned,
-    losses,
+    log_probabilities_in_one_pass,
+    next_token_losses,
 )
 from chunkwise_lora.cli.rendering import bench_table, coloured_tokens, sparkline
 from chunkwise_lora.method.trace import SequenceTrace
@@ -187,7 +187,7 @@ def test_the_adapter_trained_for_truncation_is_better_at_half_rank_than_the_ordi
     ladders = {"nested": folder, "ordinary": embedded.ADAPTERS["wiki"]}
     with ChunkWiseModel(base, ladders) as model:
         assert torch.allclose(log_probabilities(model, tokens, adapter="nested"), peft, atol=1e-3)
-        planned, ranks = log_probabilities_planned(model, tokens, model.chunkwise_config, "nested")
+        planned = log_probabilities_in_one_pass(model, tokens, model.chunkwise_config, "nested")
         ordinary = log_probabilities(model, tokens, adapter="ordinary")
-    assert ranks.mean() == pytest.approx(8, abs=0.5)
-    assert losses(planned, tokens).mean() < losses(ordinary, tokens).mean()
+    assert planned.ranks.mean() == pytest.approx(8, abs=0.5)
+    assert next_token_losses(planned.log_p, tokens).mean() < next_token_losses(ordinary, tokens).mean()

@@ -24,6 +24,7 @@ from typer import BadParameter
 import adapters
 import answers
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
+from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
 from chunkwise_lora.evaluation.answers import Scores, bleu, exact_match_and_f1, own_answers
@@ -33,7 +34,6 @@ from chunkwise_lora.evaluation.report import Evaluation, markdown, page
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
 from chunkwise_lora.evaluation.tasks import calibration_tokens
 from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
-from chunkwise_lora.method.config import CalibrationConfig
 from meanings import recombined, slots_of
 from models import VOCABULARY, adapter, build
 
@@ -369,7 +369,7 @@ def results() -> dict[str, TextResult]:
     tokens = torch.randint(2, VOCABULARY, (30 * 24,), generator=torch.Generator().manual_seed(0))
     knobs = CalibrationConfig(mean_rank=0.5, block=24, refinements=0, explorations=1)
     found = calibrate(model, RankLadder.from_peft(path), tokens.tolist(), knobs)
-    field = Field(model, path, (found.ladder, found.config))
+    field = Field(model, path, (found.ladder, found.policy))
     contenders = field.contenders(
         ["lossless", "balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"], {"again": path}
     )

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, LadderError, RankLadder, RuntimeScheduler
-from chunkwise_lora.calibration.calibrate import LEAST_BLOCKS, calibrate
+from chunkwise_lora.calibration import CalibrationConfig
+from chunkwise_lora.calibration.calibrate import calibrate
+from chunkwise_lora.calibration.text import MIN_BLOCKS
 from chunkwise_lora.method.config import (
-    CalibrationConfig,
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
@@ -186,9 +187,9 @@ def test_the_trained_ladder_is_the_trained_adapter_in_its_own_directions(tmp_pat
     train(model, nested, tmp_path / "run", 3)
     model.save_pretrained(tmp_path / "adapter")
     trained, again = nested.trained_ladder(), RankLadder.from_peft(tmp_path / "adapter")
-    tokens = torch.randint(2, VOCABULARY, (LEAST_BLOCKS * 24,)).tolist()
-    knobs = CalibrationConfig(mean_rank=0.5, block=24, explorations=1, keep_directions=True)
-    kept = calibrate(build("llama"), trained, tokens, knobs).ladder
+    tokens = torch.randint(2, VOCABULARY, (MIN_BLOCKS * 24,)).tolist()
+    config = CalibrationConfig(mean_rank=0.5, block=24, explorations=1, keep_directions=True)
+    kept = calibrate(build("llama"), trained, tokens, config).ladder
     for name, module in trained.modules.items():
         theirs = again.modules[name]
         assert torch.allclose(module.up @ module.down, theirs.up @ theirs.down, atol=1e-5)

@@ -43,8 +43,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from base import Blocks
 from chunkwise_lora import ChunkWiseError, ChunkWiseModel, RankLadder
-from chunkwise_lora.calibration.costs import Text
-from chunkwise_lora.calibration.self_generated import written
+from chunkwise_lora.calibration.self_generated import generate_text
+from chunkwise_lora.calibration.text import TokenBlocks
 from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
 from chunkwise_lora.training import GrowRank, NestedRank
 
@@ -131,7 +131,7 @@ def own_texts(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int,
         return load_file(file)["texts"]
     with ChunkWiseModel.from_pretrained(str(base), ladder, dtype=torch.float32) as model:
         show = partial(track, description="writing texts")
-        texts = written(model, Text.blocks(tokens, length).tokens, WRITTEN, track=show)
+        texts = generate_text(model, TokenBlocks.cut(tokens, length).tokens, WRITTEN, track=show)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"texts": texts}, file)
     return texts

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chunkwise_lora.calibration.refine import Draw, planned_rungs, random_rungs
+from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
@@ -110,7 +110,7 @@ class NestedRank(_Hooked):
         self._tables: dict[str, Tensor] = {}
         self._gated = self._teaching = False
         self._top = 0
-        self._choose_rungs: Draw = random_rungs(0, 1)
+        self._choose_rungs: RungSampler = RandomRungs(0, 1)
         self._rungs = self._nested = torch.empty(0)
         self._model: Any = None
         self._inputs: dict[str, Tensor] = {}
@@ -144,11 +144,11 @@ class NestedRank(_Hooked):
         self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
         self._top = len(next(iter(self._tables.values()))) - 1
         low, high = round(self.lowest * self._top), min(round(self.highest * self._top), self._top - 1)
-        self._choose_rungs = random_rungs(low, high + 1, self.chunk)
+        self._choose_rungs = RandomRungs(low, high + 1, self.chunk)
         if self.plan is not None and self.ladder is not None:
             vocab_size = model.config.get_text_config().vocab_size
             options = (self.plan, self.ladder.rung_ranks, vocab_size, self.ladder.learned)
-            self._choose_rungs = planned_rungs(partial(RuntimeScheduler, *options), low, high + 1)
+            self._choose_rungs = PlannedRungs(partial(RuntimeScheduler, *options), low, high + 1)
 
     def trained_ladder(self) -> RankLadder:
         """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.

@@ -1,4 +1,4 @@
-"""What the next-token distribution owes to each direction of a ladder: Fisher information, per module."""
+"""The Fisher information of a ladder's directions: how much the next-token distribution depends on each of them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.calibration.costs import Text, at_full_rank, hooked
-from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
+from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, at_full_rank, forward_hooks
+from chunkwise_lora.calibration.text import TokenBlocks
 
 
 @dataclass
 class Sensitivity:
-    """Of one module, with z = down @ x what goes into its directions, and q the gradient of log p by what comes out."""
+    """How much the next-token distribution depends on one module.
+
+    z = down @ x is what enters the module's directions; q = up^T d log p / dy is the gradient at what leaves them.
+    Both fields are averages over scored tokens.
+    """
 
     outputs: Tensor
-    """(r, r) E[q q^T] per token that counts, for `RankLadder.data_aware`."""
+    """(r, r) E[q q^T], for `RankLadder.data_aware`."""
     gates: Tensor
-    """(r,) E[(d log p / d g)^2] per such token: twice the KL divergence, in nats, of switching a direction off."""
+    """(r,) E[(d log p / d g)^2] of the gate g of each direction: to second order, twice the KL divergence, in nats,
+    of switching the direction off."""
 
 
 def sensitivities(
-    model: ChunkWiseModel, batches: Iterable[Text], adapter: str = DEFAULT, seed: int = 0
+    model: ChunkWiseModel, batches: Iterable[TokenBlocks], adapter: str = DEFAULT, seed: int = 0
 ) -> dict[str, Sensitivity]:
-    """Run text at full rank, once forward and once back, and gather every module's sensitivity.
+    """Gather the sensitivity of every module at full rank, with one forward and one backward pass per batch.
 
-    Next tokens are drawn from the model's own distribution, so that the squares are those of the Fisher information
-    and the cross terms between positions vanish. Only what is predicted where the text counts does. Modules that no
-    token reaches are left out.
+    The next tokens are drawn from the model's own distribution. The squared gradients are then those of the Fisher
+    information, and the cross terms between positions vanish in expectation.
+
+    Args:
+        model: A model with the ladder attached.
+        batches: Text; only predictions after scored tokens contribute.
+        adapter: Name of the ladder.
+        seed: Seed of the drawn tokens.
+
+    Returns:
+        The sensitivities by module name. Modules that no token reaches, such as unused experts, are left out.
     """
     ladder = model.ladders[adapter].modules
     leaves: dict[str, tuple[Tensor, Tensor]] = {}
     found: dict[str, Sensitivity] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def lend(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    def add_leaf(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         up, down = ladder[name].up, ladder[name].down
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -50,14 +63,14 @@ def sensitivities(
         return hook
 
     tokens = 0
-    with hooked(model.model, {name: lend(name) for name in ladder}):
+    with forward_hooks(model.model, {name: add_leaf(name) for name in ladder}):
         for batch in batches:
             with torch.enable_grad():
                 log_p = at_full_rank(model, batch.tokens, adapter)
                 flat = log_p.detach().flatten(0, 1).cpu()
                 drawn = torch.multinomial(flat.exp(), 1, generator=generator).to(log_p.device)
-                log_p.flatten(0, 1).gather(1, drawn)[batch.counted.flatten()].sum().backward()
-            tokens += int(batch.counted.sum())
+                log_p.flatten(0, 1).gather(1, drawn)[batch.scored.flatten()].sum().backward()
+            tokens += int(batch.scored.sum())
             for name, (z, leaf) in leaves.items():
                 if leaf.grad is None:
                     continue

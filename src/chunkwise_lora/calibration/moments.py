@@ -1,4 +1,4 @@
-"""What a ladder needs to know of real inputs: second moments of z = down @ x, per module."""
+"""Second moments of the inputs of an adapter's directions, for the data-aware ladder."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
-from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, at_full_rank
 
 
 @torch.no_grad()
 def second_moments(model: ChunkWiseModel, batches: Iterable[Tensor], adapter: str = DEFAULT) -> dict[str, Tensor]:
-    """Run token ids (batch, tokens) at full rank and gather E[z z^T], (r, r), for `RankLadder.data_aware`.
+    """Gather the second moment of z = down @ x for every module, at full rank.
 
-    Modules that no token reaches are left out.
+    Args:
+        model: A model with the ladder attached.
+        batches: Token ids, each (batch, tokens).
+        adapter: Name of the ladder.
+
+    Returns:
+        (r, r) E[z z^T] by module name, in float32, for `RankLadder.data_aware`. Modules that no token reaches, such as
+        unused experts, are left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -35,8 +41,8 @@ def second_moments(model: ChunkWiseModel, batches: Iterable[Tensor], adapter: st
         for name, module in model.ladders[adapter].modules.items()
     ]
     try:
-        for batch in batches:
-            model(batch, adapter_names=adapter, chunkwise_config=ChunkWiseConfig.preset("lossless"), use_cache=False)
+        for tokens in batches:
+            at_full_rank(model, tokens, adapter)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,8 @@
-"""Text that an adapter writes itself: as much as is wanted, like what it will write, and none it was trained on."""
+"""Self-generated text: text that an adapter generates itself.
+
+It resembles what the adapter will generate in use, there is as much of it as needed, and the adapter was not trained
+on it.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +12,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
 from chunkwise_lora.method.config import ChunkWiseConfig
 
-BEGINNING = 16
-"""Tokens of real text that each piece begins with, or half of it where it is short."""
+PREFIX_TOKENS = 16
+"""Tokens of real text at the beginning of each sequence, or half of the sequence if it is shorter than twice this.
+A prefix keeps the generated text on the subject of the real text."""
 BATCH = 64
+"""Sequences that are generated together."""
 
 
-def written(
+def generate_text(
     model: ChunkWiseModel,
     text: Tensor,
-    pieces: int,
+    sequences: int,
     *,
     adapter: str | None = None,
     seed: int = 0,
     track: Callable[[Iterable[int]], Iterable[int]] = lambda work: work,
 ) -> Tensor:
-    """(pieces, length) token ids, drawn at full rank, that go on from places in `text` (sequences, length)."""
+    """Sample sequences at full rank and temperature 1 that continue short pieces of a text.
+
+    Args:
+        model: A model with ladders.
+        text: (rows, length) token ids; a random piece of a random row is the beginning of each sequence.
+        sequences: Number of sequences to generate.
+        adapter: Name of the ladder; by default the first one of the model.
+        seed: Seed of the pieces and of sampling.
+        track: Wraps the sequence of batches, to show progress.
+
+    Returns:
+        (sequences, length) token ids, beginnings included.
+    """
     rows, length = text.shape
-    beginning = min(BEGINNING, length // 2)
+    prefix = min(PREFIX_TOKENS, length // 2)
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": ChunkWiseConfig.preset("lossless")}
     options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-    options |= {"min_new_tokens": length - beginning, "max_new_tokens": length - beginning, "pad_token_id": 0}
-    found = []
+    options |= {"min_new_tokens": length - prefix, "max_new_tokens": length - prefix, "pad_token_id": 0}
+    generated = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in track(range(0, pieces, BATCH)):
-            count = min(BATCH, pieces - start)
-            first = torch.randint(length - beginning, (count, 1))
-            places = first + torch.arange(beginning)
-            beginnings = text[torch.randint(rows, (count, 1)), places]
-            found.append(model.generate(beginnings, **options))
-    return torch.cat(found)
+        for start in track(range(0, sequences, BATCH)):
+            count = min(BATCH, sequences - start)
+            first = torch.randint(length - prefix, (count, 1))
+            places = first + torch.arange(prefix)
+            prefixes = text[torch.randint(rows, (count, 1)), places]
+            generated.append(model.generate(prefixes, **options))
+    return torch.cat(generated)

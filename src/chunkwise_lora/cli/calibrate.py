@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chunkwise_lora import embedded
+from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption, given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
@@ -18,7 +19,6 @@ from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import calibration_table
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
-from chunkwise_lora.method.config import CalibrationConfig
 
 if TYPE_CHECKING:
     from chunkwise_lora.calibration.calibrate import Calibration
@@ -69,7 +69,7 @@ def calibrate(
         ),
     ] = None,
     tokens: Annotated[int | None, _setting("tokens")] = None,
-    self_generated_tokens: Annotated[int | None, _setting("written")] = None,
+    self_generated_tokens: Annotated[int | None, _setting("self_generated_tokens")] = None,
     refinements: Annotated[int | None, _setting("refinements")] = None,
     rounds: Annotated[int | None, _setting("rounds")] = None,
     keep_directions: Annotated[
@@ -103,7 +103,7 @@ def calibrate(
         seed=seed,
         **given(
             tokens=tokens,
-            written=self_generated_tokens,
+            self_generated_tokens=self_generated_tokens,
             refinements=refinements,
             rounds=rounds,
             distillations=distillations,
@@ -139,15 +139,15 @@ def calibrate(
             )
             return found
 
-        ids, counted, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
+        ids, scored, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
         settings = settings.model_copy(update={"block": block})
-        result = run(base, ladder, ids, settings, reports.track, counted, held)
-    replace(result.ladder, policy=result.config).save_pretrained(output)
+        result = run(base, ladder, ids, settings, reports.track, scored, held)
+    result.ladder.save_pretrained(output)
     _print_result(result, output)
-    config = result.config.model_dump(mode="json")
+    policy = result.policy.model_dump(mode="json")
     content = {"check": asdict(result.check), "explained": result.explained, "searched": result.searched}
-    write_json(json_file, {**content, "config": config})
+    write_json(json_file, {**content, "config": policy})
 
 
 def _print_result(result: Calibration, output: Path) -> None:

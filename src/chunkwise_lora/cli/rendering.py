@@ -88,8 +88,8 @@ def calibration_table(result: Calibration) -> Table:
     for name, share in result.explained.items():
         table.add_row(name, f"{share:.1%}")
     full = result.ladder.rung_ranks[-1]
-    ranks = ", ".join(f"{share * full:.1f}" for share in result.config.selection.rank_shares)
-    length, scales = result.config.chunking.min_length, result.config.selection.scales
+    ranks = ", ".join(f"{share * full:.1f}" for share in result.policy.selection.rank_shares)
+    length, scales = result.policy.chunking.min_length, result.policy.selection.scales
     table.caption = (
         f"ranks from easy to hard: {ranks}; chunks of at least {length} tokens, scales {min(scales):g} to "
         f"{max(scales):g}"

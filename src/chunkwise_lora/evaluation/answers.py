@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedModel
 
-from chunkwise_lora.calibration.costs import divergence
+from chunkwise_lora.calibration.log_probabilities import kl_divergence
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.baselines import FULL, Contender
@@ -137,7 +137,7 @@ def evaluate_answers(
             lengths = given["attention_mask"].sum(1).tolist()
             log_p = _answer_log_probabilities(contender, references, lengths)
             full = full or log_p
-            tally.kl += [float(divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
+            tally.kl += [float(kl_divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
             advance()
     scores = {name: metric(tally.answers, examples) for name, tally in tallies.items()}
     return [_result(one, tallies[one.name], scores[one.name], scores[FULL]) for one in contenders]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from chunkwise_lora.calibration.cost_model import price_for
-from chunkwise_lora.calibration.costs import (
-    divergence,
+from chunkwise_lora.calibration.log_probabilities import (
+    kl_divergence,
     log_probabilities,
-    log_probabilities_planned,
-    log_probabilities_stream,
+    log_probabilities_in_one_pass,
+    log_probabilities_token_by_token,
 )
+from chunkwise_lora.calibration.rung_policy import multiplier_for
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError, first_line
 from chunkwise_lora.ladder import RankLadder, is_ladder
@@ -170,15 +170,15 @@ class Field:
 
     def _planned(self, name: str, ladder: str, config: ChunkWiseConfig) -> Contender:
         def score(tokens: Tensor) -> Scored:
-            log_p, ranks, kv_share = log_probabilities_stream(self.chunkwise, tokens, config, ladder)
-            return Scored(log_p, float(ranks.mean()), kv_share, ranks)
+            done = log_probabilities_token_by_token(self.chunkwise, tokens, config, ladder)
+            return Scored(done.log_p, float(done.ranks.mean()), done.kv_share, done.ranks)
 
         return Contender(name, self.chunkwise, {"adapter_names": ladder, "chunkwise_config": config}, score)
 
     def _rungs_of_plan(self, tokens: Tensor) -> np.ndarray:
         """(windows, tokens) the rung that the calibrated policy gives each token, entropies unknown."""
         _, config = self.presets[CALIBRATED]
-        _, ranks = log_probabilities_planned(self.chunkwise, tokens, config, CALIBRATED)
+        ranks = log_probabilities_in_one_pass(self.chunkwise, tokens, config, CALIBRATED).ranks
         of_rungs = np.array(self.chunkwise.ladders[CALIBRATED].rung_ranks)
         return np.abs(ranks[..., None] - of_rungs).argmin(-1)
 
@@ -227,7 +227,7 @@ class Field:
             tried = np.unique(np.append(plan, len(ranks) - 1))
             costs = np.stack(
                 [
-                    divergence(full, log_probabilities(self.chunkwise, tokens, int(r), CALIBRATED, scale)).numpy()
+                    kl_divergence(full, log_probabilities(self.chunkwise, tokens, int(r), CALIBRATED, scale)).numpy()
                     for r in tried
                 ],
                 axis=-1,
@@ -240,10 +240,10 @@ class Field:
 def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarray:
     """(...,) the choice among (..., choices) of least total cost whose ranks are at most `mean_rank` on average."""
 
-    def chosen(price: float) -> np.ndarray:
-        return np.asarray((costs + price * ranks).argmin(-1))
+    def chosen(multiplier: float) -> np.ndarray:
+        return np.asarray((costs + multiplier * ranks).argmin(-1))
 
-    return chosen(price_for(lambda price: float(ranks[chosen(price)].mean()), mean_rank))
+    return chosen(multiplier_for(lambda multiplier: float(ranks[chosen(multiplier)].mean()), mean_rank))
 
 
 def _mean_rank(model: Any) -> float:

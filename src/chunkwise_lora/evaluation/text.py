@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise_lora.calibration.costs import divergence, losses
+from chunkwise_lora.calibration.log_probabilities import kl_divergence, next_token_losses
 from chunkwise_lora.evaluation.baselines import FULL, Contender
 from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
 
@@ -76,8 +76,8 @@ def evaluate_text(
         full = full_rank.score(group).log_p
         for contender in contenders:
             scored = contender.score(group)
-            kl = divergence(full, scored.log_p)[:, scored_from:]
-            loss = losses(scored.log_p, group)[:, scored_from:]
+            kl = kl_divergence(full, scored.log_p)[:, scored_from:]
+            loss = next_token_losses(scored.log_p, group)[:, scored_from:]
             tallies[contender.name].append((loss.numpy(), kl.numpy(), scored.mean_rank, scored.kv_share))
             if scored.ranks is not None:
                 sample = Sample(group[0].tolist(), scored.ranks[0].tolist())

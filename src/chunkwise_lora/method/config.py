@@ -278,50 +278,6 @@ class ChunkWiseConfig(StrictConfig):
         return self.model_dump_json(indent=2) + "\n"
 
 
-class CalibrationConfig(StrictConfig):
-    """How `chunkwise calibrate` works and what it may spend. Either budget, not both."""
-
-    mean_rank: float | None = Field(None, gt=0, le=1, description="Budget: mean rank as a share of the full rank.")
-    max_loss_increase: float | None = Field(
-        None, gt=0, le=1, description="Budget: how much the loss (nats per token) may rise, as a share of it."
-    )
-    tokens: int = Field(
-        160_000, ge=1, description="Most tokens of the text to learn from; more teach more of rare ids."
-    )
-    written: int = Field(
-        0, ge=0, description="Tokens beside the text to find the directions on, which the adapter writes itself."
-    )
-    block: int = Field(512, ge=16, description="Tokens per sequence, at most the model's positions.")
-    rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; close rungs waste least.")
-    lowest_share: float = Field(0.25, ge=0, lt=1, description="Lowest rung to try, as a share of the full rank.")
-    refinements: int = Field(200, ge=0, description="Steps of turning the directions towards good low rungs.")
-    rounds: int = Field(1, ge=0, description="Times that the directions are turned again, for the plan fitted to them.")
-    keep_directions: bool = Field(
-        False, description="Find no directions and rungs; those of a ladder are what the policy is fitted to."
-    )
-    distillations: int = Field(
-        0, ge=0, description="Steps in which directions learn, at the rungs of the plan, what full rank says."
-    )
-    distillation_rate: float = Field(
-        5e-4, gt=0, le=1, description="Learning rate of distilling; short answers learn well at 1e-3."
-    )
-    explorations: int = Field(2, ge=1, description="Passes in which every token runs at a random rung.")
-    held_share: float = Field(
-        0.1,
-        gt=0,
-        lt=0.5,
-        description="Share of the text, its end, kept for choice and check, unless other text is held back.",
-    )
-    int8: bool = Field(True, description="Store keys and values as INT8 where the check allows it.")
-    seed: int = Field(0, ge=0, description="Of every draw.")
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Self:
-        if (self.mean_rank is None) == (self.max_loss_increase is None):
-            raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
-        return self
-
-
 PRESETS: dict[str, ChunkWiseConfig] = {
     "lossless": ChunkWiseConfig.uniform(1.0),
     "balanced": ChunkWiseConfig(),

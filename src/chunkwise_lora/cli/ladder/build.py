@@ -73,8 +73,8 @@ def build(
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     """The ladder that truncates best on the tokens of the file `text`, at most 128 sequences of them."""
-    from chunkwise_lora.calibration.costs import Text
     from chunkwise_lora.calibration.moments import second_moments
+    from chunkwise_lora.calibration.text import TokenBlocks
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
     model, tokenizer = load_base_and_tokenizer(base)
@@ -82,6 +82,6 @@ def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
     tokens = token_ids(tokenizer, read_text(text, LadderError))[0, : 128 * length]
     if len(tokens) < length:
         raise LadderError(f"{text}: {len(tokens)} tokens are too few to calibrate on; give at least {length}")
-    blocks = [one.tokens for one in Text.blocks(tokens, length).split(1)]
+    blocks = [one.tokens for one in TokenBlocks.cut(tokens, length).split(1)]
     with progress() as reports, ChunkWiseModel(model, ladder) as chunkwise:
         return ladder.data_aware(second_moments(chunkwise, reports.track(blocks, description="gathering moments")))

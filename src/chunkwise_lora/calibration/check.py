@@ -1,0 +1,81 @@
+"""The check of a calibrated policy on text that calibration has not used for anything else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chunkwise_lora.calibration.log_probabilities import (
+    ChunkWiseModel,
+    kl_divergence,
+    log_probabilities_token_by_token,
+    next_token_losses,
+)
+from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
+from chunkwise_lora.method.config import ChunkWiseConfig
+
+MAX_SEGMENT = 64
+"""Tokens per segment. Neighbouring tokens are alike, so the error is estimated from the means of segments."""
+MIN_SEGMENTS = 8
+"""Fewest segments; short texts are cut into shorter ones."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the policy costs on the check text, run token by token as in generation.
+
+    "Full rank" is that of the adapter as it was given.
+    """
+
+    tokens: int
+    """Number of scored predictions; the values per token below are averages over them, unless they say otherwise."""
+    mean_rank: float
+    """Mean rank of all tokens, scored or not."""
+    kl: float
+    """KL divergence from full rank, in nats per token."""
+    loss_full: float
+    """Loss at full rank, in nats per token."""
+    loss_increase: float
+    """Increase of the loss over full rank, as a share of `loss_full`."""
+    loss_increase_error: float
+    """Half of the width of the 95% interval of `loss_increase`."""
+    perplexity_increase: float
+    """Increase of the perplexity over full rank, as a share of the perplexity at full rank."""
+    kv_share: float
+    """Bytes of the KV cache, divided by those of a full-precision cache."""
+
+
+def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> Check:
+    """Run the check text under the policy `config`, and compare it with full rank.
+
+    Args:
+        run: The calibration.
+        model: A model from `run.attach`.
+        config: The calibrated policy.
+    """
+    full_losses, increases, kl, ranks, kv_shares = [], [], [], [], []
+    for batch in run.batches(run.text.check, "checking on unseen text"):
+        tokens, scored = batch.tokens, batch.scored_predictions
+        full = given_full_rank(model, tokens)
+        done = log_probabilities_token_by_token(model, tokens, config)
+        full_losses.append(next_token_losses(full, tokens)[scored])
+        increases.append(next_token_losses(done.log_p, tokens)[scored] - full_losses[-1])
+        kl.append(kl_divergence(full, done.log_p)[batch.scored])
+        ranks.append(done.ranks)
+        kv_shares.append(done.kv_share)
+    loss, increase = float(torch.cat(full_losses).mean()), torch.cat(increases)
+    length = max(1, min(MAX_SEGMENT, len(increase) // MIN_SEGMENTS))
+    segments = increase.unfold(0, length, length).mean(1)
+    return Check(
+        tokens=increase.numel(),
+        mean_rank=float(np.concatenate(ranks).mean()),
+        kl=float(torch.cat(kl).mean()),
+        loss_full=loss,
+        loss_increase=float(increase.mean()) / loss,
+        loss_increase_error=1.96 * float(segments.std(correction=0)) / math.sqrt(len(segments)) / loss,
+        perplexity_increase=math.expm1(float(increase.mean())),
+        kv_share=float(np.mean(kv_shares)),
+    )

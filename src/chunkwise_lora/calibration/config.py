@@ -1,0 +1,71 @@
+"""The settings of calibration."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.method.config import StrictConfig
+
+
+class CalibrationConfig(StrictConfig):
+    """Settings of `chunkwise calibrate`: one budget, and how much work calibration does.
+
+    Give exactly one budget, `mean_rank` or `max_loss_increase`.
+    """
+
+    mean_rank: float | None = Field(None, gt=0, le=1, description="Budget: mean rank as a share of the full rank.")
+    max_loss_increase: float | None = Field(
+        None, gt=0, le=1, description="Budget: largest increase of the loss (nats per token), as a share of the loss."
+    )
+    tokens: int = Field(
+        160_000,
+        ge=1,
+        description="Largest number of tokens of the text to learn from; more tokens teach more about rare token ids.",
+    )
+    self_generated_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens that the adapter generates itself; the basis is learned from them and from the text.",
+    )
+    block: int = Field(512, ge=16, description="Tokens per sequence; the model's number of positions limits it.")
+    rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; many close rungs waste least.")
+    lowest_share: float = Field(
+        0.25, ge=0, lt=1, description="Lowest rung that a policy may use, as a share of the full rank."
+    )
+    refinements: int = Field(
+        200, ge=0, description="Steps of gradient descent that rotate the basis, so that low rungs lose less."
+    )
+    rounds: int = Field(
+        1, ge=0, description="How often the basis is rotated again for the fitted policy, and the policy fitted again."
+    )
+    keep_directions: bool = Field(
+        False, description="Keep the directions and rungs of the given ladder, and fit only the policy."
+    )
+    distillations: int = Field(
+        0,
+        ge=0,
+        description="Steps of distillation: the adapter's weights learn the outputs of full rank at the rungs of the "
+        "policy.",
+    )
+    distillation_rate: float = Field(
+        5e-4, gt=0, le=1, description="Highest learning rate of distillation; 1e-3 works well for short answers."
+    )
+    explorations: int = Field(
+        2, ge=1, description="Passes over the text in which every token runs on a random rung, to measure its cost."
+    )
+    held_share: float = Field(
+        0.1,
+        gt=0,
+        lt=0.5,
+        description="Share of the text, at its end, that is held back to choose settings and to check the result, "
+        "unless a held text is given.",
+    )
+    int8: bool = Field(True, description="Store keys and values as INT8 where this raises the loss by at most 0.1%.")
+    seed: int = Field(0, ge=0, description="Seed of all random choices.")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> CalibrationConfig:
+        if (self.mean_rank is None) == (self.max_loss_increase is None):
+            raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
+        return self

@@ -1,0 +1,65 @@
+"""Gradient descent that brings sampled rungs closer to full rank. The basis and distillation are learned this way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel, at_full_rank, kl_divergence
+from chunkwise_lora.calibration.rung_sampler import RungSampler
+from chunkwise_lora.calibration.text import TokenBlocks
+
+WARM_UP_STEPS = 10
+"""Steps in which the learning rate rises to its highest value; after them it falls linearly to 0."""
+
+
+@dataclass(frozen=True)
+class RungTraining:
+    """The text and the rungs of one gradient descent."""
+
+    batches: Iterable[TokenBlocks]
+    """One batch per step."""
+    steps: int
+    """Number of batches; the learning rate reaches 0 after them."""
+    sampler: RungSampler
+    """Chooses the rungs that are brought closer to full rank."""
+    seed: int = 0
+    """Seed of the sampled rungs."""
+
+
+def match_full_rank(
+    model: ChunkWiseModel,
+    training: RungTraining,
+    optimizer: torch.optim.Optimizer,
+    switch_rungs: Callable[[Tensor | None], None],
+    adapter: str,
+) -> None:
+    """Minimise the KL divergence of sampled rungs from full rank, averaged over scored tokens.
+
+    Args:
+        model: A model with the ladder attached.
+        training: The text and the rungs.
+        optimizer: Holds the learned parameters.
+        switch_rungs: Has the model run on rungs (sequences, tokens) that depend on the learned parameters; None
+            returns the model to full rank.
+        adapter: Name of the ladder.
+    """
+    generator = torch.Generator().manual_seed(training.seed)
+    warm_up, steps = min(WARM_UP_STEPS, training.steps), training.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / steps))
+    )
+    for batch in training.batches:
+        switch_rungs(None)
+        with torch.no_grad():
+            full = at_full_rank(model, batch.tokens, adapter)
+        with torch.enable_grad():
+            switch_rungs(training.sampler(batch.tokens, generator))
+            loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.scored].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()

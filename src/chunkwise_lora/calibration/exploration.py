@@ -1,0 +1,67 @@
+"""Exploration: every token runs on a random rung, and its KL divergence from full rank is its cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkwise_lora.calibration.cost_model import Observations
+from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel, entropy, kl_divergence, log_probabilities
+from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
+from chunkwise_lora.calibration.text import TokenBlocks
+from chunkwise_lora.method.complexity import TokenComplexityEstimator
+from chunkwise_lora.method.config import ComplexityConfig
+
+
+def explore(
+    run: CalibrationRun,
+    model: ChunkWiseModel,
+    text: TokenBlocks,
+    allowed: Sequence[int],
+    generator: np.random.Generator,
+) -> Observations:
+    """Observe what every token of `text` costs on random rungs, among other tokens on random rungs.
+
+    Args:
+        run: The calibration.
+        model: A model from `run.attach`.
+        text: Text to run, once per `config.explorations`.
+        allowed: Rungs to draw from.
+        generator: Draws the rungs.
+
+    Returns:
+        One observation per token and pass; tokens that are not scored have no cost.
+    """
+    parts = []
+    for batch in run.batches(text, "cost per token and rung"):
+        tokens = batch.tokens
+        full = given_full_rank(model, tokens)
+        signals = _signals(tokens, entropy(full), run.vocab_size)
+        previous = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
+        for _ in range(run.config.explorations):
+            rungs = generator.choice(np.array(allowed), tuple(tokens.shape))
+            costs = kl_divergence(full, log_probabilities(model, tokens, rungs)).clamp_min(0)
+            costs[~batch.scored] = math.nan
+            of_tokens = (tokens, previous, signals, torch.from_numpy(rungs), costs)
+            parts.append([tensor.flatten(0, 1) for tensor in of_tokens])
+    return Observations(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _signals(tokens: Tensor, entropies: Tensor, vocab_size: int) -> Tensor:
+    """The complexity signals of token ids (sequences, tokens), NaN where unknown.
+
+    `entropies` (sequences, tokens) are those of the predictions after each token, in nats.
+
+    Returns:
+        (sequences, tokens, 4) float32.
+    """
+    rows = []
+    for row, of_row in zip(tokens.tolist(), entropies.tolist(), strict=True):
+        estimator = TokenComplexityEstimator(ComplexityConfig(), vocab_size)
+        signals = [estimator.signals(token, known) for token, known in zip(row, [None, *of_row[:-1]], strict=True)]
+        rows.append([[math.nan if value is None else value for value in of_token] for of_token in signals])
+    return torch.tensor(rows)

@@ -1,0 +1,76 @@
+"""A ladder with its cost model: it gives the best policy for every mean rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from chunkwise_lora.calibration.estimator import FittedEstimator, fit_estimator
+from chunkwise_lora.calibration.exploration import explore
+from chunkwise_lora.calibration.run import CalibrationRun
+from chunkwise_lora.calibration.rung_policy import RungPolicy, choose_rungs
+from chunkwise_lora.calibration.rung_sampler import PlannedRungs
+from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.method.complexity import SIGNALS
+from chunkwise_lora.method.config import (
+    ChunkWiseConfig,
+    ComplexityConfig,
+    CompositionConfig,
+    KVCacheConfig,
+    LevelKVPolicy,
+)
+from chunkwise_lora.method.scheduler import RuntimeScheduler
+
+
+@dataclass(frozen=True)
+class FittedLadder:
+    """A ladder, and what its rungs cost the tokens of the text."""
+
+    ladder: RankLadder
+    """Holds what the estimator learned."""
+    estimator: FittedEstimator
+    scores: np.ndarray
+    """(n,) the scores of the text's tokens, whether they are scored or not."""
+    allowed: Sequence[int]
+    """Rungs that a policy may use."""
+
+    def rung_policy(self, share: float) -> RungPolicy:
+        """The best choice of rungs for a mean rank, which is given as a share of the full rank."""
+        ranks = self.ladder.rung_ranks
+        return choose_rungs(self.estimator.costs, self.scores, ranks, share * ranks[-1], self.allowed)
+
+    def config(self, policy: RungPolicy) -> ChunkWiseConfig:
+        """The configuration that runs a choice of rungs, without cross-fades and with a full-precision KV cache."""
+        unused = {name: 0.0 for name in SIGNALS if name not in self.estimator.signals}
+        return ChunkWiseConfig(
+            complexity=ComplexityConfig(learned=True, **unused),
+            chunking=policy.chunking,
+            selection=policy.selection,
+            composition=CompositionConfig(window=0),
+            kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * len(policy.selection.scales)),
+        )
+
+    def sampler(self, run: CalibrationRun, share: float) -> PlannedRungs:
+        """Samples the rungs of the policy for a mean rank, which is given as a share of the full rank."""
+        config, ranks = self.config(self.rung_policy(share)), self.ladder.rung_ranks
+        new_scheduler = partial(RuntimeScheduler, config, ranks, run.vocab_size, self.ladder.learned)
+        top = len(ranks) - 1
+        return PlannedRungs(new_scheduler, run.lowest_rung(top), top)
+
+
+def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
+    """Measure what the ladder's rungs cost tokens, and learn to predict it.
+
+    The learning text is what the estimator is fitted to; the choice text decides which signals it uses.
+    """
+    top = ladder.rung_ranks[-1]
+    allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= run.config.lowest_share * top]
+    generator = np.random.default_rng(run.config.seed)
+    with run.attach(ladder) as model:
+        seen, unseen = (explore(run, model, text, allowed, generator) for text in (run.text.learning, run.text.choice))
+        estimator = fit_estimator(run, seen.scored(), unseen.scored(), ladder.rungs)
+    ladder = replace(ladder, learned=estimator.costs.learned)
+    return FittedLadder(ladder, estimator, estimator.costs.scores(seen), allowed)

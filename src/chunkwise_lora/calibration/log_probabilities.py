@@ -1,0 +1,163 @@
+"""Log-probabilities of a model under plans. Calibration and evaluation run the model through this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.fixed_scheduler import FixedScheduler
+
+__all__ = [
+    "DEFAULT",
+    "ChunkWiseModel",
+    "ScoredPass",
+    "at_full_rank",
+    "entropy",
+    "forward_hooks",
+    "kl_divergence",
+    "log_probabilities",
+    "log_probabilities_in_one_pass",
+    "log_probabilities_token_by_token",
+    "next_token_losses",
+]
+
+
+@dataclass(frozen=True)
+class ScoredPass:
+    """The log-probabilities of a text, and what the plan spent on it."""
+
+    log_p: Tensor
+    """(batch, tokens, vocabulary) log-probabilities of the token after each token."""
+    ranks: np.ndarray
+    """(batch, tokens) the rank of every token."""
+    kv_share: float = 1.0
+    """Bytes of the KV cache at the end, divided by those of a full-precision cache."""
+
+
+def at_full_rank(model: ChunkWiseModel, tokens: Tensor, adapter: str | None = None) -> Tensor:
+    """Run token ids (batch, tokens) at full rank in one pass, with gradients where they are enabled.
+
+    Returns:
+        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token.
+    """
+    lossless = ChunkWiseConfig.preset("lossless")
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless):
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: ChunkWiseModel,
+    tokens: Tensor,
+    rungs: np.ndarray | int | None = None,
+    adapter: str | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Run token ids on given rungs in one pass.
+
+    Args:
+        model: A model with ladders.
+        tokens: (batch, tokens) token ids.
+        rungs: (batch, tokens) the rung of every token, or one rung for all tokens; None is full rank.
+        adapter: Name of the ladder; by default the first one of the model.
+        scale: Factor on the adapter's output, the same for all tokens.
+
+    Returns:
+        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token.
+    """
+    adapter = adapter or next(iter(model.ladders))
+    count = model.ladders[adapter].rungs
+    plan = np.broadcast_to(count - 1 if rungs is None else rungs, tuple(tokens.shape))
+    lossless = ChunkWiseConfig.preset("lossless")
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
+        session.follow([FixedScheduler(row, count, scale) for row in plan])
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def log_probabilities_in_one_pass(
+    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+) -> ScoredPass:
+    """Run token ids (batch, tokens) under the policy `config` in one pass, as a prompt runs.
+
+    The entropies of the predictions are unknown to the policy, and keys and values stay in full precision.
+    """
+    options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
+    with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as session:
+        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+    ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
+    return ScoredPass(logits.float().log_softmax(-1), ranks)
+
+
+@torch.no_grad()
+def log_probabilities_token_by_token(
+    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+) -> ScoredPass:
+    """Run token ids (batch, tokens) under the policy `config` one after the other, as generation runs.
+
+    The plan, the cross-fades and the KV policy of `config` are all in force.
+    """
+    steps = []
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as session:
+        for column in tokens.split(1, dim=1):
+            logits = model.model(input_ids=column, past_key_values=session.cache, use_cache=True).logits
+            steps.append(logits[:, -1].float().log_softmax(-1))
+    trace = session.trace()
+    ranks = np.array([sequence.ranks for sequence in trace.sequences])
+    return ScoredPass(torch.stack(steps, dim=1), ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
+
+
+@contextmanager
+def forward_hooks(model: nn.Module, hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Register forward hooks by module name, and switch off gradients of the model's own parameters meanwhile."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def kl_divergence(reference: Tensor, log_p: Tensor) -> Tensor:
+    """The KL divergence of `log_p` from `reference`.
+
+    Args:
+        reference: (..., vocabulary) log-probabilities.
+        log_p: (..., vocabulary) log-probabilities.
+
+    Returns:
+        (...,) nats.
+    """
+    return (reference.exp() * (reference - log_p)).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """(...,) the entropy, in nats, of log-probabilities (..., vocabulary)."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """The loss of every next token.
+
+    Args:
+        log_p: (batch, tokens, vocabulary) log-probabilities of the token after each token.
+        tokens: (batch, tokens) token ids.
+
+    Returns:
+        (batch, tokens - 1) nats.
+    """
+    return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)

@@ -1,0 +1,67 @@
+"""What all steps of one calibration share: the model, the text, the settings and the display of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chunkwise_lora.calibration.config import CalibrationConfig
+from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, log_probabilities
+from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks
+from chunkwise_lora.ladder import RankLadder
+
+GIVEN = "given"
+"""Name, in the model, of the ladder as it was given. Every divergence is measured from its full rank."""
+PASS_ELEMENTS = 2**24
+"""Largest number of log-probabilities (tokens times vocabulary) of one pass: 64 MB in float32."""
+
+
+class Track(Protocol):
+    """Wraps an iterable to show progress."""
+
+    def __call__(self, work: Any, *, description: str) -> Iterable[Any]:
+        """Iterate over `work`, and show `description`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What all steps of one calibration share."""
+
+    base: PreTrainedModel
+    given: RankLadder
+    """The ladder that is calibrated, as it was given."""
+    text: CalibrationText
+    config: CalibrationConfig
+    track: Track
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids of the model."""
+        return int(self.base.config.get_text_config().vocab_size)
+
+    @property
+    def batch(self) -> int:
+        """Blocks per pass."""
+        return max(1, PASS_ELEMENTS // (self.text.learning.length * self.vocab_size))
+
+    def attach(self, ladder: RankLadder) -> ChunkWiseModel:
+        """The model with `ladder` attached, and with the given ladder to compare with."""
+        return ChunkWiseModel(self.base, {DEFAULT: ladder, GIVEN: self.given})
+
+    def batches(self, blocks: TokenBlocks, description: str) -> Iterable[TokenBlocks]:
+        """Batches of `blocks` for one pass each, with progress."""
+        return self.track(blocks.split(self.batch), description=description)
+
+    def lowest_rung(self, top: int) -> int:
+        """The lowest rung to learn for, where the highest rung is `top`."""
+        return min(round(self.config.lowest_share * top), top - 1)
+
+
+def given_full_rank(model: ChunkWiseModel, tokens: Tensor) -> Tensor:
+    """(batch, tokens, vocabulary) log-probabilities of the given ladder at full rank, of a model from `attach`."""
+    return log_probabilities(model, tokens, adapter=GIVEN)

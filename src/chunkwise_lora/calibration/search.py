@@ -1,0 +1,137 @@
+"""Settings that are chosen on held-back text: the mean rank for a loss budget, chunk length, scale and INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from chunkwise_lora.calibration.fitted_ladder import FittedLadder
+from chunkwise_lora.calibration.log_probabilities import (
+    ChunkWiseModel,
+    kl_divergence,
+    log_probabilities_in_one_pass,
+    log_probabilities_token_by_token,
+    next_token_losses,
+)
+from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
+from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
+
+SHARES = tuple(step / 16 for step in range(5, 16))
+"""Mean ranks that are tried for a loss budget, as shares of the full rank."""
+MIN_LENGTHS = (1, 2, 4)
+"""Shortest chunk lengths that are tried, in tokens, the simplest first."""
+SCALES = (1.0, 0.95, 0.9)
+"""Factors on the adapter's output that are tried, the simplest first."""
+SEARCH_TOLERANCE = 1e-3
+"""A simpler setting is kept if its cost is within this share of the best cost; smaller differences are noise."""
+INT8_TOLERANCE = 1e-3
+"""INT8 keys and values are kept if they raise the loss by at most this share."""
+
+Value = TypeVar("Value", int, float)
+
+
+def share_for_loss_budget(run: CalibrationRun, fitted: FittedLadder, budget: float) -> float:
+    """The lowest of `SHARES` whose policy keeps a loss budget on the choice text, or 1.
+
+    Losses vary much more from token to token than divergences. So one factor, from divergence to loss, is fitted to
+    all shares together, and it predicts the loss increase of each share.
+
+    Args:
+        run: The calibration.
+        fitted: Gives the policy of each share.
+        budget: Largest loss increase, as a share of the loss at full rank.
+    """
+    full_loss, kl, increase = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
+    configs = [fitted.config(fitted.rung_policy(share)) for share in SHARES]
+    with run.attach(fitted.ladder) as model:
+        for batch in run.batches(run.text.choice, "finding the mean rank"):
+            tokens, scored = batch.tokens, batch.scored_predictions
+            full = given_full_rank(model, tokens)
+            full_losses = next_token_losses(full, tokens)
+            full_loss += float(full_losses[scored].sum())
+            for i, config in enumerate(configs):
+                log_p = log_probabilities_in_one_pass(model, tokens, config).log_p
+                kl[i] += float(kl_divergence(full, log_p)[:, :-1][scored].sum())
+                increase[i] += float((next_token_losses(log_p, tokens) - full_losses)[scored].sum())
+    loss_per_kl = float(increase @ kl) / max(float(kl @ kl), 1e-12)
+    predicted = loss_per_kl * kl / full_loss
+    return min((share for share, one in zip(SHARES, predicted, strict=True) if one <= budget), default=1.0)
+
+
+def choose_chunks_and_scale(
+    run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig, multiplier: float
+) -> tuple[ChunkWiseConfig, dict[str, float]]:
+    """Choose the shortest chunk length, then the scale, that cost least on the choice text.
+
+    The cost is the loss per scored token plus `multiplier` times the mean rank, in nats.
+
+    Args:
+        run: The calibration.
+        model: A model from `run.attach`.
+        config: The policy so far.
+        multiplier: The Lagrange multiplier that the policy was chosen with, in nats per unit of rank.
+
+    Returns:
+        The policy with both settings, and the cost of every setting that was tried.
+    """
+    chunking, selection = config.chunking, config.selection
+    with_length = {
+        n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})}) for n in MIN_LENGTHS
+    }
+    length_costs = _costs(run, model, with_length, multiplier)
+    config = with_length[_simplest_good(length_costs)]
+    with_scale = {
+        scale: config.model_copy(
+            update={"selection": selection.model_copy(update={"scales": (scale,) * config.levels})}
+        )
+        for scale in SCALES
+    }
+    scale_costs = _costs(run, model, with_scale, multiplier)
+    tried = {f"chunks of at least {length}": cost for length, cost in length_costs.items()}
+    tried |= {f"scale {scale:g}": cost for scale, cost in scale_costs.items()}
+    return with_scale[_simplest_good(scale_costs)], tried
+
+
+def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> ChunkWiseConfig:
+    """`config` with INT8 keys and values if they hardly raise the loss on the choice text; otherwise `config` as it is.
+
+    Args:
+        run: The calibration.
+        model: A model from `run.attach`.
+        config: The policy so far, with a full-precision KV cache.
+    """
+    levels = (LevelKVPolicy(precision="int8"),) * config.levels
+    with_int8 = config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
+    increase = total = 0.0
+    for batch in run.batches(run.text.choice, "trying INT8 keys and values"):
+        tokens, scored = batch.tokens, batch.scored_predictions
+        before, after = (
+            next_token_losses(log_probabilities_token_by_token(model, tokens, one).log_p, tokens)
+            for one in (config, with_int8)
+        )
+        total += float(before[scored].sum())
+        increase += float((after - before)[scored].sum())
+    return with_int8 if increase <= INT8_TOLERANCE * total else config
+
+
+def _costs(
+    run: CalibrationRun, model: ChunkWiseModel, configs: Mapping[Value, ChunkWiseConfig], multiplier: float
+) -> dict[Value, float]:
+    """The cost of each of several policies on the choice text, in nats per token."""
+    text = run.text.choice
+    totals = dict.fromkeys(configs, 0.0)
+    for batch in run.batches(text, "chunk lengths and scales"):
+        for value, config in configs.items():
+            done = log_probabilities_in_one_pass(model, batch.tokens, config)
+            loss = next_token_losses(done.log_p, batch.tokens)[batch.scored_predictions].sum()
+            totals[value] += float(loss) / int(text.scored_predictions.sum())
+            totals[value] += multiplier * float(done.ranks.sum()) / text.tokens.numel()
+    return totals
+
+
+def _simplest_good(costs: Mapping[Value, float]) -> Value:
+    """The first value whose cost is within the tolerance of the best."""
+    best = min(costs.values())
+    return next(value for value, cost in costs.items() if cost <= (1 + SEARCH_TOLERANCE) * best)
