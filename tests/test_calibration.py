@@ -286,6 +286,18 @@ def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_p
     assert len(set(planned)) > 1
 
 
+def test_a_calibrated_ladder_knows_its_policy_and_what_each_rung_loses(calibrated: Calibration) -> None:
+    ladder = calibrated.ladder
+    assert ladder.policy is calibrated.policy
+    divergence = ladder.rung_divergence
+    assert divergence is not None and len(divergence) == ladder.rungs and divergence[-1] == 0
+    held = TokenBlocks.cut(text(), BLOCK)[-4:-2]  # the first half of the held-back text
+    with ChunkWiseModel(build("llama"), ladder) as model:
+        full, half = (log_probabilities(model, held.tokens, rung) for rung in (None, ladder.rungs // 2))
+    assert divergence[ladder.rungs // 2] == pytest.approx(float(kl_divergence(full, half).mean()), rel=1e-3)
+    assert divergence[0] > divergence[ladder.rungs // 2] > 0
+
+
 def test_a_tighter_loss_budget_spends_more_rank_and_loses_less() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tight, loose = (
