@@ -276,7 +276,7 @@ def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_p
     calibrated.ladder.save_pretrained(tmp_path)
     tokens = torch.tensor(text())[None, :BLOCK]
     with ChunkWiseModel(build("llama"), tmp_path) as model:
-        assert model.chunkwise_config == calibrated.policy
+        assert model.ladders["default"].policy == calibrated.policy
         model.generate(tokens, max_new_tokens=8)
         trace = model.trace
     ranks = calibrated.ladder.rung_ranks
