@@ -187,7 +187,7 @@ def test_the_adapter_trained_for_truncation_is_better_at_half_rank_than_the_ordi
     ladders = {"nested": folder, "ordinary": embedded.ADAPTERS["wiki"]}
     with ChunkWiseModel(base, ladders) as model:
         assert torch.allclose(log_probabilities(model, tokens, adapter="nested"), peft, atol=1e-3)
-        planned = log_probabilities_in_one_pass(model, tokens, model.chunkwise_config, "nested")
+        planned = log_probabilities_in_one_pass(model, tokens, model.ladders["nested"].policy, "nested")
         ordinary = log_probabilities(model, tokens, adapter="ordinary")
     assert planned.ranks.mean() == pytest.approx(8, abs=0.5)
     assert next_token_losses(planned.log_p, tokens).mean() < next_token_losses(ordinary, tokens).mean()
