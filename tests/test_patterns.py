@@ -104,6 +104,7 @@ SLOW = {
     "a count of counts": {"((a{60}){60}){60}": 1},
     "a count of nothing": {"((){65535}){65535}": 1},
     "a huge count": {"a{4000000000}": 1},
+    "large classes": {"(?:[" + "a-bA-Z0-9" * 100 + "]?){200}" + str(n): 1 for n in range(40)},
     "deep": {"(" * 2000 + "a" + ")" * 2000: 1},
     "many": {f"(a|b){number}.*x.*": 1 for number in range(500)},
     "many shapes": {f"{number:013b}".replace("0", "."): 1 for number in range(5_000)},

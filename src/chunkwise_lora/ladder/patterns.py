@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cache
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ MOST_KEYS = 100_000
 """Bound on the keys of one field. A mixture of experts that names each of its modules has some 30,000."""
 
 MOST_STATES = 50_000
-"""Bound on the states of one field's automaton: about one per character, more where a counted repeat unfolds."""
+"""Bound on the size of one field's automaton: about one per character, more where a counted repeat unfolds."""
 
 MOST_WORK = 5_000_000
 """Bound on the steps that one field takes over all modules, a few seconds. Adapters in use take less than a million."""
@@ -147,7 +148,7 @@ class _Automaton:
 
     def __init__(self) -> None:
         self._states: list[_State] = []
-        self._copies = 0
+        self._size = 0
         self._starts: list[int] = []
         self._keys: dict[int, int] = {}
         """The accepting state of each key, and the key's order."""
@@ -203,10 +204,14 @@ class _Automaton:
         return frozenset(found), len(found)
 
     def _add(self, state: _State) -> int:
+        self._grow(1)
         self._states.append(state)
-        if len(self._states) > MOST_STATES:
-            raise _UnboundedError("it is too large")
         return len(self._states) - 1
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > MOST_STATES:
+            raise _UnboundedError("it is too large")
 
     def _sequence(self, items: Sequence[Any], end: int) -> int:
         """The state from which `items` lead to the state `end`."""
@@ -216,6 +221,7 @@ class _Automaton:
 
     def _item(self, kind: Any, value: Any, end: int) -> int:
         if kind in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
+            self._grow(len(value) if kind is sre.IN else 0)
             return self._add(_State(_characters(kind, value), (end,)))
         if kind is sre.SUBPATTERN and not value[1] and not value[2]:
             return self._sequence(value[3], end)
@@ -243,9 +249,7 @@ class _Automaton:
         return end
 
     def _copy(self, body: Sequence[Any], end: int) -> int:
-        self._copies += 1  # a copy of an empty body adds no state
-        if self._copies > MOST_STATES:
-            raise _UnboundedError("it is too large")
+        self._grow(1)  # a copy of an empty body adds no state
         return self._sequence(body, end)
 
 
@@ -271,6 +275,7 @@ def _characters(kind: Any, value: Any) -> Callable[[str], bool]:
     ranges = [(one, one) if what is sre.LITERAL else one for what, one in value if what in (sre.LITERAL, sre.RANGE)]
     categories = [_CATEGORIES[one] for what, one in value if what is sre.CATEGORY]
 
+    @cache
     def takes(character: str) -> bool:
         code = ord(character)
         inside = any(low <= code <= high for low, high in ranges) or any(fits(character) for fits in categories)
