@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder, embedded
 from chunkwise_lora.benchmark.shapes import random_adapter
+from chunkwise_lora.engines.base import Engine as ChunkWiseEngine
 from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ComplexityConfig
@@ -55,7 +56,12 @@ def test_a_vllm_without_a_part_that_is_needed_is_left_alone(monkeypatch: pytest.
     monkeypatch.delattr("vllm.v1.core.kv_cache_utils._gen_prompt_embeds_extra_hash_keys")
     plugin.register()
     assert patched_names() == before
-    assert "leaves it as it is" in seen[0]
+    assert "changes nothing" in seen[0]
+
+
+def test_the_runner_fulfils_the_protocol_of_an_engine(engine: Engine) -> None:
+    assert isinstance(engine.runner.chunkwise, ChunkWiseEngine)
+    assert engine.runner.chunkwise.kv_left_undone(ChunkWiseConfig.preset("balanced").kv_cache)
 
 
 def test_a_second_call_changes_nothing(engine: Engine) -> None:

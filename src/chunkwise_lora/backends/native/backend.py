@@ -25,8 +25,6 @@ class NativeLayer(Layer):
         super().__init__(products.name, products.in_features, products.columns)
         self.products = products
         self._slices: dict[str, Array[native.Slice]] = {}
-        self._ranks: dict[str, list[Tensor]] = {}
-        """Held because the slices point to them."""
         self._adapters: tuple[str, ...] | None = None
         self._array: Array[native.Layer]
 
@@ -36,9 +34,8 @@ class NativeLayer(Layer):
         self._slices.pop(adapter, None)
         factors = self.products.factors.get(adapter)
         if factors:
-            ranks = self._ranks[adapter] = [torch.tensor(one.ranks) for one in factors]
             self._slices[adapter] = native.slices_of(
-                [(*one.slices[-1], own, one.columns.offset) for one, own in zip(factors, ranks, strict=True)]
+                [(*one.slices[-1], torch.tensor(one.ranks), one.columns.offset) for one in factors]
             )
 
     def of(self, adapters: tuple[str, ...]) -> Array[native.Layer]:
