@@ -21,7 +21,7 @@ from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, LadderError, RankLadder
 from chunkwise_lora.calibration.moments import second_moments
-from chunkwise_lora.ladder import LADDER_NAME, LadderModule, describe, even_ranks, is_ladder
+from chunkwise_lora.ladder import LADDER_NAME, LadderModule, describe, even_ranks, is_ladder, truncate
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.tensors import learned_tensors
 from chunkwise_lora.method.complexity import LearnedComplexity
@@ -470,6 +470,62 @@ def test_a_config_by_which_peft_would_compute_something_else_is_refused(
     (tmp_path / LADDER_NAME).write_text(json.dumps(manifest))
     with pytest.raises(LadderError, match=rf"adapter_config\.json: {message}"):
         RankLadder.load(tmp_path)
+
+
+# One rung as an adapter
+
+
+def uneven(ladder: RankLadder) -> RankLadder:
+    """On rungs where modules differ in rank, and some have none."""
+    ranks = {name: (0, min(index, m.rank), m.rank) for index, (name, m) in enumerate(ladder.modules.items())}
+    return replace(ladder.with_ranks(ranks), rung_divergence=(0.5, 0.1, 0.0))
+
+
+@pytest.mark.parametrize("kind", ["plain", "patterns", "saved_mlp", "lm_head"])
+def test_a_rung_is_written_as_a_plain_adapter(tmp_path: Path, kind: str) -> None:
+    ladder = uneven(RankLadder.from_peft(adapter("llama", kind)))
+    share = ladder.rung_ranks[1] / ladder.rung_ranks[-1]
+    ladder.truncated(share).save_adapter(tmp_path)
+    assert not is_ladder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", WEIGHTS]
+    expected = {name: m.up[:, : m.ranks[1]] @ m.down[: m.ranks[1]] for name, m in ladder.modules.items() if m.ranks[1]}
+    read = RankLadder.load(tmp_path)
+    assert read.modules.keys() == expected.keys()
+    model = PeftModel.from_pretrained(build("llama"), str(tmp_path))
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert layers.keys() == expected.keys()
+    for name, delta in expected.items():
+        assert torch.allclose(read.modules[name].up @ read.modules[name].down, delta, atol=1e-5)
+        assert torch.allclose(layers[name].get_delta_weight("default"), delta, atol=1e-5)
+        assert read.modules[name].rank <= ladder.modules[name].ranks[1]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_an_equal_rank_needs_no_pattern(tmp_path: Path, share: float) -> None:
+    ladder = RankLadder.from_peft(adapter("llama", "patterns"))
+    ladder.truncated_equally(share).save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    for name, (a, b, scale) in PeftAdapter.load(tmp_path).factors.items():
+        module, k = ladder.modules[name], config["r"]
+        assert len(a) == k and scale == 1
+        assert torch.allclose(b @ a, module.up[:, :k] @ module.down[:k], atol=1e-5)
+
+
+def test_a_truncation_says_what_it_loses() -> None:
+    ladder = uneven(RankLadder.from_peft(adapter("llama")))
+    half = truncate(ladder, ladder.rung_ranks[1] / ladder.rung_ranks[-1])
+    assert half.kl == 0.1
+    assert 0.1 < half.energy_kept < 1
+    assert (truncate(ladder, 1.0).kl, truncate(ladder, 1.0).energy_kept) == (0.0, 1.0)
+    assert truncate(ladder, 0.5, one_rank=True).kl is None
+    assert truncate(ladder, 1e-9).ladder.rung_ranks == half.ladder.rung_ranks, "the lowest rung above 0"
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_an_impossible_share_is_refused(share: float) -> None:
+    with pytest.raises(LadderError, match="share above 0"):
+        RankLadder.from_peft(adapter("llama")).truncated(share)
 
 
 # Format 1

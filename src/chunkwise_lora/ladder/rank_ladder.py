@@ -19,6 +19,7 @@ from chunkwise_lora.ladder import algebra, folder, format_v1
 from chunkwise_lora.ladder.contents import LadderContents
 from chunkwise_lora.ladder.module import LadderModule
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.truncation import truncate
 
 RUNGS = 8
 """Steps of a ladder above rank 0, unless an adapter's rank is lower."""
@@ -107,6 +108,24 @@ class RankLadder(LadderContents):
             LadderError: It cannot be written.
         """
         folder.write_adapter(self, Path(path))
+
+    def truncated(self, share: float) -> RankLadder:
+        """The highest rung whose rank is at most `share` of the full rank, as a ladder that has only this rung.
+
+        Modules that have rank 0 there are left out. `save_adapter` writes it as a plain PEFT adapter, with a rank per
+        module where they differ. See `ladder.truncate` for what it loses.
+
+        Raises:
+            LadderError: The share is not above 0 and at most 1.
+        """
+        return truncate(self, share).ladder
+
+    def truncated_equally(self, share: float) -> RankLadder:
+        """As `truncated`, but every module has the same rank, for programs that know one rank only.
+
+        This loses more than `truncated` at the same cost wherever calibration gave modules different ranks.
+        """
+        return truncate(self, share, one_rank=True).ladder
 
     def data_aware(self, moments: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> RankLadder:
         """The ladder that truncates best on real inputs: minimal E||dW x - dW_k x||^2 for every k at once.

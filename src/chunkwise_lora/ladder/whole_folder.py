@@ -231,8 +231,9 @@ def _exchange(staging: Path, target: Path, files: Mapping[str, bytes], owned: Ow
         if error.errno not in CANNOT_EXCHANGE:
             raise
         return False
-    _sync(target.parent)
     with suppress(OSError):  # what is still there, the next writer removes
+        _give_back_all(staging, target, owned(staging))
+        _sync(target.parent)
         _dispose(staging, target, owned)
     return True
 
@@ -243,12 +244,7 @@ def _dispose(old: Path, target: Path, owned: Owned) -> None:
         return
     for _ in range(TRIES):
         ours = owned(old)
-        for entry in _entries(old):
-            if STAGED.fullmatch(entry.name):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.name not in ours or entry.is_dir(follow_symlinks=False):
-                with suppress(FileNotFoundError):
-                    _give_back(Path(entry.path), target / entry.name)
+        _give_back_all(old, target, ours)
         for name in ours:
             _unlink(old / name)
         try:
@@ -260,6 +256,15 @@ def _dispose(old: Path, target: Path, owned: Owned) -> None:
                 raise
             continue  # something came into it meanwhile
         return
+
+
+def _give_back_all(old: Path, target: Path, ours: Sequence[str]) -> None:
+    for entry in _entries(old):
+        if STAGED.fullmatch(entry.name):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name not in ours or entry.is_dir(follow_symlinks=False):
+            with suppress(FileNotFoundError):
+                _give_back(Path(entry.path), target / entry.name)
 
 
 def _give_back(path: Path, place: Path) -> None:

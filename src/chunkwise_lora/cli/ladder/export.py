@@ -17,8 +17,7 @@ from chunkwise_lora.cli.output import console, print_plain, write_json
 if TYPE_CHECKING:
     import torch
 
-    from chunkwise_lora.cli.ladder.truncation import Truncation
-    from chunkwise_lora.ladder import RankLadder
+    from chunkwise_lora.ladder import RankLadder, Truncation
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ def export(
     wanted = share("--mean-rank", mean_rank)
     source = embedded.find(ladder)
 
-    from chunkwise_lora.cli.ladder.truncation import truncate  # slow to import: only after all refusals
-    from chunkwise_lora.ladder import RankLadder
+    from chunkwise_lora.ladder import RankLadder, truncate  # slow to import: only after all refusals
 
     chosen_dtype = None if dtype is None else dtype_named(dtype)
     loaded = RankLadder.load(source)
@@ -143,7 +141,7 @@ def _rank_range(figures: Figures) -> str:
     return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
 
 
-def _what_is_lost(found: Truncation) -> str:
+def _what_is_lost(found: Truncation[RankLadder]) -> str:
     if found.energy_kept >= 1:
         return "This is the full rank: nothing is lost except rounding to the number format."
     measure = "importance of all directions" if found.ladder.build == "calibrated" else "squared singular values"
