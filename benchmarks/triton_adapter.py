@@ -36,7 +36,8 @@ def gate_form(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], rows: 
 
 def compare(weight: Tensor, rank: int, tokens: int, adapters: int) -> tuple[list[Callable[[], Any]], float]:
     """The base product, plain PyTorch, Triton, Triton at half the rank and idle, ready to run; and Triton's error."""
-    from chunkwise_lora.backends.triton.kernels import AdapterTable, Directions, Schedule
+    from chunkwise_lora.backends.triton.schedule import Schedule
+    from chunkwise_lora.backends.triton.table import AdapterTable, Directions
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).to(weight.dtype)

@@ -21,8 +21,11 @@ from chunkwise_lora.ladder import LadderModule
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from chunkwise_lora.backends.triton import kernels as triton_kernels
-from chunkwise_lora.backends.triton.kernels import AdapterTable, Directions, Schedule, most_blocks, plan_blocks
+from chunkwise_lora.backends import Columns
+from chunkwise_lora.backends.triton import schedule as scheduling
+from chunkwise_lora.backends.triton import table as tables
+from chunkwise_lora.backends.triton.schedule import Schedule, most_blocks, plan_blocks
+from chunkwise_lora.backends.triton.table import AdapterTable, Directions, adjacent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,7 +106,9 @@ def test_a_mixed_batch_gets_the_gate_form(
     few: bool,
 ) -> None:
     torch.manual_seed(seed)
-    table = AdapterTable(inputs, widths, slots=len(adapters) + 1, max_rank=64, rungs=rungs, device=DEVICE, dtype=dtype)
+    table = AdapterTable(
+        inputs, adjacent(widths), slots=len(adapters) + 1, max_rank=64, rungs=rungs, device=DEVICE, dtype=dtype
+    )
     for slot, ranks in enumerate(adapters):
         pairs = zip(widths, ranks[: len(widths)], strict=True)
         table.set(slot, [None if rank is None else factors(rank, inputs, width, rungs) for width, rank in pairs])
@@ -111,7 +116,7 @@ def test_a_mixed_batch_gets_the_gate_form(
     x, y = torch.randn(len(kinds), inputs), torch.randn(len(kinds), sum(widths))
     x, y = x.to(DEVICE, dtype), y.to(DEVICE, dtype)
     expected = gate_form(y, x, table, slots, weights)
-    with patch.object(triton_kernels, "SMALL_BLOCKS_UP_TO", 256 if few else 0):
+    with patch.object(scheduling, "SMALL_BLOCKS_UP_TO", 256 if few else 0):
         table.add(y, x, scheduled(slots, weights, table))
     assert_close(y, expected)
 
@@ -134,7 +139,8 @@ def test_blocks_hold_each_token_of_an_adapter_once(slots: list[int], rungs: int,
         assert 1 <= count <= size
         assert set(of_tokens[tokens]) == {slot}
         assert rung == max(np.flatnonzero(weights[token])[-1] for token in tokens)
-    with patch.object(triton_kernels, "tiles_of", lambda tokens: triton_kernels.FEW._replace(tokens=size)):
+    tiles = lambda tokens: scheduling.FEW._replace(tokens=size)  # noqa: E731
+    with patch.object(scheduling, "tiles_of", tiles), patch.object(tables, "tiles_of", tiles):
         assert len(blocks) <= most_blocks(len(slots), 6)
 
 
@@ -160,7 +166,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 def test_exactly_the_directions_and_tokens_in_use_are_read(
     few: bool, read: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "SMALL_BLOCKS_UP_TO", 256 if few else 0)
+    monkeypatch.setattr(scheduling, "SMALL_BLOCKS_UP_TO", 256 if few else 0)
     adapters = [
         [factors(70, 64, 48, 3)._replace(ranks=(0, 5, 70))],
         [factors(33, 64, 48, 3)._replace(ranks=(1, 33, 33))],
@@ -209,7 +215,7 @@ def test_a_block_reads_no_further_than_its_own_highest_rung() -> None:
 
 def test_what_belongs_to_no_adapter_stays_as_it_is_to_the_bit() -> None:
     table = AdapterTable(
-        20, [30, 10], slots=2, max_rank=8, rungs=1, device=DEVICE, dtype=torch.float32, offsets=[40, 5]
+        20, [Columns(40, 30), Columns(5, 10)], slots=2, max_rank=8, rungs=1, device=DEVICE, dtype=torch.float32
     )
     table.set(1, [factors(8, 20, 30, 1), factors(3, 20, 10, 1)])
     x, wide = torch.randn(5, 20, device=DEVICE), torch.randn(9, 100, device=DEVICE)
@@ -239,7 +245,7 @@ def test_a_schedule_forgets_the_pass_before() -> None:
 
 
 def test_slots_are_set_replaced_and_emptied_in_place() -> None:
-    table = AdapterTable(32, [16], slots=2, max_rank=8, rungs=3, device=DEVICE, dtype=torch.float32)
+    table = AdapterTable(32, [Columns(0, 16)], slots=2, max_rank=8, rungs=3, device=DEVICE, dtype=torch.float32)
     x, schedule = torch.randn(2, 32, device=DEVICE), scheduled([0, 1], np.eye(3)[[2, 2]], table)
     addresses = table.addresses.data_ptr(), table.ranks.data_ptr()
 
@@ -286,7 +292,7 @@ def test_the_same_pass_gives_the_same_bits() -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_captured_pass_follows_its_schedule_and_its_table() -> None:
-    table = AdapterTable(256, [128], slots=2, max_rank=16, rungs=2, device=DEVICE, dtype=torch.float32)
+    table = AdapterTable(256, [Columns(0, 128)], slots=2, max_rank=16, rungs=2, device=DEVICE, dtype=torch.float32)
     schedule = Schedule(32, 2, 2, DEVICE)
     x, y = torch.randn(32, 256, device=DEVICE), torch.zeros(32, 128, device=DEVICE)
     schedule.update(np.zeros(0, int), np.zeros((0, 2), np.float32), tokens=32)
@@ -307,12 +313,14 @@ def test_a_captured_pass_follows_its_schedule_and_its_table() -> None:
 def test_tables_and_schedules_refuse_what_does_not_fit() -> None:
     def table(**changes: Any) -> AdapterTable:
         usual = {"slots": 2, "max_rank": 8, "rungs": 2, "device": DEVICE, "dtype": torch.float32}
-        return AdapterTable(32, [16], **(usual | changes))
+        return AdapterTable(32, [Columns(0, 16)], **(usual | changes))
 
     with pytest.raises(EngineError, match="float64"):
         table(dtype=torch.float64)
     with pytest.raises(EngineError, match="overlap"):
-        AdapterTable(4, [8, 8], offsets=[4, 0], slots=1, max_rank=1, rungs=1, device=DEVICE, dtype=torch.float32)
+        AdapterTable(
+            4, [Columns(4, 8), Columns(0, 8)], slots=1, max_rank=1, rungs=1, device=DEVICE, dtype=torch.float32
+        )
     with pytest.raises(EngineError, match="no known width"):
         AdapterTable.of([None], device=DEVICE, dtype=torch.float32)
     fitting = factors(8, 32, 16, 2)
@@ -357,7 +365,8 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from chunkwise_lora.backends.triton.kernels import FEW, MANY, expand_kernel, shrink_kernel
+from chunkwise_lora.backends.triton.kernels import expand_kernel, shrink_kernel
+from chunkwise_lora.backends.triton.schedule import FEW, MANY
 
 types = dict.fromkeys(["x", "y"], "*bf16") | dict.fromkeys(["hidden", "weights"], "*fp32") | {"addresses": "*i64"}
 types |= dict.fromkeys(["ranks", "blocks", "order", "spans"], "*i32")

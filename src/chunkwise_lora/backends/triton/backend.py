@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.backends.base import Backend, Columns, Layer, Limits, PreparedPass
-from chunkwise_lora.backends.triton.kernels import AdapterTable, Schedule
+from chunkwise_lora.backends.triton.schedule import Schedule
+from chunkwise_lora.backends.triton.table import AdapterTable
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method.segments import PassPlan
 
@@ -59,13 +60,12 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         """Make a layer known."""
         table = AdapterTable(
             in_features,
-            [where.width for where in columns],
+            columns,
             slots=self._schedule.slots,
             max_rank=FIRST_RANK,
             rungs=self._schedule.rungs,
             device=self.device,
             dtype=self.dtype,
-            offsets=[where.offset for where in columns],
         )
         layer = self.layers[name] = TritonLayer(name, columns, table)
         return layer

@@ -1,0 +1,272 @@
+"""The adapters of one linear layer on a GPU, each in a slot with memory of its own, and the launches that add them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from chunkwise_lora.backends.base import Columns
+from chunkwise_lora.backends.triton.kernels import expand_kernel, shrink_kernel
+from chunkwise_lora.backends.triton.schedule import Schedule, most_blocks, tiles_of
+from chunkwise_lora.errors import EngineError
+from chunkwise_lora.ladder import LadderModule
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def adjacent(widths: Sequence[int]) -> list[Columns]:
+    """Columns of these widths, one after the other."""
+    return [Columns(sum(widths[:i]), width) for i, width in enumerate(widths)]
+
+
+class Directions(NamedTuple):
+    """The directions of one slice, as a `LadderModule` holds them, where there is no such module: a shard of one."""
+
+    down: Tensor
+    """(r, in)"""
+    up: Tensor
+    """(out, r)"""
+    ranks: Sequence[int]
+    """The rank on each rung, not falling, at most r."""
+
+
+class AdapterTable:
+    """The adapters of one linear layer, each in a slot with memory of its own."""
+
+    def __init__(
+        self,
+        in_features: int,
+        columns: Sequence[Columns],
+        *,
+        slots: int,
+        max_rank: int,
+        rungs: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        """An empty table.
+
+        Args:
+            in_features: Columns of x.
+            columns: Of y, one per slice: one for a plain layer, three for packed queries, keys and values.
+            slots: Adapters at once.
+            max_rank: The largest rank that any adapter may have. It costs memory of the pass, not of the adapters.
+            rungs: Rungs of the schedules that this table is used with; adapters may have fewer.
+            device: Where the layer is.
+            dtype: Of x, y and the factors: float16, bfloat16 or float32.
+
+        Raises:
+            EngineError: The dtype is another one, or slices overlap.
+        """
+        spans = sorted((where.offset, where.width) for where in columns)
+        if any(start + width > following for (start, width), (following, _) in pairwise(spans)):
+            raise EngineError(f"the columns {spans} (offset, width) of a layer's modules overlap")
+        if dtype not in DTYPES:
+            raise EngineError(f"the Triton kernels take float16, bfloat16 and float32, not {dtype}")
+        self.in_features, self.columns = in_features, tuple(columns)
+        self.slots, self.max_rank, self.rungs = slots, max_rank, rungs
+        self.out_features = max(start + width for start, width in spans)
+        """Columns that y needs at least."""
+        self.device, self.dtype = torch.device(device), dtype
+        self.factors: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(columns) for _ in range(slots)]
+        """Per slot and slice down (r, in) and up (r, out), or None."""
+        self.addresses = torch.zeros(slots, len(columns), 2, dtype=torch.int64, device=device)
+        """(slots, slices, 2) int64: where `down` and `up` are."""
+        self.ranks = torch.zeros(slots, len(columns), rungs, dtype=torch.int32, device=device)
+        """(slots, slices, rungs) int32; zeros where a slot or a slice has no adapter."""
+        self._spans = torch.tensor([[where.offset, where.width] for where in columns], dtype=torch.int32, device=device)
+        self._aligned = all(number % 16 == 0 for span in spans for number in span)
+
+    @classmethod
+    def of(
+        cls,
+        adapters: Sequence[Sequence[LadderModule | Directions | None] | None],
+        *,
+        rungs: int | None = None,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> AdapterTable:
+        """A table of the size that `adapters` need.
+
+        Args:
+            adapters: Per slot the slices of one adapter; None for an empty slot or slice. Every slice needs an adapter
+                in at least one slot, from which its width is taken.
+            rungs: By default the largest number of rungs of an adapter.
+            device: Where the layer is.
+            dtype: Of x, y and the factors.
+        """
+        slices = [[one for one in of_slice if one] for of_slice in zip(*filter(None, adapters), strict=True)]
+        if not slices or not all(slices):
+            raise EngineError(
+                "a slice without an adapter in any slot has no known width; build an empty table, then set"
+            )
+        some = [one for of_slice in slices for one in of_slice]
+        table = cls(
+            some[0].down.shape[1],
+            adjacent([of_slice[0].up.shape[0] for of_slice in slices]),
+            slots=len(adapters),
+            max_rank=max(1, *(len(one.down) for one in some)),
+            rungs=max(len(one.ranks) for one in some) if rungs is None else rungs,
+            device=device,
+            dtype=dtype,
+        )
+        for slot, adapter in enumerate(adapters):
+            if adapter is not None:
+                table.set(slot, adapter)
+        return table
+
+    def grow(self, max_rank: int, rungs: int) -> None:
+        """Make room for adapters of a larger rank or more rungs, where these are larger than before.
+
+        Kernels compile anew in the next pass, and passes captured before are no longer valid.
+        """
+        if rungs > self.rungs:
+            last = self.ranks[..., -1:].expand(-1, -1, rungs - self.rungs)
+            self.ranks, self.rungs = torch.cat([self.ranks, last], dim=-1), rungs
+        self.max_rank = max(self.max_rank, max_rank)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors, addresses and ranks on the device."""
+        factors = [tensor for slot in self.factors for pair in slot if pair for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*factors, self.addresses, self.ranks, self._spans))
+
+    def set(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
+        """Put an adapter in a slot, in place of what was there.
+
+        Factors that already lie on the device in the table's dtype and layout (`down` contiguous, `up` the transpose
+        of a contiguous tensor) are not copied. Call it on the stream that runs the layer. A rung above an adapter's
+        last one counts as its last one.
+
+        Args:
+            slot: 0 to slots - 1.
+            adapter: Per slice its directions, or None where the adapter leaves it alone.
+
+        Raises:
+            EngineError: The adapter does not fit the table.
+        """
+        self._check(slot, adapter)
+        pairs: list[tuple[Tensor, Tensor] | None] = [None] * len(self.columns)
+        addresses = torch.zeros(len(self.columns), 2, dtype=torch.int64)
+        ranks = torch.zeros(len(self.columns), self.rungs, dtype=torch.int32)
+        for i, one in enumerate(adapter):
+            if one is not None:
+                pairs[i] = down, up = self._own(one.down), self._own(one.up.T)
+                addresses[i] = torch.tensor([down.data_ptr(), up.data_ptr()])
+                ranks[i] = torch.tensor([*one.ranks, *[one.ranks[-1]] * (self.rungs - len(one.ranks))])
+        self._write(slot, pairs, addresses, ranks)
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot and free its factors. Tokens that still name it get nothing."""
+        slices = len(self.columns)
+        ranks = torch.zeros(slices, self.rungs, dtype=torch.int32)
+        self._write(slot, [None] * slices, torch.zeros(slices, 2, dtype=torch.int64), ranks)
+
+    def add(self, y: Tensor, x: Tensor, schedule: Schedule) -> None:
+        """Add to y, in place, what the scheduled adapters give for x. Where `schedule.idle`, the call may be left out.
+
+        Args:
+            y: (tokens, total out), rows contiguous.
+            x: (tokens, in_features), rows contiguous.
+            schedule: Updated for exactly these tokens.
+
+        Raises:
+            EngineError: Tensors, table and schedule do not fit together.
+        """
+        tokens = len(x)
+        if (
+            x.shape != (schedule.tokens, self.in_features)
+            or len(y) != tokens
+            or y.shape[1] < self.out_features
+            or (self.slots, self.rungs) != (schedule.slots, schedule.rungs)
+        ):
+            raise EngineError(
+                f"x {tuple(x.shape)}, y {tuple(y.shape)}, a table of {self.slots} slots, {self.rungs} rungs and "
+                f"{self.in_features} to {self.out_features} features, and a schedule of {schedule.slots} slots, "
+                f"{schedule.rungs} rungs and {schedule.tokens} tokens do not fit together"
+            )
+        if not (x.dtype == y.dtype == self.dtype and x.device == y.device == self.ranks.device):
+            raise EngineError(
+                f"x is {x.dtype} on {x.device}, y {y.dtype} on {y.device}, the table {self.dtype} on "
+                f"{self.ranks.device}; they must be the same"
+            )
+        if x.stride(1) != 1 or y.stride(1) != 1:
+            raise EngineError("the rows of x and y must be contiguous")
+        if not tokens:
+            return
+        tiles, slices, blocks = tiles_of(tokens), len(self.columns), most_blocks(tokens, self.slots)
+        splits = min(tiles.splits, triton.cdiv(self.in_features, 4 * tiles.inputs))
+        hidden = torch.empty(splits, slices, tokens, self.max_rank, device=x.device)
+        shared = {
+            "SLICES": slices,
+            "RUNGS": self.rungs,
+            "MAX_RANK": self.max_rank,
+            "SPLITS": splits,
+            "BLOCK_T": tiles.tokens,
+            "BLOCK_R": tiles.directions,
+            "WIDEN": x.device.type == "cpu",  # the interpreter
+        }
+        shrink_kernel[(triton.cdiv(self.max_rank, tiles.directions) * splits, blocks, slices)](
+            x,
+            hidden,
+            self.addresses,
+            self.ranks,
+            schedule.blocks,
+            schedule.order,
+            schedule.weights,
+            x.stride(0),
+            self.in_features,
+            tokens,
+            BLOCK_K=tiles.inputs,
+            **shared,
+        )
+        expand_kernel[(triton.cdiv(max(where.width for where in self.columns), tiles.outputs), blocks, slices)](
+            y,
+            hidden,
+            self.addresses,
+            self.ranks,
+            schedule.blocks,
+            schedule.order,
+            self._spans,
+            y.stride(0),
+            tokens,
+            BLOCK_N=tiles.outputs,
+            ALIGNED=self._aligned,
+            **shared,
+        )
+
+    def _check(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
+        if not 0 <= slot < self.slots:
+            raise EngineError(f"slot {slot} is not one of 0 to {self.slots - 1}")
+        if len(adapter) != len(self.columns):
+            raise EngineError(f"an adapter of {len(adapter)} slices does not fit a layer of {len(self.columns)}")
+        for one, where in zip(adapter, self.columns, strict=True):
+            if one is None:
+                continue
+            rank, ranks = len(one.down), list(one.ranks)
+            if one.down.shape != (rank, self.in_features) or one.up.shape != (where.width, rank):
+                raise EngineError(
+                    f"factors {tuple(one.down.shape)} and {tuple(one.up.shape)} do not fit a slice of "
+                    f"{self.in_features} to {where.width} features"
+                )
+            if rank > self.max_rank or len(ranks) > self.rungs:
+                raise EngineError(
+                    f"an adapter of rank {rank} and {len(ranks)} rungs does not fit a table of up to rank "
+                    f"{self.max_rank} and {self.rungs} rungs; raise its max_rank or rungs"
+                )
+            if not ranks or ranks != sorted(ranks) or ranks[0] < 0 or ranks[-1] > rank:
+                raise EngineError(f"ranks {ranks} must rise from at least 0 to at most {rank}")
+
+    def _own(self, factor: Tensor) -> Tensor:
+        factor = factor.detach().to(self.device, self.dtype).contiguous()
+        return factor if factor.data_ptr() % 16 == 0 else factor.clone()  # the kernels read 16 bytes at a time
+
+    def _write(self, slot: int, pairs: list[tuple[Tensor, Tensor] | None], addresses: Tensor, ranks: Tensor) -> None:
+        self.ranks[slot].copy_(ranks)
+        self.addresses[slot].copy_(addresses)
+        self.factors[slot] = pairs
