@@ -1,11 +1,11 @@
-"""The evaluations count what they say, against cases worked by hand."""
+"""Data, metrics and evaluations agree with references and with cases worked by hand."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from functools import partial
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,17 +23,20 @@ from typer import BadParameter
 
 import adapters
 import answers
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, embedded
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder, embedded
 from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
-from chunkwise_lora.evaluation.answers import Scores, bleu, exact_match_and_f1, own_answers
-from chunkwise_lora.evaluation.baselines import FULL, TIERS, Contender, Field, Scored, cheapest
+from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
+from chunkwise_lora.evaluation.answers import evaluate_answers
+from chunkwise_lora.evaluation.baselines import BASELINES, TIERS, Comparison, MethodSelection, cheapest
 from chunkwise_lora.evaluation.data import Example
+from chunkwise_lora.evaluation.methods import FULL, WARM_UP_TOKENS, Method, ScoredWindows
+from chunkwise_lora.evaluation.metrics import Scores, bleu, exact_match_and_f1
 from chunkwise_lora.evaluation.report import Evaluation, markdown, page
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
 from chunkwise_lora.evaluation.tasks import calibration_tokens
-from chunkwise_lora.evaluation.text import TextResult, evaluate_text, windows_of
+from chunkwise_lora.evaluation.text import TIMED_ROUNDS, TIMED_TOKENS, TextResult, evaluate_text, windows_of
 from meanings import recombined, slots_of
 from models import VOCABULARY, adapter, build
 
@@ -126,9 +129,9 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
             return SimpleNamespace(input_ids=[ord(letter) for letter in text])
 
     examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x", "y")) for i, length in enumerate(lengths)]
-    ids, counted, block = data.packed(examples, Letters(), longest)
+    ids, scored, block = data.packed(examples, Letters(), longest)
     of_answers = {ord(" "), ord("x"), ord("y"), Letters.eos_token_id}
-    follows = [(token in of_answers) == said for token, said in zip(ids[1:], counted, strict=False)]
+    follows = [(token in of_answers) == said for token, said in zip(ids[1:], scored, strict=False)]
     assert all(right for i, right in enumerate(follows, 1) if i % block), "answers alone count"
     assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
     starts = [chr(first) for first in ids[::block]]
@@ -138,11 +141,11 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
 
 @pytest.fixture(scope="module")
 def respondent() -> Any:
-    """What answers with the embedded E2E adapter, and its tokenizer."""
+    """A generator of answers with the embedded E2E adapter, and its tokenizer."""
     base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
     ladder = RankLadder.from_peft(embedded.ADAPTERS["e2e"])
-    return partial(own_answers, base, ladder, tokenizer, batch=2), tokenizer
+    return AnswerGenerator(base, ladder, tokenizer, batch=2), tokenizer
 
 
 UNKNOWN = [Example(f"name[{name}], area[riverside] ->", ()) for name in ("Aldhaven", "The Vaults", "Zizzi")]
@@ -161,15 +164,15 @@ def test_an_adapter_answers_as_peft_does(respondent: Any) -> None:
         assert one.references == (said.strip(),)
 
 
-def test_calibration_has_the_adapter_answer_what_has_no_answer(respondent: Any, tmp_path: Path) -> None:
+def test_calibration_generates_missing_answers_with_the_adapter(respondent: Any, tmp_path: Path) -> None:
     answer, tokenizer = respondent
     file = tmp_path / "e2e.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
-    ids, counted, length = calibration_tokens("e2e", str(file), tokenizer, 512, answer)
+    ids, scored, length = calibration_tokens("e2e", str(file), tokenizer, 512, answer)
     (own,) = answer([Example("name[Zizzi] ->", ())])
     assert f"name[Zizzi] -> {own.references[0]}" in tokenizer.decode(ids)
     assert "name[Aldhaven] -> It is a pub." in tokenizer.decode(ids)
-    assert counted is not None and len(ids) == len(counted) == 2 * length
+    assert scored is not None and len(ids) == len(scored) == 2 * length
 
 
 def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -> None:
@@ -177,19 +180,19 @@ def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -
     file = tmp_path / "e2e.csv"
     file.write_text("mr\nname[Aldhaven]\n")
     with pytest.raises(ChunkWiseError, match="within 64 tokens"):
-        calibration_tokens("e2e", str(file), tokenizer, 512, partial(answer, new_tokens=3))
+        calibration_tokens("e2e", str(file), tokenizer, 512, replace(answer, new_tokens=3))
 
 
-def test_a_tokenizer_that_knows_no_end_is_refused(respondent: Any) -> None:
+def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(respondent: Any) -> None:
     answer, tokenizer = respondent
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     with pytest.raises(ChunkWiseError, match="eos_token"):
-        own_answers(*answer.args[:2], endless, UNKNOWN)
+        replace(answer, tokenizer=endless)(UNKNOWN)
 
 
 @pytest.mark.parametrize("name", ["e2e", "e2e-nested"])
-def test_answers_to_train_on_are_greedy_and_planned_where_there_is_a_plan(name: str, tmp_path: Path) -> None:
+def test_answers_to_train_on_are_greedy_and_follow_the_ladders_policy(name: str, tmp_path: Path) -> None:
     file = tmp_path / "answers.csv"
     file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
     answers.main(file, adapter=[name], out=file)
@@ -213,20 +216,20 @@ def test_no_answers_leave_the_file_as_it_was(tmp_path: Path) -> None:
     assert file.read_text() == "mr\n"
 
 
-def test_prompts_without_answers_teach_nothing(tmp_path: Path) -> None:
+def test_training_refuses_rows_without_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
     with pytest.raises(BadParameter, match="1 of 2 rows have no ref"):
         adapters.e2e(file, base=embedded.BASE, out=tmp_path / "out")
 
 
-def test_several_adapters_answer_what_the_mean_of_them_says(respondent: Any) -> None:
+def test_several_adapters_answer_by_the_mean_of_their_distributions(respondent: Any) -> None:
     answer, tokenizer = respondent
-    base = answer.args[0]
+    base = answer.base
     names = ("e2e", "e2e-nested")
     peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(embedded.ADAPTERS[name])) for name in names]
     ladders = {name: RankLadder.from_peft(embedded.ADAPTERS[name]) for name in names}
-    found = own_answers(base, ladders, tokenizer, UNKNOWN, batch=2)
+    found = AnswerGenerator(base, ladders, tokenizer, batch=2)(UNKNOWN)
     assert len(found) == len(UNKNOWN)
     for one in found:
         ids = tokenizer(one.prompt, return_tensors="pt").input_ids
@@ -300,7 +303,7 @@ def test_bleu_is_sacrebleus(cases: list[tuple[str, list[str]]]) -> None:
 
 
 @given(seed=st.integers(0, 1000))
-def test_what_is_over_full_rank_is_paired(seed: int) -> None:
+def test_differences_to_full_rank_are_paired(seed: int) -> None:
     right = np.random.default_rng(seed).random((2, 200, 1)) < 0.5
     right[1, 20:] = right[0, 20:]  # one of ten answers may differ
     few, full = (Scores(100.0 * one, {"right": lambda means: means[..., 0]}) for one in right)
@@ -327,10 +330,10 @@ def test_no_token_is_scored_twice_or_left_out_between_windows(tokens: int, lengt
     windows = windows_of(list(range(tokens)), length, stride)
     seen: list[int] = []
 
-    def score(group: torch.Tensor) -> Scored:
-        return Scored(torch.zeros(*group.shape, tokens).log_softmax(-1), 1.0)
+    def score(group: torch.Tensor) -> ScoredWindows:
+        return ScoredWindows(torch.zeros(*group.shape, tokens).log_softmax(-1), 1.0)
 
-    evaluate_text([Contender(FULL, build("llama"), {}, score)], windows, stride, lambda ids: seen.extend(ids) or 1)
+    evaluate_text([Method(FULL, build("llama"), {}, score)], windows, stride, lambda ids: seen.extend(ids) or 1)
     assert len(seen) == len(set(seen))
     if stride < length:
         assert seen == list(range(length - stride, int(windows[-1, -1]) + 1))
@@ -346,7 +349,7 @@ def test_segments_leave_no_token_out_of_the_mean(rows: int, tokens: int, seed: i
 
 def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary() -> None:
     windows = torch.randint(0, 50, (3, 20))
-    uniform = Contender(FULL, build("llama"), {}, lambda w: Scored(torch.zeros(*w.shape, 50).log_softmax(-1), 1.0))
+    uniform = Method(FULL, build("llama"), {}, lambda w: ScoredWindows(torch.zeros(*w.shape, 50).log_softmax(-1), 1.0))
     (result,), _ = evaluate_text([uniform], windows, 20, len)
     assert result.perplexity.value == pytest.approx(50, rel=1e-5)
     assert result.perplexity_per_word == pytest.approx(50, rel=1e-5)  # as many words as tokens
@@ -367,13 +370,11 @@ def test_the_cheapest_choice_keeps_its_budget_and_beats_one_for_all(seed: int, b
 def results() -> dict[str, TextResult]:
     model, path = build("llama"), adapter("llama")
     tokens = torch.randint(2, VOCABULARY, (30 * 24,), generator=torch.Generator().manual_seed(0))
-    knobs = CalibrationConfig(mean_rank=0.5, block=24, refinements=0, explorations=1)
-    found = calibrate(model, RankLadder.from_peft(path), tokens.tolist(), knobs)
-    field = Field(model, path, (found.ladder, found.policy))
-    contenders = field.contenders(
-        ["lossless", "balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"], {"again": path}
-    )
-    return {one.name: one for one in evaluate_text(contenders, tokens[:96].view(4, 24), 24, len)[0]}
+    config = CalibrationConfig(mean_rank=0.5, block=24, refinements=0, explorations=1)
+    found = calibrate(model, RankLadder.from_peft(path), tokens.tolist(), config)
+    selection = MethodSelection(["lossless", "balanced", "calibrated"], BASELINES, {"again": path})
+    methods = Comparison(model, path, found.ladder).methods(selection)
+    return {one.name: one for one in evaluate_text(methods, tokens[:96].view(4, 24), 24, len)[0]}
 
 
 def test_lossless_and_peft_again_are_full_rank(results: dict[str, TextResult]) -> None:
@@ -396,12 +397,12 @@ def test_the_oracle_spends_no_more_and_beats_a_shuffled_plan(results: dict[str, 
     assert oracle.kl.value < random.kl.value
 
 
-def test_token_choice_is_measured_at_its_own_cost(results: dict[str, TextResult]) -> None:
+def test_the_baseline_without_choice_has_the_mean_rank_of_the_plan(results: dict[str, TextResult]) -> None:
     alike = results["calibrated rungs, the plan's mean rank"]
     assert alike.mean_rank == pytest.approx(results["ChunkWise calibrated"].mean_rank, abs=0.05)
 
 
-def test_only_what_can_generate_is_timed(results: dict[str, TextResult]) -> None:
+def test_only_methods_that_can_generate_are_timed(results: dict[str, TextResult]) -> None:
     untimed = {name for name, result in results.items() if result.ms_per_token is None}
     assert untimed == {
         "oracle plan, same rungs",
@@ -410,28 +411,49 @@ def test_only_what_can_generate_is_timed(results: dict[str, TextResult]) -> None
     }
 
 
-def test_unknown_rivals_and_a_missing_calibration_are_refused() -> None:
-    field = Field(build("llama"), adapter("llama"))
+def test_no_method_is_timed_at_its_first_generation(respondent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    generate = Method.generate
+
+    def note(method: Method, inputs: Any, **options: Any) -> Any:
+        calls.append((method.name, options["max_new_tokens"]))
+        return generate(method, inputs, **options)
+
+    monkeypatch.setattr(Method, "generate", note)
+    answer, tokenizer = respondent
+    methods = Comparison(answer.base, embedded.ADAPTERS["e2e"]).methods(MethodSelection(["lossless"]))
+    examples = [replace(one, references=("It is a pub.",)) for one in UNKNOWN]
+    evaluate_answers(methods, examples, tokenizer, bleu, new_tokens=4)
+    evaluate_text(methods, torch.randint(2, 100, (1, 8)), 8, len)
+    for method in methods:
+        lengths = [length for name, length in calls if name == method.name]
+        assert lengths == [WARM_UP_TOKENS, 4, WARM_UP_TOKENS, *([TIMED_TOKENS] * TIMED_ROUNDS)]
+
+
+def test_unknown_baselines_and_a_missing_calibration_are_refused() -> None:
+    comparison = Comparison(build("llama"), adapter("llama"))
     with pytest.raises(ChunkWiseError, match="svd"):
-        field.contenders([], ["none"], {})
+        MethodSelection([], ["none"])
     with pytest.raises(ChunkWiseError, match="chunkwise calibrate"):
-        field.contenders(["calibrated"], [], {})
+        comparison.methods(MethodSelection(["calibrated"]))
+    with pytest.raises(ConfigError, match="no policy"):
+        Comparison(build("llama"), adapter("llama"), RankLadder.from_peft(adapter("llama")))
     with pytest.raises(ChunkWiseError, match="no/such"):
-        field.contenders([], [], {"other": "no/such"})
+        comparison.methods(MethodSelection([], peft={"other": "no/such"}))
 
 
-def test_a_ladder_in_the_adapters_folder_is_what_ours_runs(tmp_path: Path) -> None:
+def test_presets_run_on_the_ladder_in_the_adapters_folder(tmp_path: Path) -> None:
     folder = shutil.copytree(adapter("llama"), tmp_path / "both")
     ladder = RankLadder.from_peft(folder, as_trained=True)
     ladder.save_pretrained(folder)
-    field = Field(build("llama"), folder)
-    contenders = {one.name: one for one in field.contenders(["balanced"], ["svd", "ladder"], {})}
+    selection = MethodSelection(["balanced"], ["svd", "ladder"])
+    methods = {one.name: one for one in Comparison(build("llama"), folder).methods(selection)}
     tokens = torch.randint(2, VOCABULARY, (2, 24))
     with ChunkWiseModel(build("llama"), ladder, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
         half = model(tokens).logits.log_softmax(-1)
-    assert torch.allclose(contenders["own rungs, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
-    assert not torch.allclose(contenders["plain SVD, every token at 0.5"].score(tokens).log_p, half, atol=1e-2)
-    options = contenders["ChunkWise balanced"].options
+    assert torch.allclose(methods["own rungs, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
+    assert not torch.allclose(methods["plain SVD, every token at 0.5"].score(tokens).log_p, half, atol=1e-2)
+    options = methods["ChunkWise balanced"].options
     assert options is not None and options["adapter_names"] == "own rungs"
 
 
@@ -463,7 +485,7 @@ def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
 def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
     (tmp_path / "e2e.csv").write_text("mr\nname[Aldhaven]\n")
     code, _, err = run("eval", "--task", "e2e", "--data", tmp_path / "e2e.csv")
-    assert code == 1 and "no answer is known" in err and "name[Aldhaven] ->" in err
+    assert code == 1 and "have no answer to score against" in err and "name[Aldhaven] ->" in err
 
 
 def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:

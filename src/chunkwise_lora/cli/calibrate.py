@@ -122,7 +122,7 @@ def calibrate(
     adapter = adapter and str(embedded.find(adapter))
 
     from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
-    from chunkwise_lora.evaluation.answers import own_answers
+    from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.ladder import RankLadder
 
@@ -132,7 +132,7 @@ def calibrate(
 
         def answer(examples: Sequence[Example]) -> list[Example]:
             track = partial(reports.track, description="answering prompts")
-            found = own_answers(base, ladder, tokenizer, examples, track=track)
+            found = AnswerGenerator(base, ladder, tokenizer)(examples, track)
             print_plain(
                 f"The adapter answered {len(found):,} of {len(examples):,} prompts that have no answer. The others are "
                 f"left out, because their answers do not end within {NEW_TOKENS} tokens."

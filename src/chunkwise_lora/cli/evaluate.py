@@ -98,27 +98,23 @@ def evaluate(
 
     from rich.markdown import Markdown
 
-    from chunkwise_lora.evaluation.report import markdown, page  # slow to import: only after all refusals
-    from chunkwise_lora.evaluation.tasks import adapter_of, run_task
+    from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection  # slow to import: after all refusals
+    from chunkwise_lora.evaluation.report import markdown, page
+    from chunkwise_lora.evaluation.tasks import EvaluationSettings, adapter_of, calibrated_ladder, run_task
 
     adapter = str(adapter_of(task, adapter))
+    selection = MethodSelection(
+        [one for one in presets if one], [one for one in baselines if one], peft_adapters, configs
+    )
     base, tokenizer = load_base_and_tokenizer(model)
     with progress() as reports:
+        comparison = Comparison(base, adapter, calibrated_ladder(calibrated) if calibrated else None)
         evaluation = run_task(
             task,
             data,
-            base,
+            comparison.methods(selection),
             tokenizer,
-            adapter,
-            calibrated=calibrated,
-            presets=[one for one in presets if one],
-            rivals=[one for one in baselines if one],
-            peft=peft_adapters,
-            configs=configs,
-            limit=limit,
-            stride=stride,
-            new_tokens=new_tokens,
-            batch=batch,
+            EvaluationSettings(limit, stride, new_tokens, batch),
             advance=reports.begin(f"evaluating {task}"),
         )
     text = markdown(evaluation)

@@ -1,1 +1,1 @@
-"""Measuring quality, latency and memory against honest rivals."""
+"""Quality of an adapter under ChunkWise, compared with baselines: perplexity of text, and scores of answers."""

@@ -1,4 +1,4 @@
-"""The data sets of the evaluations: what a model is given, and what it should say."""
+"""The data sets of the tasks: prompts, and the answers that are expected."""
 
 from __future__ import annotations
 
@@ -17,31 +17,41 @@ from chunkwise_lora.errors import ChunkWiseError, first_line
 from chunkwise_lora.files import read_text
 
 NEW_TOKENS = 64
-"""Most tokens of an answer, where nothing else is said."""
+"""Default of the largest number of tokens of an answer."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and its answers."""
+    """A prompt and its reference answers."""
 
     prompt: str
     references: tuple[str, ...]
-    """Empty where none is known."""
+    """The reference answers; empty if none is known."""
     topic: str = ""
-    """Examples of one topic tell about each other; by default, the prompt's own."""
+    """Examples with the same topic are related, and stay together when data is split. If empty, the prompt is
+    the topic."""
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of an answer with the end of the sequence, as adapters learn them."""
+    """Token ids of a prompt and of an answer, as adapters learn them. The answer ends with the end of sequence."""
     return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
 
 
 def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:
-    """Token ids of all prompts with all of their answers, whether an answer's token follows, and a length of blocks.
+    """Pack all prompts and answers into blocks of equal length, for calibration.
 
-    Every block begins with another example and goes on with the ones after it, or at the end with those before, so that
-    examples stand where generation meets them, at the beginning. Four of five fit whole, if no block is to be over
-    `longest` tokens. Topics are shuffled and kept together, so that the last blocks are of others than the first.
+    Every answer begins one block, with its prompt before it, because this is how generation meets it. The following
+    examples fill the block; for the last examples, the preceding ones do. The length lets four of five examples fit
+    into their block, unless `longest` is lower. Topics are shuffled and kept together, so the last blocks have other
+    topics than the first.
+
+    Args:
+        examples: Examples with at least one answer in all.
+        tokenizer: The base model's tokenizer.
+        longest: Largest length of a block, in tokens.
+
+    Returns:
+        Token ids of all blocks; for each token whether the next token belongs to an answer; the length of a block.
     """
     topics: dict[str, list[list[tuple[int, bool]]]] = {}
     for one in examples:
@@ -58,11 +68,11 @@ def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[l
     for i in range(len(sequences)):
         around = chain(sequences[i:], reversed(sequences[:i]))
         blocks += islice(chain.from_iterable(around), length)
-    return [token for token, _ in blocks], [counts for _, counts in blocks], length
+    return [token for token, _ in blocks], [scored for _, scored in blocks], length
 
 
 def wikitext(source: str) -> str:
-    """The text of a file, or the test split of a data set on the hub, `name` or `name:configuration`."""
+    """Read a text file, or the test split of a data set on the hub: `name`, or `name:configuration`."""
     if Path(source).is_file():
         return read_text(Path(source), ChunkWiseError)
     return "".join(row["text"] for row in _from_hub(source, "test"))
@@ -91,15 +101,18 @@ class _Squad(BaseModel):
 
 
 def squad(source: str) -> list[Example]:
-    """The questions of SQuAD v1.1 JSON, or of a data set on the hub laid out like `rajpurkar/squad`.
+    """Read the questions of SQuAD v1.1 JSON, or of a data set on the hub with the layout of `rajpurkar/squad`.
 
-    `answers` may be empty where none is known.
+    The list of answers to a question may be empty.
+
+    Raises:
+        ChunkWiseError: The file or data set cannot be read.
     """
     if not Path(source).is_file():
         return [
             Example(
                 squad_prompt(row["context"], row["question"]),
-                _told(dict.fromkeys(row["answers"]["text"])),
+                _non_blank(dict.fromkeys(row["answers"]["text"])),
                 row["context"],
             )
             for row in _from_hub(source, "validation")
@@ -115,7 +128,7 @@ def squad(source: str) -> list[Example]:
 
 
 def squad_rows(content: Mapping[str, Any]) -> list[Example]:
-    """Every question of parsed SQuAD v1.1 JSON."""
+    """The questions of parsed SQuAD v1.1 JSON."""
     return _questions(_Squad.model_validate(content))
 
 
@@ -123,7 +136,7 @@ def _questions(content: _Squad) -> list[Example]:
     return [
         Example(
             squad_prompt(paragraph.context, one.question),
-            _told(dict.fromkeys(answer.text for answer in one.answers)),
+            _non_blank(dict.fromkeys(answer.text for answer in one.answers)),
             paragraph.context,
         )
         for article in content.data
@@ -133,14 +146,17 @@ def _questions(content: _Squad) -> list[Example]:
 
 
 def squad_prompt(context: str, question: str) -> str:
-    """What the `squad` adapter is trained on."""
+    """The prompt format of adapters for SQuAD."""
     return f"{context}\nQuestion: {question}\nAnswer:"
 
 
 def e2e(source: str) -> list[Example]:
-    """The meanings of E2E NLG, each with all its references: columns mr and ref of comma-separated values.
+    """Read the meanings of E2E NLG with all their references, from a CSV file or a data set on the hub.
 
-    ref may be empty, or not be there, where none is known.
+    The file has the columns mr (the meaning) and ref (a reference). ref may be empty, and the column may be missing.
+
+    Raises:
+        ChunkWiseError: The file or data set cannot be read.
     """
     if Path(source).is_file():
         pairs = e2e_rows(source)
@@ -149,25 +165,25 @@ def e2e(source: str) -> list[Example]:
     references: dict[str, list[str]] = {}
     for meaning, reference in pairs:
         references.setdefault(meaning, []).append(reference)
-    return [Example(e2e_prompt(meaning), _told(found)) for meaning, found in references.items()]
+    return [Example(e2e_prompt(meaning), _non_blank(found)) for meaning, found in references.items()]
 
 
 def e2e_rows(source: str) -> list[tuple[str, str]]:
-    """The columns mr and ref of a file of comma-separated values; ref may be empty, or not be there.
+    """Read the columns mr and ref of a CSV file. ref may be empty; without the column, all references are empty.
 
     Raises:
-        ChunkWiseError: The file is none of these, or a meaning is empty.
+        ChunkWiseError: The file is not such a file, or a meaning is empty.
     """
     reader = csv.DictReader(io.StringIO(read_text(Path(source), ChunkWiseError)), strict=True)
     pairs = []
     try:
         names = list(reader.fieldnames or ())
         if names != ["mr"] and not (names.count("mr") == names.count("ref") == 1):
-            raise ChunkWiseError(f"{source}: needs the columns mr and ref, or mr alone")
+            raise ChunkWiseError(f"{source}: the columns must be mr and ref, or only mr")
         for row in reader:
             where = f"{source}, line {reader.line_num}"
             if None in row:
-                raise ChunkWiseError(f"{where}: has more values than columns; put those with commas in quotes")
+                raise ChunkWiseError(f"{where}: has more values than columns; put values with commas in quotes")
             if not (row["mr"] or "").strip():
                 raise ChunkWiseError(f"{where}: mr is empty")
             pairs.append((row["mr"], row.get("ref") or ""))
@@ -178,13 +194,13 @@ def e2e_rows(source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _told(answers: Iterable[str]) -> tuple[str, ...]:
-    """Those that are not blank."""
+def _non_blank(answers: Iterable[str]) -> tuple[str, ...]:
+    """The answers that are not blank."""
     return tuple(answer for answer in answers if answer.strip())
 
 
 def e2e_prompt(meaning: str) -> str:
-    """What the `e2e` adapter is trained on."""
+    """The prompt format of the embedded adapters `e2e` and `e2e-nested`."""
     return f"{meaning} ->"
 
 
@@ -193,7 +209,7 @@ def _from_hub(source: str, split: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise ChunkWiseError(
-            f"{source}: is no file; to look for it on the hub, pip install 'chunkwise-lora[hub]'"
+            f"{source}: is not a file; to load data sets from the hub, pip install 'chunkwise-lora[hub]'"
         ) from None
 
     name, _, configuration = source.partition(":")
@@ -201,5 +217,5 @@ def _from_hub(source: str, split: str) -> Any:
         return load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the hub's client raises errors of many libraries
         raise ChunkWiseError(
-            f"{source}: is no file, and no data set that can be loaded ({first_line(error)})"
+            f"{source}: is not a file, and cannot be loaded as a data set from the hub ({first_line(error)})"
         ) from None

@@ -1,4 +1,4 @@
-"""The evaluation as one self-contained HTML page, and as a Markdown table laid out like the paper's."""
+"""Reports of an evaluation: an HTML page that needs no other file, and a Markdown table like the paper's."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ td:first-child, th:first-child { text-align: left; } img { max-width: 49%; }
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One task's results, ready to be shown."""
+    """The results of one task."""
 
     title: str
     how: str
-    """What was measured, in a sentence."""
+    """How the results were measured, in one sentence."""
     metric: str
-    """The first column after the name, and the vertical axis of the plots."""
+    """Name of the compared score, the vertical axis of the plots."""
     results: Sequence[TextResult] | Sequence[AnswersResult]
     sample: tuple[list[str], list[float], float] | None = None
-    """Pieces of a text, the rank of each, and the full rank."""
+    """Pieces of a text, one per token; the rank of each token; and the full rank."""
 
 
 def columns(result: TextResult | AnswersResult) -> dict[str, str]:
-    """What a table says of a contender."""
+    """The cells of a table row by column name."""
     rank = "" if result.mean_rank is None else f"{result.mean_rank:.2f}"
     if isinstance(result, TextResult):
         return {
@@ -61,7 +61,7 @@ def columns(result: TextResult | AnswersResult) -> dict[str, str]:
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """A table of all contenders, 95% intervals in brackets."""
+    """A table with one row per method and 95% intervals in brackets."""
     rows = [(result.name, columns(result)) for result in evaluation.results]
     names = list(rows[0][1])
     lines = [
@@ -73,7 +73,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def page(evaluation: Evaluation) -> str:
-    """A page that needs no other file."""
+    """An HTML page with table, plots and coloured sample; images are embedded."""
     rows = [(result.name, columns(result)) for result in evaluation.results]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("method", *rows[0][1]))
     body = "".join(
@@ -90,7 +90,7 @@ def page(evaluation: Evaluation) -> str:
 
 
 def quality(result: TextResult | AnswersResult) -> Estimate:
-    """The number that plots compare."""
+    """The score that plots compare: perplexity, or the first score of the answers."""
     return result.perplexity if isinstance(result, TextResult) else next(iter(result.scores.values()))
 
 
@@ -103,7 +103,7 @@ def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
         axes: Any = figure.add_subplot()
         for result in evaluation.results:
             if of_result(result) is None or result.name.startswith("base"):
-                continue  # the base's quality would squeeze all others into a corner
+                continue  # the base model's score is so far away that the other points would overlap
             value = quality(result)
             error = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
             ours = result.name.startswith("ChunkWise")

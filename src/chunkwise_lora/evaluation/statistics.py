@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap over the independent pieces it was measured on."""
+"""Bootstrap intervals of measured values (Efron and Tibshirani, 1993)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
+"""Bootstrap samples per interval."""
 SEGMENT = 64
-"""Neighbouring tokens are alike; segments of so many are taken as independent."""
+"""Tokens per segment. Neighbouring tokens are alike, so segments, not tokens, are treated as independent."""
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Takes means of pieces (..., fields) and gives (...,)."""
+"""Computes a value (...,) from the mean (..., fields) of pieces."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,13 @@ class Estimate:
 
 
 def bootstrap(pieces: np.ndarray, statistic: Statistic = lambda means: means[..., 0], seed: int = 0) -> Estimate:
-    """The statistic of the mean of `pieces` (n, fields) and its interval over resampled pieces."""
+    """Compute a statistic of the mean of independent pieces, and its 95% interval over resampled pieces.
+
+    Args:
+        pieces: (n, fields) measurements, such as one row per example or segment.
+        statistic: Computes the value from the mean; by default the first field.
+        seed: Seed of the resampling.
+    """
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(len(pieces), np.full(len(pieces), 1 / len(pieces)), RESAMPLES)
     low, high = np.quantile(statistic(counts @ pieces / len(pieces)), [0.025, 0.975])
@@ -34,7 +41,11 @@ def bootstrap(pieces: np.ndarray, statistic: Statistic = lambda means: means[...
 
 
 def segments(values: np.ndarray) -> np.ndarray:
-    """(n, 2) sums over segments of the tokens of every row of (rows, tokens), and how many tokens these are."""
+    """Cut every row of values (rows, tokens) into segments.
+
+    Returns:
+        (n, 2) the sum of each segment and its number of tokens, for `bootstrap` with `per_token`.
+    """
     starts = np.arange(0, values.shape[1], SEGMENT)
     sums = np.add.reduceat(values, starts, axis=1)
     sizes = np.broadcast_to(np.diff(starts, append=values.shape[1]), sums.shape)
@@ -42,5 +53,5 @@ def segments(values: np.ndarray) -> np.ndarray:
 
 
 def per_token(means: np.ndarray) -> np.ndarray:
-    """(...,) the mean over tokens, of means (..., 2) over `segments`."""
+    """The mean over tokens (...,), from the mean (..., 2) of rows of `segments`."""
     return means[..., 0] / means[..., 1]
