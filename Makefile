@@ -20,13 +20,13 @@ check: .venv/ready
 bench: .venv/ready  ## Latency and memory on the embedded model; docs/benchmarks.md lists longer runs
 	$(BIN)/chunkwise bench --contexts 128 512 --plot runs/bench.png --json runs/bench.json
 
-train: .venv/ready  ## Train the embedded weights anew: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
+train: .venv/ready  ## Train the embedded weights again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base
 	$(BIN)/python training/adapters.py wiki $(WIKI) --base runs/base --out runs/wiki
 	$(BIN)/python training/adapters.py e2e $(E2E) --base runs/base --out runs/e2e
 
-# On Linux, plain `torch` is a CUDA build of several GB; the constraint keeps to the version that was tested, and where
-# there is no GPU, PyTorch's CPU index (or a local one) can be given in PIP_EXTRA_INDEX_URL.
+# constraints.txt names the versions that were tested. On Linux, PyPI's `torch` is a CUDA build of several GB; without a
+# GPU, give PyTorch's CPU index (or a local one) in PIP_EXTRA_INDEX_URL.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval]'

@@ -1,9 +1,9 @@
-"""Attention of one new token over a cache, by PyTorch's sdpa, plain products, Inductor and the package's kernel.
+"""Time the attention of one new token over a cache: PyTorch's sdpa, Inductor and the package's C kernel.
 
     python benchmarks/decode_attention.py [--slots 1024 --slots 4096] [--heads 9 --kv-heads 3]
 
-Each line is one layer of a model in bfloat16, with seven eighths of the slots in INT8 where it says so; medians of
-interleaved calls, in microseconds.
+Each line is one layer of a model in bfloat16. Times are medians of interleaved calls, in microseconds. In the
+column "kernel, INT8" seven eighths of the slots are INT8, in "Inductor, INT8" all are.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
 
 
 def products(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of query (kv_heads, group, 1, width), written as products and sums so that a compiler can fuse them."""
+    """Attention of query (kv_heads, group, 1, width), written as products and sums that a compiler can fuse."""
     scores = (query.float() * keys.float()[:, None]).sum(-1) * query.shape[-1] ** -0.5
     return (scores.softmax(-1)[..., None] * values.float()[:, None]).sum(2)
 
 
 def int8_products(query: Tensor, keys: Tensor, scales: Tensor, values: Tensor, value_scales: Tensor) -> Tensor:
-    """The same over INT8 (kv_heads, slots, width) with scales (kv_heads, slots, 1)."""
+    """The same with INT8 keys and values (kv_heads, slots, width) and their scales (kv_heads, slots, 1)."""
     scores = (query.float() * keys.float()[:, None]).sum(-1) * scales[..., 0].float()[:, None] * query.shape[-1] ** -0.5
     weights = scores.softmax(-1) * value_scales[..., 0].float()[:, None]
     return (weights[..., None] * values.float()[:, None]).sum(2)
@@ -47,13 +47,13 @@ def layer_of(states: Tensor, cold: int) -> ChunkWiseLayer:
 
 
 def main(
-    slots: Annotated[list[int] | None, typer.Option(help="Entries of the cache.")] = None,
+    slots: Annotated[list[int] | None, typer.Option(help="Slots of the cache. May be repeated.")] = None,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 9,
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 3,
     width: Annotated[int, typer.Option(help="Numbers per head.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Interleaved calls.")] = 41,
+    rounds: Annotated[int, typer.Option(help="Timed calls of each method.")] = 41,
 ) -> None:
-    """Print a table."""
+    """Time the attention of one layer and print a table."""
     torch.set_grad_enabled(False)
     group = heads // kv_heads
     fused, fused_int8 = (torch.compile(f, dynamic=True) for f in (products, int8_products))

@@ -1,11 +1,11 @@
-"""What adapters cost one linear layer on a GPU: the Triton kernels, the same in plain PyTorch, the base product alone.
+"""Time the adapters of one linear layer on a GPU: Triton kernels, plain PyTorch, and the base product alone.
 
     python benchmarks/triton_adapter.py [--inputs 4096 --outputs 4096] [--adapters 4] [--dtype bfloat16]
 
-Each line is one batch, whose tokens take turns among the adapters; medians in ms. "Half" gives every token a rung of
-half the rank, "idle" none of them an adapter. The last columns replay CUDA graphs, which shows the GPU alone, without
-the cost of launching from Python; there, what fits in the GPU's cache is found in it, while the others start cold.
-"Error" is the largest difference of the Triton kernels to plain PyTorch in float64, over the largest result.
+Each line is one batch, whose tokens use the adapters in turn. Times are medians in ms. With "half" every token runs at
+half the rank, with "idle" no token has an adapter. The last columns replay CUDA graphs. They show the time of the GPU
+alone, without launching from Python, and with data in the GPU's cache; the other columns start with a cold cache.
+"Error" is the largest difference between the Triton kernels and PyTorch in float64, relative to the largest result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gate_form(y: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], rows: 
 
 
 def compare(weight: Tensor, rank: int, tokens: int, adapters: int) -> tuple[list[Callable[[], Any]], float]:
-    """The base product, plain PyTorch, Triton, Triton at half the rank and idle, ready to run; and Triton's error."""
+    """Functions that run the base, plain PyTorch, Triton, Triton at half the rank and idle; and Triton's error."""
     from chunkwise_lora.backends.triton.schedule import Schedule
     from chunkwise_lora.backends.triton.table import AdapterTable, Directions
 
@@ -72,9 +72,9 @@ def main(
     adapters: Annotated[int, typer.Option(help="Adapters in a batch.")] = 4,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
 ) -> None:
-    """Print a table."""
+    """Time all batches and print a table."""
     if not torch.cuda.is_available():
-        Console(stderr=True).print("This benchmark needs a CUDA GPU, and PyTorch sees none.")
+        Console(stderr=True).print("This benchmark needs a CUDA GPU, and PyTorch finds none.")
         raise typer.Exit(1)
     from triton.testing import do_bench, do_bench_cudagraph
 

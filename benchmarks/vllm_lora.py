@@ -1,9 +1,9 @@
-"""Ladders in vLLM beside vLLM's base model and vLLM's own LoRA, on random weights in a known shape.
+"""Time ladders in vLLM, vLLM's base model and vLLM's own LoRA, on random weights in a known shape.
 
     python benchmarks/vllm_lora.py --shape 135M --rank 16
 
-All engines live in one process and take turns, so that what else the machine does falls on all of them alike; the
-figures are medians of ratios within a turn. Needs vLLM (docs/vllm.md says how to install it).
+All engines live in one process and take turns, so that other load on the machine affects all of them equally. The
+figures are medians of ratios within a turn. This needs vLLM (docs/vllm.md says how to install it).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PROMPT, CONCURRENT, ADAPTERS = 256, 8, 4
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="135M", help="135M, 360M, 1B or 7B")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", default="float32", help="bfloat16 where the processor has instructions for it")
+    parser.add_argument("--dtype", default="float32", help="use bfloat16 if the processor has instructions for it")
     parser.add_argument("--steps", type=int, default=24, help="decode steps of each engine")
     parser.add_argument("--rounds", type=int, default=5, help="prefills of each engine")
     parser.add_argument("--own-rounds", type=int, default=2, help="prefills by vLLM's own LoRA, which may be slow")
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Engine:
-    """One engine, in this process."""
+    """An engine of vLLM in this process."""
 
     def __init__(self, model: Path, options: argparse.Namespace, **more: Any) -> None:
         from vllm import LLM
@@ -61,7 +61,7 @@ class Engine:
 
     @property
     def planner(self) -> Any:
-        """That of the engine's only worker."""
+        """The planner of the engine's only worker."""
         return self.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.chunkwise.planner
 
     def add(self, tokens: int, prompt: int, seed: int, adapter: Path | None = None, preset: str | None = None) -> None:
@@ -77,13 +77,13 @@ class Engine:
         self.engine.add_request(str(self._requests), {"prompt_token_ids": ids}, params, lora_request=request)
 
     def timed_step(self) -> float:
-        """Seconds of one pass."""
+        """Run one pass. Returns seconds."""
         begun = time.perf_counter()
         self.engine.step()
         return time.perf_counter() - begun
 
     def drain(self) -> float:
-        """Seconds until nothing is left to do."""
+        """Run until all requests are finished. Returns seconds."""
         begun = time.perf_counter()
         while self.engine.has_unfinished_requests():
             self.engine.step()
@@ -91,7 +91,7 @@ class Engine:
 
 
 Methods = dict[str, tuple[Engine, Path | None, str | None]]
-"""What is timed, by name: an engine, the adapter it runs and its preset."""
+"""By name of what is timed: an engine, its adapter and its preset."""
 
 
 def methods(folder: Path, options: argparse.Namespace) -> tuple[Methods, list[Path]]:
@@ -119,7 +119,7 @@ def methods(folder: Path, options: argparse.Namespace) -> tuple[Methods, list[Pa
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All figures."""
+    """Measure decoding, prefill and throughput."""
     engines, adapters = methods(folder, options)
     figures: dict[str, Any] = {}
     # Two presets share an engine, so each runs its request to the end before the next begins.
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def throughput(engines: Methods, adapters: list[Path], rounds: int) -> dict[str, list[float]]:
-    """New tokens per second of several requests at once, over several adapters."""
+    """New tokens per second of concurrent requests that use several adapters."""
     rates: dict[str, list[float]] = {}
     for turn in range(-1, rounds):  # the first loads the adapters
         for name, (engine, adapter, preset) in engines.items():

@@ -1,8 +1,8 @@
-"""Serve the embedded model with two adapters over HTTP, ask it with the `openai` client, and read the metrics.
+"""Serve the embedded model with two adapters over HTTP, send requests by the `openai` client, and read the metrics.
 
     python examples/vllm_server.py
 
-Needs vLLM (docs/vllm.md says how to install it) and no model hub.
+This needs vLLM (docs/vllm.md says how to install it), but no model hub.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from chunkwise_lora import RankLadder, embedded
 
 @contextmanager
 def server(folder: Path, options: Sequence[str] = (), patience: float = 600) -> Iterator[str]:
-    """Run vLLM's API server with a ladder, `wiki`, and a plain adapter, `e2e`; gives the server's URL."""
+    """Run vLLM's API server with a ladder, `wiki`, and a plain adapter, `e2e`. Yields the server's URL."""
     RankLadder.from_peft(embedded.ADAPTERS["wiki"]).save_pretrained(folder / "wiki")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,14 +62,14 @@ def _answers(url: str) -> bool:
 
 
 def metrics(url: str) -> dict[str, float]:
-    """What the plug-in adds to vLLM's Prometheus endpoint."""
+    """The metrics that the plug-in adds to vLLM's Prometheus endpoint."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:10] == "chunkwise:")}
 
 
 def main() -> None:
-    """Ask both adapters and the base model, and one adapter at half its rank."""
+    """Send a request to the base model and to each adapter, and one at half the rank."""
     with tempfile.TemporaryDirectory() as folder, server(Path(folder), ["--enforce-eager"]) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         print("models:", *(model.id for model in client.models.list()))

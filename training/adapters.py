@@ -4,12 +4,12 @@
     python training/adapters.py e2e devset.csv --base runs/base --out runs/e2e [--test test.csv]
     python training/adapters.py squad train-v1.1.json --base runs/base --out runs/squad [--test dev-v1.1.json]
 
-`wiki` learns encyclopaedia prose, `e2e` to put a list of facts about a restaurant into words, `squad` to answer from a
-paragraph. The end of the data is held out and chooses the checkpoint that is kept, under ``--out`` in PEFT's own
-layout. Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train rivals of a lower
-rank, ``--steps`` shortens a run, and ``--init`` begins with an adapter. ``--ladder`` goes on from a calibrated ladder
-at the rungs of its plan, learning from what it says at full rank, and ``--grow`` adds directions to an adapter of a
-lower rank. With ``--teacher``, once or several times, all this learns from the mean of other adapters.
+`wiki` learns encyclopaedia prose, `e2e` puts a list of facts about a restaurant into words, and `squad` answers from a
+paragraph. The end of the data is held out and chooses the checkpoint, which is written to ``--out`` as a PEFT adapter.
+Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train baselines of a lower rank,
+``--steps`` shortens a run, and ``--init`` starts from an adapter. ``--ladder`` trains a calibrated ladder at the rungs
+of its plan to give the outputs of its full rank, and ``--grow`` adds directions to an adapter of a lower rank. With
+``--teacher``, given once or several times, training learns the mean of the outputs of other adapters.
 """
 
 from __future__ import annotations
@@ -71,25 +71,25 @@ class Recipe:
     adalora: bool = False
     """AdaLoRA: starts at 1.5 times the rank and prunes down to it on average."""
     ladder: Path | None = None
-    """Goes on from a calibrated ladder, for truncation."""
+    """A calibrated ladder to train for truncation."""
     teachers: tuple[Path, ...] = ()
-    """Other adapters of the base, to learn from instead of from the ladder at full rank, or from the labels."""
+    """Other adapters of the base. Training learns their outputs, not those of the ladder at full rank or the labels."""
     init: Path | None = None
-    """An adapter to begin with."""
+    """An adapter to start from."""
     grow: Path | None = None
-    """An adapter of a lower rank, which stays as it is: the first directions of the new one."""
+    """An adapter of a lower rank. It does not change, and becomes the first directions of the new one."""
 
 
 WIKI = Recipe(batch=4, steps=700, interval=50, learning_rate=2e-3)
 E2E = Recipe(batch=32, steps=700, interval=50, learning_rate=2e-3)
 TAUGHT = {"learning_rate": 1e-3}
-"""What changes where there are teachers or a calibrated ladder, besides half the batch."""
+"""Changes of the recipe with teachers or a calibrated ladder. The batch is halved, too."""
 GROWN = {"steps": 120, "learning_rate": 1e-3}
-"""What changes where directions are added to an adapter."""
+"""Changes of the recipe when directions are added to an adapter."""
 RUNGS = {"lowest": 5 / 16, "highest": 13 / 16, "full": 0.05}
-"""Those that a plan at half of the rank uses, and hardly full rank."""
-WRITTEN = 1280
-"""Texts that an adapter writes itself."""
+"""The rungs that a plan at half of the rank uses, and few sequences at full rank."""
+GENERATED_TEXTS = 1280
+"""Texts that an adapter generates itself."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
 
 
@@ -108,8 +108,8 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-class Written(Dataset):
-    """Examples of which every other one is two texts that an adapter wrote itself, so that it learns none by heart."""
+class WithGeneratedTexts(Dataset):
+    """Replaces half of the examples by two generated texts each, so that the adapter learns no text by heart."""
 
     def __init__(self, examples: Windows, texts: torch.Tensor) -> None:
         self.examples = examples
@@ -125,20 +125,20 @@ class Written(Dataset):
         return {"input_ids": window, "labels": window}
 
 
-def own_texts(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int, file: Path) -> torch.Tensor:
-    """(texts, length) what an adapter writes after beginnings in a text; kept in `file`."""
+def generated_texts(base: Path, ladder: RankLadder, tokens: torch.Tensor, length: int, file: Path) -> torch.Tensor:
+    """Token ids (texts, length) that an adapter generates after pieces of a text; kept in `file`."""
     if file.exists():
         return load_file(file)["texts"]
     with ChunkWiseModel.from_pretrained(str(base), ladder, dtype=torch.float32) as model:
-        show = partial(track, description="writing texts")
-        texts = generate_text(model, TokenBlocks.cut(tokens, length).tokens, WRITTEN, track=show)
+        show = partial(track, description="generating texts")
+        texts = generate_text(model, TokenBlocks.cut(tokens, length).tokens, GENERATED_TEXTS, track=show)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"texts": texts}, file)
     return texts
 
 
 class Answers(Dataset):
-    """(prompt, answer) and the end of the sequence; only the answer and the end are learned."""
+    """Prompts with answers. Only the answer and the end of the sequence are learned."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> None:
         self.examples = []
@@ -162,7 +162,7 @@ def collate(examples: list[Example]) -> Example:
 
 @torch.inference_mode()
 def mean_loss(model: PeftModel, examples: Dataset) -> float:
-    """Nats per learned token."""
+    """Mean loss, nats per learned token."""
     model.eval()
     total = count = 0
     for batch in DataLoader(examples, batch_size=8, collate_fn=collate):
@@ -188,7 +188,7 @@ def base_model(base: Path) -> LlamaForCausalLM:
 
 
 def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
-    """Training at the rungs of the ladder's plan, or without one at full rank, from teachers."""
+    """Trains at the rungs of the ladder's plan. Without a ladder, trains full rank on the outputs of teachers."""
     teachers = [PeftModel.from_pretrained(base_model(base), path).merge_and_unload() for path in recipe.teachers]
     if recipe.ladder is None:
         return NestedRank(teachers=teachers, full=1.0)
@@ -199,7 +199,7 @@ def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
 
 
 def new_adapter(base: Path, recipe: Recipe) -> PeftModel:
-    """On every linear layer; no dropout, which would nearly double the time of a CPU step."""
+    """A new adapter on every linear layer, without dropout, which would nearly double the time of a CPU step."""
     model = base_model(base)
     if recipe.init:
         return PeftModel.from_pretrained(model, recipe.init, is_trainable=True)
@@ -224,7 +224,7 @@ class Pruning(TrainerCallback):
 def train(
     model: PeftModel, recipe: Recipe, nested: NestedRank | None, *, examples: Dataset, held_out: Dataset, out: Path
 ) -> None:
-    """Train in place, resuming from the last checkpoint; ends with the best adapter, or, from a ladder, the last."""
+    """Train in place, from the last checkpoint if there is one. Keeps the best adapter, or with a ladder the last."""
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -245,7 +245,7 @@ def train(
             eval_steps=recipe.interval,
             save_steps=recipe.interval,
             save_total_limit=1,
-            load_best_model_at_end=recipe.ladder is None,  # which is judged at full rank
+            load_best_model_at_end=recipe.ladder is None,  # the evaluation runs at full rank only
             label_names=["labels"],
             seed=0,
             report_to="none",
@@ -283,7 +283,7 @@ def make(recipe: Recipe, base: Path, out: Path, *, examples: Dataset, held_out: 
     nested = nested_rank(base, recipe) if recipe.ladder or recipe.teachers else None
     train(model, recipe, nested, examples=examples, held_out=held_out, out=out)
     save(model, out)
-    if nested and recipe.ladder:  # rounded, too, so that the ladder is the adapter
+    if nested and recipe.ladder:  # after rounding to float16, so that ladder and adapter agree
         nested.trained_ladder().save_pretrained(out / "ladder")
     report(model.float(), {"held-out": held_out} | ({"test": test} if test else {}))
 
@@ -292,13 +292,13 @@ Base = Annotated[Path, typer.Option(help="Folder of the base model.")]
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints and the final adapter.")]
 Rank = Annotated[int, typer.Option(min=2, help="Rank of the adapter.")]
 Steps = Annotated[int | None, typer.Option(min=10, help="Updates, instead of the recipe's.")]
-AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA that ends at the rank on average.")]
-Ladder = Annotated[Path | None, typer.Option(help="Go on from this calibrated ladder, for truncation.")]
+AdaLora = Annotated[bool, typer.Option("--adalora", help="Train AdaLoRA whose mean rank ends at --rank.")]
+Ladder = Annotated[Path | None, typer.Option(help="Train this calibrated ladder for truncation.")]
 Teacher = Annotated[
-    list[Path] | None, typer.Option(help="Learn from this adapter, not from the ladder at full rank. Repeat for more.")
+    list[Path] | None, typer.Option(help="Learn the outputs of this adapter, not those of the ladder. May be repeated.")
 ]
 Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
-Init = Annotated[Path | None, typer.Option(help="Begin with this adapter; its rank stays.")]
+Init = Annotated[Path | None, typer.Option(help="Start from this adapter and keep its rank.")]
 app = typer.Typer(help="Train the embedded LoRA adapters.")
 
 
@@ -312,7 +312,7 @@ def changed(
     grow: Path | None = None,
     init: Path | None = None,
 ) -> Recipe:
-    """The recipe with what the command line says; fewer steps are measured as often."""
+    """The recipe with the options of the command line. Shorter runs are measured as often."""
     if sum(map(bool, (adalora, ladder, grow, init))) > 1:
         raise typer.BadParameter("choose one of --adalora, --ladder, --grow and --init")
     if adalora and teachers:
@@ -341,7 +341,7 @@ def wiki(
     grow: Grow = None,
     init: Init = None,
 ) -> None:
-    """Adapt to WikiText: windows of 1,024 tokens, the last 5% of the text held out."""
+    """Train on WikiText, in windows of 1,024 tokens. The last 5% of the text are held out."""
     recipe = changed(WIKI, rank, steps, adalora, ladder, teacher, grow, init)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     length = 1024
@@ -352,9 +352,9 @@ def wiki(
     tokens = tokens_of(data)
     cut = int(len(tokens) * (1 - HELD_OUT))
     examples: Dataset = Windows(tokens[:cut], length)
-    if writer := recipe.ladder or next(iter(recipe.teachers), None):
-        texts = own_texts(base, RankLadder.load(writer), tokens[:cut], length // 2, out / "texts.safetensors")
-        examples = Written(examples, texts)
+    if source := recipe.ladder or next(iter(recipe.teachers), None):
+        texts = generated_texts(base, RankLadder.load(source), tokens[:cut], length // 2, out / "texts.safetensors")
+        examples = WithGeneratedTexts(examples, texts)
     make(
         recipe,
         base,
@@ -378,7 +378,7 @@ def e2e(
     grow: Grow = None,
     init: Init = None,
 ) -> None:
-    """Adapt to E2E: facts in, a sentence out, the last 5% of the distinct facts held out."""
+    """Train on E2E: from facts to a sentence. The last 5% of the distinct meanings are held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 
     rows = e2e_rows(str(data))
@@ -409,7 +409,7 @@ def squad(
     rank: Rank = 16,
     steps: Steps = None,
 ) -> None:
-    """Adapt to SQuAD: a paragraph and a question in, the answer out, the last tenth of the articles held out."""
+    """Train on SQuAD: from a paragraph and a question to the answer. The last tenth of the articles is held out."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 
     def examples(articles: list[dict]) -> Answers:

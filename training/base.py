@@ -2,10 +2,10 @@
 
     python training/base.py BOOKS/*.txt.xz --out runs/base [--init CHECKPOINT]
 
-Two stages: many short sequences at a high learning rate, then sequences of 1,024 tokens while the
-rate falls to zero, so that the model has seen every position it offers. Interrupted runs resume from
-the last checkpoint under ``--out``. Without ``--init`` a tokenizer is trained first and the weights
-start at random; the model card says which checkpoint the shipped weights continued.
+There are two stages: many short sequences at a high learning rate, then sequences of 1,024 tokens while the rate falls
+to zero, so that the model has seen every position. Interrupted runs resume from the last checkpoint under ``--out``.
+Without ``--init`` a tokenizer is trained first and the weights start at random. The model card says from which
+checkpoint the embedded weights were trained.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STAGES = (
 
 
 class Blocks(Dataset):
-    """Consecutive blocks of `length` tokens, inputs and labels alike."""
+    """Consecutive blocks of `length` tokens, which are both inputs and labels."""
 
     def __init__(self, tokens: torch.Tensor, length: int) -> None:
         self.blocks = tokens[: len(tokens) // length * length].view(-1, length)
@@ -66,7 +66,7 @@ class Blocks(Dataset):
 
 
 def books(files: list[Path]) -> Iterator[str]:
-    """Every book of the files; a line that begins with ``# Title:`` starts one."""
+    """The books of the files. A line that begins with ``# Title:`` starts a book."""
     for file in files:
         text = lzma.decompress(file.read_bytes()).decode() if file.suffix == ".xz" else file.read_text()
         first, *rest = text.split("# Title:")
@@ -74,7 +74,7 @@ def books(files: list[Path]) -> Iterator[str]:
 
 
 def train_tokenizer(files: list[Path], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the books."""
+    """Train a byte-level BPE tokenizer on the books."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +88,7 @@ def train_tokenizer(files: list[Path], vocab_size: int = 4096) -> PreTrainedToke
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> torch.Tensor:
-    """(tokens,) int16: all books, each closed by the end-of-sequence token."""
+    """Token ids (tokens,) int16 of all books. The end-of-sequence token follows each book."""
     ids: list[int] = []
     for book in books(files):
         paragraphs = book.splitlines(keepends=True)
@@ -99,7 +99,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> torch.Tenso
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The embedded shape: 6 layers of 256, 4 heads over 2 key-value heads, tied embeddings."""
+    """A model with random weights in the embedded shape."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -116,7 +116,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train_stage(stage: Stage, model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, out: Path) -> None:
-    """Run one stage in place, resuming from its last checkpoint; ends with the held-out loss."""
+    """Run one stage in place, from its last checkpoint if there is one, and print the held-out loss."""
     folder = out / stage.name
     trainer = Trainer(
         model=model,
@@ -156,7 +156,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the final model.")],
     init: Annotated[Path | None, typer.Option(help="Checkpoint to continue.")] = None,
 ) -> None:
-    """Train the embedded base model; the last tokens of the last file are held out."""
+    """Train the embedded base model. The last tokens of the last file are held out."""
     torch.manual_seed(0)
     if init is None:
         tokenizer = train_tokenizer(books_)

@@ -1,10 +1,10 @@
-"""Recombine E2E meanings into prompts without answers, which an adapter can answer itself.
+"""Recombine E2E meanings into prompts without answers, for which an adapter can generate the answers.
 
     python training/meanings.py devset.csv --out prompts.csv --count 6000 [--names valid.txt]
 
-Each has the slots of one meaning of the data, and in every slot a value that some meaning has there, as often as the
-data has it. With `--names`, about half of the names, kinds and foods are capitalised words of that text, so that an
-adapter is asked about what it does not know. The data's own meanings come first.
+A new meaning has the slots of one meaning of the data. Each slot gets a value that the data has there, drawn with the
+data's frequency. With `--names`, about half of the names, kinds and foods are capitalised words of that text, so that
+the prompts contain names that the adapter has not seen. The data's own meanings come first.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from chunkwise_lora.files import read_text, write_atomically
 SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
 NAMES = re.compile(r"[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?")
 NAMED = ("name", "eatType", "food", "near")
-"""Slots that have more values in use than in the data."""
+"""Slots that have more values in real use than in the data."""
 NAMED_SHARE = 0.5
 TRIES = 10_000
-"""Draws in a row without anything new after which there is taken to be no more."""
+"""The search ends after this many draws in a row without a new meaning."""
 
 
 def slots_of(meaning: str) -> list[tuple[str, str]]:
-    """Names and values."""
+    """The (name, value) of every slot of a meaning."""
     slots = [(name.strip(), value) for name, value in SLOT.findall(meaning)]
     if in_words(slots) != meaning:
-        raise ChunkWiseError(f"{meaning!r} is no meaning: it should be like 'name[Zizzi], area[riverside]'")
+        raise ChunkWiseError(f"{meaning!r} is no meaning; write it like 'name[Zizzi], area[riverside]'")
     return slots
 
 
@@ -46,7 +46,7 @@ def in_words(slots: list[tuple[str, str]]) -> str:
 
 
 def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[str] = ()) -> list[str]:
-    """`count` meanings, or as many as there are, that are none of `meanings`; some with values from `names`."""
+    """At most `count` new meanings, none of which is in `meanings`. Some have values from `names`."""
     patterns = [slots_of(meaning) for meaning in meanings]
     values: dict[str, list[str]] = {}
     for slots in patterns:
@@ -68,7 +68,7 @@ def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[s
 
 
 def write_rows(file: Path, rows: list[list[str]]) -> None:
-    """As comma-separated values, all or nothing."""
+    """Write the rows as comma-separated values, in one step."""
     content = io.StringIO()
     csv.writer(content).writerows(rows)
     write_atomically(file, content.getvalue().encode())
@@ -77,9 +77,9 @@ def write_rows(file: Path, rows: list[list[str]]) -> None:
 def main(
     data: Annotated[Path, typer.Argument(help="Comma-separated values with a column mr.")],
     out: Annotated[Path, typer.Option(help="File to write: comma-separated values with the column mr alone.")],
-    count: Annotated[int, typer.Option(min=1, help="New meanings.")] = 6000,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    names: Annotated[Path | None, typer.Option(help="Text of which to take names: capitalised words.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of new meanings.")] = 6000,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    names: Annotated[Path | None, typer.Option(help="Text whose capitalised words are used as names.")] = None,
 ) -> None:
     """Recombine E2E meanings into prompts without answers."""
     try:
