@@ -1,4 +1,4 @@
-"""Nested training begins where the ladder is, gates as told and leaves nothing behind; growing keeps what was there."""
+"""Nested training starts from the ladder, gates its rungs and removes its hooks; growing keeps the smaller adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from chunkwise_lora.method.config import (
 from chunkwise_lora.training import GrowRank, NestedRank
 from models import VOCABULARY, adapter, build, peft_model
 
-PLAN = ChunkWiseConfig(
+POLICY = ChunkWiseConfig(
     chunking=ChunkingConfig(thresholds=(0.5, 0.7), min_length=1, hysteresis=0.0, memory=1.0),
     selection=SelectionConfig(rank_shares=(0.25, 0.5, 0.75)),
     composition=CompositionConfig(window=0),
@@ -77,7 +77,7 @@ def begin(nested: NestedRank, model: PeftModel) -> None:
     nested.on_train_begin(None, type("State", (), {"global_step": 0})(), None, model=model)  # type: ignore[arg-type]
 
 
-def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> None:
+def test_training_starts_from_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> None:
     model, ids = new_model(), torch.arange(2, 30)[None]
     train(model, NestedRank(RankLadder.from_peft(adapter("llama"))), tmp_path, 1, rate=0.0)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_training_begins_at_the_ladder_and_leaves_no_hooks(tmp_path: Path) -> No
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) -> None:
+def test_a_trained_adapter_is_its_own_teacher_and_needs_no_labels(tmp_path: Path) -> None:
     model, nested = new_model(), NestedRank(RankLadder.from_peft(adapter("llama")), full=1.0)
     begin(nested, model)
     ids = torch.randint(2, VOCABULARY, (3, 24))
@@ -104,7 +104,7 @@ def test_a_trained_adapter_teaches_itself_and_needs_no_labels(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("ladder", [True, False])
-def test_all_rungs_learn_the_mean_of_what_teachers_say(ladder: bool) -> None:
+def test_all_rungs_learn_the_mean_distribution_of_the_teachers(ladder: bool) -> None:
     teachers = [PeftModel.from_pretrained(build("llama"), str(adapter("llama", seed=seed))) for seed in (2, 3)]
     nested = NestedRank(RankLadder.from_peft(adapter("llama")) if ladder else None, teachers=teachers, full=0.5)
     model = new_model()
@@ -118,19 +118,19 @@ def test_all_rungs_learn_the_mean_of_what_teachers_say(ladder: bool) -> None:
         assert nested.loss(outputs, labels).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_a_plan_gives_the_rungs_all_moved_by_at_most_one() -> None:
+def test_sequences_run_on_the_policys_rungs_shifted_by_at_most_one() -> None:
     ladder, ids = RankLadder.from_peft(adapter("llama")), torch.randint(2, VOCABULARY, (16, 24))
-    nested, model = NestedRank(ladder, plan=PLAN, lowest=0.0, full=0.25), new_model()
+    nested, model = NestedRank(ladder, policy=POLICY, lowest=0.0, full=0.25), new_model()
     begin(nested, model)
     model(input_ids=ids)
-    planned = [RuntimeScheduler(PLAN, ladder.rung_ranks, VOCABULARY).step(row).weights for row in ids.tolist()]
+    planned = [RuntimeScheduler(POLICY, ladder.rung_ranks, VOCABULARY).step(row).weights for row in ids.tolist()]
     rungs = torch.from_numpy(np.stack(planned).argmax(2))
     moved = {step: (nested._rungs == (rungs + step).clamp(0, 7)).all(1) for step in (-1, 0, 1)}
     assert all(rows.any() for rows in moved.values())
     assert torch.stack([*moved.values()]).any(0)[nested._nested].all()
     assert (nested._rungs[~nested._nested] == 8).all() and 0 < nested._nested.sum() < 16
-    learned = PLAN.model_copy(update={"complexity": ComplexityConfig(learned=True)})
-    for impossible in ({"plan": PLAN}, {"plan": learned, "ladder": ladder}):
+    learned = POLICY.model_copy(update={"complexity": ComplexityConfig(learned=True)})
+    for impossible in ({"policy": POLICY}, {"policy": learned, "ladder": ladder}):
         with pytest.raises(ConfigError, match="give that ladder"):
             NestedRank(**impossible)
 
@@ -141,7 +141,7 @@ def test_an_impossible_argument_is_refused(impossible: dict[str, Any]) -> None:
         NestedRank(**impossible)
 
 
-def test_rungs_gate_what_they_say_and_only_in_training(tmp_path: Path) -> None:
+def test_layers_are_gated_by_their_rung_and_only_in_training(tmp_path: Path) -> None:
     model, nested, seen = peft_model("llama"), NestedRank(chunk=8), []
     begin(nested, model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -203,7 +203,7 @@ def test_a_ladder_of_another_adapter_is_refused(tmp_path: Path) -> None:
             train(new_model(), NestedRank(RankLadder.from_peft(adapter("llama", kind))), tmp_path, 1)
 
 
-def test_an_adapter_grows_around_a_smaller_one_that_stays_as_it_is(tmp_path: Path) -> None:
+def test_growing_keeps_the_smaller_adapter_unchanged(tmp_path: Path) -> None:
     model, smaller = new_model(rank=16), RankLadder.from_peft(adapter("llama"), as_trained=True)
     train(model, GrowRank(adapter("llama")), tmp_path / "run", 6, weight_decay=0.1)
     assert not any(parameter._backward_hooks for parameter in model.parameters())
@@ -219,6 +219,6 @@ def test_an_adapter_grows_around_a_smaller_one_that_stays_as_it_is(tmp_path: Pat
 @pytest.mark.parametrize(
     ("rank", "kind", "told"), [(8, "plain", "no lower rank of a layer of rank 8"), (16, "one_layer", "LoRA layers")]
 )
-def test_what_cannot_grow_into_the_model_is_refused(tmp_path: Path, rank: int, kind: str, told: str) -> None:
+def test_an_adapter_that_does_not_fit_the_model_cannot_grow(tmp_path: Path, rank: int, kind: str, told: str) -> None:
     with pytest.raises(LadderError, match=told):
         train(new_model(rank), GrowRank(adapter("llama", kind)), tmp_path, 1)

@@ -54,7 +54,7 @@ TEST_TOKENS = 60_000
 TEST_ROWS = 500
 IGNORED = -100
 BFLOAT16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
-"""Elsewhere float32 is many times faster."""
+"""Whether the machine computes bfloat16 fast; on others, float32 is many times faster."""
 
 Example = dict[str, torch.Tensor]
 
@@ -155,7 +155,7 @@ class Answers(Dataset):
 
 
 def collate(examples: list[Example]) -> Example:
-    """Pad on the right, where causal attention needs no mask and the labels are ignored."""
+    """Pad on the right: causal attention then needs no mask, and padded labels are ignored."""
     padding = {"input_ids": 0, "labels": IGNORED}
     return {key: pad_sequence([example[key] for example in examples], True, value) for key, value in padding.items()}
 
@@ -168,7 +168,7 @@ def mean_loss(model: PeftModel, examples: Dataset) -> float:
     for batch in DataLoader(examples, batch_size=8, collate_fn=collate):
         learned = int((batch["labels"][:, 1:] != IGNORED).sum())
         inputs = {key: value.to(model.device) for key, value in batch.items()}
-        total += model.get_base_model()(**inputs).loss.item() * learned  # without what AdaLoRA adds to it
+        total += model.get_base_model()(**inputs).loss.item() * learned  # without AdaLoRA's regularisation
         count += learned
     return total / count
 
@@ -195,7 +195,7 @@ def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
     ladder = RankLadder.from_pretrained(recipe.ladder)
     if ladder.policy is None:
         raise ChunkWiseError(f"{recipe.ladder}: the ladder has no policy to train for; run chunkwise calibrate")
-    return NestedRank(ladder, teachers=teachers, plan=ladder.policy, **RUNGS)
+    return NestedRank(ladder, teachers=teachers, policy=ladder.policy, **RUNGS)
 
 
 def new_adapter(base: Path, recipe: Recipe) -> PeftModel:

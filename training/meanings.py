@@ -29,6 +29,7 @@ NAMES = re.compile(r"[A-Z][a-z]{2,}(?: [A-Z][a-z]+)?")
 NAMED = ("name", "eatType", "food", "near")
 """Slots that have more values in real use than in the data."""
 NAMED_SHARE = 0.5
+"""Share of the values of these slots that are taken from the other text."""
 TRIES = 10_000
 """The search ends after this many draws in a row without a new meaning."""
 
@@ -37,7 +38,7 @@ def slots_of(meaning: str) -> list[tuple[str, str]]:
     """The (name, value) of every slot of a meaning."""
     slots = [(name.strip(), value) for name, value in SLOT.findall(meaning)]
     if in_words(slots) != meaning:
-        raise ChunkWiseError(f"{meaning!r} is no meaning; write it like 'name[Zizzi], area[riverside]'")
+        raise ChunkWiseError(f"{meaning!r} is not a meaning; write it like 'name[Zizzi], area[riverside]'")
     return slots
 
 

@@ -3,14 +3,18 @@
     nested = NestedRank(ladder)
     Trainer(model=peft_model, callbacks=[nested], compute_loss_func=nested.loss, ...).train()
 
-Ordinary training leaves every direction as it came to be; nested training lets low rungs do well on their own (nested
-dropout, Rippel et al., arXiv 1402.0915; DyLoRA, arXiv 2210.07558). Here sequences run chunk by chunk at random rungs,
-as plans will, and learn from full rank: given the ladder of a trained adapter, from that adapter as it was, which needs
-no labels and learns no text by heart; from scratch, from full rank as it is, which itself learns from the labels. With
-a plan, they run at the rungs that it gives them; with teachers, all learn from these.
+Ordinary training does not order the directions of an adapter. Nested training makes low rungs useful on their own
+(nested dropout, Rippel et al., arXiv 1402.0915; DyLoRA, Valipour et al., arXiv 2210.07558). `NestedRank` runs every
+sequence chunk by chunk on random rungs, as a policy does later, and trains it to match full rank:
 
-`GrowRank` gets there one rank after the other: an adapter of a low rank, trained to the end, becomes the first
-directions of a larger one and stays as it is while the others learn.
+- With the ladder of a trained adapter, full rank is that adapter as it was given. No labels are needed, and the adapter
+  does not memorise the training text.
+- Without a ladder, full rank is the adapter in training, and it learns from the labels itself.
+- With a policy, sequences run on the rungs that the policy plans.
+- With teachers, all rungs learn from the teachers.
+
+`GrowRank` adds rank in steps: a fully trained adapter of a low rank becomes the first directions of a larger adapter,
+and stays unchanged while the other directions are trained.
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
+"""Prefix of module names in PEFT models."""
 
 
 class _Hooked(TrainerCallback):
-    """Has hooks in the model while it trains."""
+    """A callback with hooks in the model, which it removes at the end of training."""
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
@@ -46,33 +50,34 @@ class _Hooked(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave nothing behind in the model."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
 class NestedRank(_Hooked):
-    """Runs a PEFT model's LoRA layers at random rungs while it trains.
+    """Runs the LoRA layers of a PEFT model on sampled rungs during training.
+
+    Give the object to the Trainer as a callback, and its method `loss` as `compute_loss_func`.
 
     Args:
-        ladder: A ladder of the adapter, such as `chunkwise calibrate` writes: training begins with its directions,
-            draws its rungs and teaches them what the ladder does at full rank. Without one, training begins with the
-            adapter as it is, rungs are equal ranks, and full rank learns from the labels.
-        teachers: Other models to learn from instead, at all rungs: the mean of what they say of the same tokens. They
-            are put into evaluation mode and moved to the model's device.
-        plan: A policy that was fitted to the ladder. Sequences run at the rungs that it gives their tokens, all moved
-            by at most one and kept between the lowest and the highest, instead of at random ones. Its scales and
-            `chunk` have no part in it.
-        lowest: The lowest rung, as a share of the full rank.
-        highest: The highest rung below full rank that is drawn, likewise.
+        ladder: A ladder of the adapter, such as `chunkwise calibrate` writes. Training starts from its directions,
+            samples its rungs, and trains them to match the ladder at full rank. Without a ladder, training starts from
+            the adapter as it is, a rung is the same rank in all layers, and full rank learns from the labels.
+        teachers: Models that all rungs learn from instead: the target is the mean of their next-token distributions.
+            They are set to evaluation mode and moved to the model's device.
+        policy: A policy that was fitted to the ladder. Sequences then run on the rungs that it plans, all shifted by
+            the same step of at most one rung and limited to `lowest` and `highest`. Its scales and the argument
+            `chunk` are not used.
+        lowest: Lowest sampled rung, as a share of the full rank.
+        highest: Highest sampled rung below the full rank, as a share of the full rank.
         full: Share of the sequences that run at full rank.
-        chunk: Tokens that share a rung.
-        seed: Of the rungs.
+        chunk: Tokens that share a random rung.
+        seed: Seed of the sampled rungs.
 
     Raises:
-        ConfigError: An argument is impossible.
-        LadderError: The ladder and the model's LoRA layers do not fit together.
+        ConfigError: An argument is out of range, or the policy and the ladder do not belong together.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class NestedRank(_Hooked):
         ladder: RankLadder | None = None,
         *,
         teachers: Sequence[nn.Module] = (),
-        plan: ChunkWiseConfig | None = None,
+        policy: ChunkWiseConfig | None = None,
         lowest: float = 0.25,
         highest: float = 1.0,
         full: float = 0.25,
@@ -92,25 +97,28 @@ class NestedRank(_Hooked):
                 f"NestedRank needs 0 <= lowest <= highest <= 1, full from 0 to 1 and chunk of at least 1, not "
                 f"{lowest=}, {highest=}, {full=}, {chunk=}"
             )
-        if plan is not None and ladder is None:
-            raise ConfigError("a plan gives rungs of the ladder that it was fitted to; give that ladder, too")
-        if plan is not None and plan.complexity.learned and ladder is not None and ladder.learned is None:
+        if policy is not None and ladder is None:
             raise ConfigError(
-                "the plan reads what calibration learned, which the ladder does not hold; give that ladder"
+                "NestedRank: a policy plans rungs of the ladder that it was fitted to; also give that ladder"
+            )
+        if policy is not None and policy.complexity.learned and ladder is not None and ladder.learned is None:
+            raise ConfigError(
+                "NestedRank: the policy needs what calibration learned, but the ladder does not hold it; "
+                "the policy was fitted to another ladder: give that ladder"
             )
         super().__init__()
         self.ladder = ladder
         self.teachers = [teacher.eval() for teacher in teachers]
-        self.plan = plan
+        self.policy = policy
         self.lowest = lowest
         self.highest = highest
         self.full = full
         self.chunk = chunk
         self._generator = torch.Generator().manual_seed(seed)
         self._tables: dict[str, Tensor] = {}
-        self._gated = self._teaching = False
+        self._gated = self._at_given_full_rank = False
         self._top = 0
-        self._choose_rungs: RungSampler = RandomRungs(0, 1)
+        self._sampler: RungSampler = RandomRungs(0, 1)
         self._rungs = self._nested = torch.empty(0)
         self._model: Any = None
         self._inputs: dict[str, Tensor] = {}
@@ -118,11 +126,17 @@ class NestedRank(_Hooked):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the ladder's directions, unless a checkpoint goes on, and gate the layers."""
+        """Gate the layers, and start from the ladder's directions unless training resumes from a checkpoint.
+
+        Raises:
+            LadderError: The ladder's modules are not the model's LoRA layers.
+        """
         self._model = model = kwargs["model"]
         layers = _layers(model)
         if self.ladder is not None and self.ladder.modules.keys() != layers.keys():
-            raise LadderError("the ladder's modules are not the model's LoRA layers; build it from this adapter")
+            raise LadderError(
+                "the ladder's modules are not the model's LoRA layers; build the ladder from this adapter"
+            )
         for name, layer in layers.items():
             adapter = layer.active_adapters[0]
             factor = layer.lora_A[adapter]
@@ -133,32 +147,35 @@ class NestedRank(_Hooked):
                 module = self.ladder.modules[name]
                 self._tables[name] = module.gate_table()
                 if state.global_step == 0:
-                    _write(self.ladder, name, layer)
+                    _start_from(self.ladder, name, layer)
                 if not self.teachers:
-                    self._hooks.append(factor.register_forward_hook(self._teach(module.down)))
+                    self._hooks.append(factor.register_forward_hook(self._use_given(module.down)))
                     up = module.up / layer.scaling[adapter]
-                    self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._teach(up)))
+                    self._hooks.append(layer.lora_B[adapter].register_forward_hook(self._use_given(up)))
             self._hooks.append(factor.register_forward_hook(self._gate(name)))
         for teacher in self.teachers:
             teacher.to(next(model.parameters()).device)
-        self._hooks.append(model.register_forward_pre_hook(self._draw, with_kwargs=True))
+        self._hooks.append(model.register_forward_pre_hook(self._sample, with_kwargs=True))
         self._top = len(next(iter(self._tables.values()))) - 1
         low, high = round(self.lowest * self._top), min(round(self.highest * self._top), self._top - 1)
-        self._choose_rungs = RandomRungs(low, high + 1, self.chunk)
-        if self.plan is not None and self.ladder is not None:
+        self._sampler = RandomRungs(low, high + 1, self.chunk)
+        if self.policy is not None and self.ladder is not None:
             vocab_size = model.config.get_text_config().vocab_size
-            options = (self.plan, self.ladder.rung_ranks, vocab_size, self.ladder.learned)
-            self._choose_rungs = PlannedRungs(partial(RuntimeScheduler, *options), low, high + 1)
+            options = (self.policy, self.ladder.rung_ranks, vocab_size, self.ladder.learned)
+            self._sampler = PlannedRungs(partial(RuntimeScheduler, *options), low, high + 1)
 
     def trained_ladder(self) -> RankLadder:
-        """The ladder of what was trained, its directions and rungs as training left them; see --keep-directions.
+        """The ladder with the trained directions and the same rungs.
+
+        Calibrate it with `keep_directions` to fit a policy to it.
 
         Raises:
-            LadderError: Training went on from no ladder; build one from the adapter.
+            LadderError: Training did not start from a ladder.
         """
         if self.ladder is None:
             raise LadderError(
-                "training went on from no ladder; save the adapter, then RankLadder.from_peft(folder, as_trained=True)"
+                "training did not start from a ladder; save the adapter, then use RankLadder.from_peft(folder, "
+                "as_trained=True)"
             )
         modules = {}
         for name, layer in _layers(self._model).items():
@@ -169,26 +186,36 @@ class NestedRank(_Hooked):
         return self.ladder.with_modules(modules)
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """For the Trainer's `compute_loss_func`: the mean over the tokens that have labels.
+        """The loss, for the Trainer's `compute_loss_func`: the mean over the tokens that have labels.
 
-        `num_items_in_batch` counts those of all the passes whose gradients are summed up; by default, of this one.
+        Args:
+            outputs: The model's output, with logits (batch, tokens, vocabulary).
+            labels: (batch, tokens) token ids; -100 marks tokens that are not learned.
+            num_items_in_batch: Number of learned tokens of all passes whose gradients are added up; by default that of
+                this pass.
         """
         log_p = outputs["logits"][:, :-1].float().log_softmax(-1)
         targets = labels[:, 1:]
         learned = (targets != -100).float()
         losses = -log_p.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
         if self._gated:
-            learns = self.ladder is None and not self.teachers  # full rank, from the labels
-            taught = (self._nested if learns else torch.ones_like(self._nested)).to(log_p.device)
-            if taught.any():
-                said = self._taught(taught)
-                losses = losses.masked_scatter(taught[:, None], (said.exp() * (said - log_p[taught])).sum(-1))
+            full_rank_learns_labels = self.ladder is None and not self.teachers
+            distilled = self._nested if full_rank_learns_labels else torch.ones_like(self._nested)
+            distilled = distilled.to(log_p.device)
+            if distilled.any():
+                target = self._targets(distilled)
+                kl = (target.exp() * (target - log_p[distilled])).sum(-1)
+                losses = losses.masked_scatter(distilled[:, None], kl)
         count = learned.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return (losses * learned).sum() / count
 
     @torch.no_grad()
-    def _taught(self, rows: Tensor) -> Tensor:
-        """(sequences, tokens - 1, vocabulary) what teachers, or full rank, say of the pass's `rows` (batch,) bool."""
+    def _targets(self, rows: Tensor) -> Tensor:
+        """Log-probabilities of the teachers, or of full rank, for the sequences `rows` (batch,) bool of the pass.
+
+        Returns:
+            (sequences, tokens - 1, vocabulary).
+        """
         inputs = {name: value[rows] for name, value in self._inputs.items()}
 
         def log_p(model: nn.Module) -> Tensor:
@@ -196,25 +223,26 @@ class NestedRank(_Hooked):
             return logits[:, :-1].float().log_softmax(-1)
 
         if self.teachers:
-            said = torch.stack([log_p(teacher) for teacher in self.teachers])
-            return said.logsumexp(0) - math.log(len(self.teachers))
-        self._gated, self._teaching = False, self.ladder is not None
+            each = torch.stack([log_p(teacher) for teacher in self.teachers])
+            return each.logsumexp(0) - math.log(len(self.teachers))
+        self._gated, self._at_given_full_rank = False, self.ladder is not None
         full = log_p(self._model.base_model)
-        self._gated, self._teaching = True, False  # for layers that are run again on the way back
+        self._gated, self._at_given_full_rank = True, False  # gradient checkpointing runs layers again
         return full
 
-    def _draw(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _sample(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass, sample the rung of every token."""
         self._gated = model.training
         if not self._gated:
             return
         self._inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
-        self._rungs = self._choose_rungs(kwargs["input_ids"].cpu(), self._generator)
+        self._rungs = self._sampler(kwargs["input_ids"].cpu(), self._generator)
         self._nested = torch.rand(len(self._rungs), generator=self._generator) >= self.full
         self._rungs[~self._nested] = self._top
 
-    def _teach(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def _use_given(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return nn.functional.linear(args[0], factor.to(args[0])) if self._teaching else None
+            return nn.functional.linear(args[0], factor.to(args[0])) if self._at_given_full_rank else None
 
         return hook
 
@@ -228,16 +256,16 @@ class NestedRank(_Hooked):
 
 
 class GrowRank(_Hooked):
-    """Makes a trained adapter of a lower rank the first directions of the one that trains, and keeps them as they are.
+    """Makes a trained adapter the first directions of a larger adapter, and keeps them unchanged during training.
 
-    The ladder of the result, `RankLadder.from_peft(folder, as_trained=True)`, is the smaller adapter itself on the rung
-    that has its rank. The other directions begin by adding nothing.
+    The other directions start at zero. Of the result, make a ladder with `RankLadder.from_peft(folder,
+    as_trained=True)`: on the rung with the smaller adapter's rank, it is the smaller adapter.
 
     Args:
-        smaller: The trained adapter: a folder, or a name on the hub.
+        smaller: The trained adapter of a lower rank: a folder, or a name on the hub.
 
     Raises:
-        LadderError: It is damaged, no plain LoRA, replaces whole modules or does not fit into the model's LoRA layers.
+        LadderError: The smaller adapter is damaged, is not plain LoRA, or replaces whole modules.
     """
 
     def __init__(self, smaller: str | Path) -> None:
@@ -245,14 +273,21 @@ class GrowRank(_Hooked):
         self._smaller = smaller
         adapter = PeftAdapter.load(smaller)
         if adapter.saved_modules:
-            raise LadderError(f"{smaller}: replaces {min(adapter.saved_modules)} (modules_to_save), which cannot grow")
+            raise LadderError(
+                f"{smaller}: it replaces {min(adapter.saved_modules)} (modules_to_save), and replaced modules "
+                "cannot grow; train an adapter without modules_to_save"
+            )
         self._factors = adapter.factors
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the places of the smaller adapter's directions, and put them there."""
+        """Copy the smaller adapter into the first directions.
+
+        Raises:
+            LadderError: Its modules or shapes do not fit the model's LoRA layers.
+        """
         layers = _layers(kwargs["model"])
         if self._factors.keys() != layers.keys():
             raise LadderError(
@@ -277,11 +312,11 @@ class GrowRank(_Hooked):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take back what the optimizer did to them, such as weight decay."""
+        """Undo what the optimizer changed in the first directions, such as weight decay."""
         self._restore()
 
     def _keep(self, parameter: Tensor, place: tuple[slice, slice], value: Tensor) -> None:
-        """Hold a part of a parameter at `value`, and its gradient at 0, so that clipping does not count it."""
+        """Keep the part of a parameter at `place` at `value`, and its gradient at 0, so that clipping ignores it."""
 
         def without_part(gradient: Tensor) -> Tensor:
             gradient = gradient.clone()
@@ -297,17 +332,20 @@ class GrowRank(_Hooked):
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """The LoRA layers by the names of the modules they adapt."""
+    """The LoRA layers, by the names of the modules that they adapt."""
     return {name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
 @torch.no_grad()
-def _write(ladder: RankLadder, name: str, layer: Any) -> None:
-    """Put a ladder's directions into a LoRA layer, their lengths shared evenly between the factors."""
+def _start_from(ladder: RankLadder, name: str, layer: Any) -> None:
+    """Copy a ladder's directions into a LoRA layer, with equal norms of `lora_A` and `lora_B` per direction."""
     adapter = layer.active_adapters[0]
     module, a, b = ladder.modules[name], layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     if a.shape != module.down.shape or b.shape != module.up.shape:
-        raise LadderError(f"{name}: the ladder holds {tuple(module.down.shape)}, the layer {tuple(a.shape)}")
+        raise LadderError(
+            f"{name}: lora_A is {tuple(module.down.shape)} in the ladder, but {tuple(a.shape)} in the layer; train an "
+            "adapter of the ladder's rank"
+        )
     up, down = module.balanced()
     a.copy_(down)
     b.copy_(up / layer.scaling[adapter])
