@@ -80,7 +80,7 @@ class NestedRank(_Hooked):
         ConfigError: An argument is out of range, or the policy and the ladder do not belong together.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each parameter is a setting of the user
         self,
         ladder: RankLadder | None = None,
         *,
