@@ -152,6 +152,7 @@ def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Pat
         ("ladder", "build"),
         ("ladder", "show"),
         ("ladder", "export"),
+        ("ladder", "measure"),
     ],
 )
 def test_every_command_has_help(run: Any, command: tuple[str, ...]) -> None:
@@ -394,6 +395,29 @@ def test_an_export_at_one_rank_has_no_patterns(run: Any, tmp_path: Path, ragged:
             {},
         )
         assert len(RankLadder.from_peft(tmp_path / "small").modules) == len(ragged.modules)
+
+
+def test_a_measured_ladder_tells_its_loss_when_it_is_exported(run: Any, tmp_path: Path) -> None:
+    measured, file = tmp_path / "measured", tmp_path / "measured.json"
+    code, out, err = run(
+        *("ladder", "measure", "wiki", "--text", embedded.HELD_TEXT, "--tokens", 512, "-o", measured, "--json", file)
+    )
+    assert code == 0, err
+    assert "512 tokens" in " ".join(out.split())
+    told = json.loads(file.read_text())
+    divergence = told["rung_divergence"]
+    assert divergence == sorted(divergence, reverse=True) and divergence[-1] == 0 < divergence[-2]
+    assert RankLadder.load(measured).rung_divergence == pytest.approx(divergence)
+    code, out, _ = run("ladder", "export", measured, "--mean-rank", "50%", "-o", tmp_path / "small")
+    assert code == 0 and f"{divergence[told['rung_ranks'].index(8)]:.4f} nats" in " ".join(out.split())
+
+
+def test_prompts_without_answers_cannot_be_measured_on(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("mr\nname[The Eagle]\n")
+    code, _, err = run(
+        *("ladder", "measure", "e2e", "--task", "e2e", "--text", tmp_path / "prompts.csv", "-o", tmp_path / "out")
+    )
+    assert code == 1 and "prompts.csv" in err and "no answer" in err
 
 
 def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.fitted_ladder import FittedLadder, fit_ladder
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
 from chunkwise_lora.calibration.moments import second_moments
-from chunkwise_lora.calibration.run import CalibrationRun, Track
-from chunkwise_lora.calibration.rung_divergence import rung_divergence
+from chunkwise_lora.calibration.run import GIVEN, CalibrationRun, Track
+from chunkwise_lora.calibration.rung_divergence import MAX_TOKENS, rung_divergence
 from chunkwise_lora.calibration.rung_sampler import RandomRungs, RungSampler
 from chunkwise_lora.calibration.search import choose_chunks_and_scale, choose_int8, share_for_loss_budget
 from chunkwise_lora.calibration.self_generated import generate_text
@@ -114,7 +114,9 @@ def calibrate(
         policy, searched = choose_chunks_and_scale(run, chunkwise, fitted.config(rung_policy), rung_policy.multiplier)
         if config.int8:
             policy = choose_int8(run, chunkwise, policy)
-        divergence = rung_divergence(run, chunkwise)
+        held = run.text.choice.evenly(max(1, MAX_TOKENS // run.text.choice.length))
+        batches = run.batches(held, "divergence of every rung")
+        divergence = rung_divergence(chunkwise, batches, GIVEN, same_full_rank=not config.distillations)
         check = check_policy(run, chunkwise, policy)
     ladder = replace(fitted.ladder, policy=policy, rung_divergence=divergence)
     return Calibration(ladder, check, fitted.estimator.explained, searched)

@@ -1,37 +1,39 @@
-"""What every rung of a ladder loses when all tokens run on it."""
+"""The loss of every rung of a ladder when all tokens run on it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, kl_divergence, log_probabilities
-from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
+from chunkwise_lora.calibration.text import TokenBlocks
 
 MAX_TOKENS = 8192
 """Largest number of tokens that run once per rung. More would cost time, and the mean hardly changes."""
 
 
-def rung_divergence(run: CalibrationRun, model: ChunkWiseModel) -> tuple[float, ...]:
-    """Measure the KL divergence of every rung from full rank on the choice text, with every token on that rung.
-
-    "Full rank" is that of the adapter as it was given. Unless the ladder was distilled, its own full rank is the same,
-    and its divergence is 0 by definition.
+def rung_divergence(
+    model: ChunkWiseModel, batches: Iterable[TokenBlocks], reference: str = DEFAULT, same_full_rank: bool = True
+) -> tuple[float, ...]:
+    """Measure the KL divergence of every rung from full rank, with every token on that rung.
 
     Args:
-        run: The calibration.
-        model: A model from `run.attach`.
+        model: A model with the ladder loaded under `DEFAULT`.
+        batches: The text, in batches of one pass each.
+        reference: Name of the loaded ladder whose full rank is the reference; by default the ladder itself.
+        same_full_rank: Whether the full rank of the two computes the same function. Then its divergence is 0 by
+            definition and is not measured.
 
     Returns:
         (rungs,) nats per scored token, for `RankLadder.rung_divergence`.
     """
-    text = run.text.choice
-    text = text.evenly(max(1, MAX_TOKENS // text.length))
     rungs = model.ladders[DEFAULT].rungs
-    measured = range(rungs if run.config.distillations else rungs - 1)
-    totals = np.zeros(rungs)
-    for batch in run.batches(text, "divergence of every rung"):
-        full = given_full_rank(model, batch.tokens)
-        for rung in measured:
+    totals, scored = np.zeros(rungs), 0
+    for batch in batches:
+        full = log_probabilities(model, batch.tokens, adapter=reference)
+        scored += int(batch.scored.sum())
+        for rung in range(rungs - 1 if same_full_rank else rungs):
             kl = kl_divergence(full, log_probabilities(model, batch.tokens, rung))
             totals[rung] += float(kl[batch.scored].clamp_min(0).sum())
-    return tuple((totals / int(text.scored.sum())).tolist())
+    return tuple((totals / scored).tolist())

@@ -17,6 +17,7 @@ from chunkwise_lora.cli.evaluate import evaluate
 from chunkwise_lora.cli.generate import generate
 from chunkwise_lora.cli.ladder.build import build
 from chunkwise_lora.cli.ladder.export import export
+from chunkwise_lora.cli.ladder.measure import measure
 from chunkwise_lora.cli.ladder.show import show
 from chunkwise_lora.cli.options import ListCommand
 from chunkwise_lora.errors import ChunkWiseError
@@ -28,9 +29,10 @@ app.command()(calibrate)
 app.command("eval", cls=ListCommand)(evaluate)
 app.command(cls=ListCommand)(bench)
 
-ladder_app = typer.Typer(help="Build, show and export rank ladders.", no_args_is_help=True)
+ladder_app = typer.Typer(help="Build, show, measure and export rank ladders.", no_args_is_help=True)
 ladder_app.command()(build)
 ladder_app.command()(show)
+ladder_app.command()(measure)
 ladder_app.command()(export)
 app.add_typer(ladder_app, name="ladder")
 

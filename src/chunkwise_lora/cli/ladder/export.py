@@ -69,8 +69,8 @@ def export(
     """Write one rung of a ladder as a plain PEFT adapter, which runs without ChunkWise LoRA.
 
     Every token then runs at the rank of that rung. PEFT, vLLM and other programs that read PEFT adapters can use it.
-    The command tells what the lower rank loses: the KL divergence from full rank if calibration measured it, and the
-    share of the squared singular values that is kept.
+    The command tells what the lower rank loses: the KL divergence from full rank, if `chunkwise calibrate` or
+    `chunkwise ladder measure` measured it, and the share of the squared singular values that is kept.
     """
     wanted = share("--mean-rank", mean_rank)
     source = embedded.find(ladder)
@@ -147,5 +147,5 @@ def _what_is_lost(found: Truncation[RankLadder]) -> str:
     measure = "importance of all directions" if found.ladder.build == "calibrated" else "squared singular values"
     kept = f"the kept directions hold {found.energy_kept:.2%} of the {measure}"
     if found.kl is not None:
-        return f"Loss: calibration measured a KL divergence from full rank of {found.kl:.4f} nats per token; {kept}."
-    return f"Loss: not measured; {kept}. Measure it with `chunkwise eval --peft`."
+        return f"Loss: a measured KL divergence from full rank of {found.kl:.4f} nats per token; {kept}."
+    return f"Loss: not measured; {kept}. Measure it with `chunkwise ladder measure`."
