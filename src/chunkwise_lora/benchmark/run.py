@@ -1,4 +1,4 @@
-"""Running one method: a generation that is timed step by step, and the perplexity of a text."""
+"""A generation by one method that is timed step by step."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Run:
         return (_now(self._next.device) - start) * 1e3
 
     def fill(self) -> None:
-        """Fill a baseline's cache with random keys and values instead of running the prompts, which takes long."""
+        """Fill a baseline's cache with random keys and values. This takes less time than running the prompts."""
         config = self._model.config.get_text_config()
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,26 +100,6 @@ class Run:
     def scheduler_seconds(self) -> float:
         """Seconds spent on planning so far; 0 for a baseline."""
         return 0.0 if self._session is None else self._session.trace().scheduler_seconds
-
-
-@torch.no_grad()
-def perplexity(method: Method, tokens: Tensor) -> float:
-    """Perplexity per token of `tokens` (1, n), without the first token.
-
-    ChunkWise runs token by token with its plan, cross-fades and KV policy in force, as in generation. A baseline gives
-    the same result in one pass.
-    """
-    if method.chunkwise is None:
-        logits = method.model(input_ids=tokens).logits[0, :-1]
-    else:
-        steps = []
-        with method.chunkwise.stream(chunkwise_config=method.config) as session:
-            for column in range(tokens.shape[1] - 1):
-                ids = tokens[:, column : column + 1]
-                steps.append(method.model(input_ids=ids, past_key_values=session.cache, use_cache=True).logits[0, -1])
-        logits = torch.stack(steps)
-    loss = torch.nn.functional.cross_entropy(logits.float(), tokens[0, 1:])
-    return float(loss.exp())
 
 
 def _now(device: torch.device) -> float:

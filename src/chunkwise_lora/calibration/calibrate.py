@@ -26,7 +26,7 @@ from chunkwise_lora.calibration.rung_divergence import MAX_TOKENS, rung_divergen
 from chunkwise_lora.calibration.rung_sampler import RandomRungs, RungSampler
 from chunkwise_lora.calibration.search import choose_chunks_and_scale, choose_int8, share_for_loss_budget
 from chunkwise_lora.calibration.self_generated import generate_text
-from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks
+from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks, block_length
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -90,7 +90,7 @@ def calibrate(
             `config.self_generated_tokens`, or the model is not on a CPU.
     """
     _refuse(model, config, scored, held_tokens)
-    length = min(config.block, getattr(model.config.get_text_config(), "max_position_embeddings", config.block))
+    length = block_length(model, config.block)
     held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length)
     text = CalibrationText.split(TokenBlocks.cut(tokens, length, scored), held, config)
     run = CalibrationRun(model, ladder, text, config, track)

@@ -9,16 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from chunkwise_lora.calibration.config import CalibrationConfig
 from chunkwise_lora.errors import ChunkWiseError
 
 MIN_BLOCKS = 24
-"""Fewest blocks of text that calibration accepts; with fewer there is too little to learn from and to check on."""
+"""Fewest blocks of text that calibration accepts. Fewer would be too little to learn from and to check on."""
 MAX_HELD_TOKENS = 131_072
 """Largest number of held-back tokens. More would only make choice and check slower."""
 MIN_HELD_BLOCKS = 4
 """Fewest held-back blocks, for choice and check together."""
+
+
+def block_length(model: PreTrainedModel, longest: int) -> int:
+    """`longest` tokens, or the number of positions of the model if that is lower."""
+    return min(longest, getattr(model.config.get_text_config(), "max_position_embeddings", longest))
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class CalibrationText:
         if len(text) < MIN_BLOCKS:
             raise ChunkWiseError(
                 f"{len(text) * length} tokens are too few to calibrate on (only whole blocks of {length} tokens with "
-                f"scored tokens are used); give at least {MIN_BLOCKS * length}, better several times as many"
+                f"scored tokens are used); give at least {MIN_BLOCKS * length}, or better several times as many"
             )
         if held is None:
             count = max(MIN_HELD_BLOCKS, min(round(len(text) * config.held_share), MAX_HELD_TOKENS // length))
@@ -123,8 +129,8 @@ class CalibrationText:
             if len(held) < MIN_HELD_BLOCKS:
                 raise ChunkWiseError(
                     f"{len(held) * length} held tokens are too few to choose settings and to check (only whole blocks "
-                    f"of {length} tokens are used); give at least {MIN_HELD_BLOCKS * length}, better several times as "
-                    "many"
+                    f"of {length} tokens are used); give at least {MIN_HELD_BLOCKS * length}, or better several times "
+                    "as many"
                 )
         half = len(held) // 2
         return cls(learning.evenly(max(1, config.tokens // length)), held[:-half], held[-half:])

@@ -28,7 +28,7 @@ PROMPTS = (
 
 def demo(
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the comparison.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which prefill and decoding are timed.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
     """Show the method on the embedded model: text coloured by rank, and a comparison with PEFT."""
@@ -36,7 +36,7 @@ def demo(
 
     from chunkwise_lora.benchmark.measure import measure
     from chunkwise_lora.benchmark.methods import methods
-    from chunkwise_lora.benchmark.run import perplexity
+    from chunkwise_lora.benchmark.perplexity import perplexity
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.ladder import RankLadder
 
@@ -68,7 +68,7 @@ def demo(
     console.print(bench_table(results, perplexities))
     print_plain(
         f"Adapter wiki, {base.dtype}, a prompt of 256 tokens, {new_tokens} new tokens, {rounds} rounds. The perplexity "
-        f"is that of {held.shape[1]} tokens of held text, run token by token. If you use one adapter only, merge it: "
+        f"is that of {held.shape[1]} tokens of held text, run token by token. If you use only one adapter, merge it: "
         "that is faster."
     )
     comparison = [{**asdict(result), "perplexity": perplexities[result.name]} for result in results]

@@ -11,6 +11,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from chunkwise_lora import embedded
+from chunkwise_lora.calibration.text import block_length
 from chunkwise_lora.errors import ChunkWiseError, ConfigError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import evaluate_answers
@@ -89,8 +90,8 @@ def calibration_tokens(
         answer: Generates the answers of examples that have none; see `AnswerGenerator`.
 
     Returns:
-        Token ids; whether the prediction after each token is scored, which for answers it is and for prompts not (None:
-        all are scored); and the number of tokens per block.
+        Token ids of the text; for each token whether the prediction after it is scored, or None if all are (only the
+        predictions of answers are scored, not those of prompts); and the number of tokens per block.
 
     Raises:
         ChunkWiseError: The data cannot be read, or holds no examples.
@@ -103,8 +104,8 @@ def calibration_tokens(
         answered += answer([one for one in examples if not one.references])
     if not answered:
         raise ChunkWiseError(
-            f"{data}: holds no answers, and no answer that the adapter generates ends within {NEW_TOKENS} tokens; give "
-            f"an adapter for {task}, or data with answers"
+            f"{data}: holds no answers, and the adapter generates none that ends within {NEW_TOKENS} tokens; give an "
+            f"adapter for {task}, or data with answers"
         )
     return data_sets.packed(answered, tokenizer, block)
 
@@ -168,18 +169,20 @@ class _Job:
             advance=lambda: self._advance(total),
         )
         how = (
-            f"{len(examples)} examples, answered greedily with at most {new_tokens} tokens, {batch} in a batch, "
-            f"{self._dtype}; 95% bootstrap intervals over examples, those over full rank paired."
+            f"{len(examples)} examples in {self._dtype}, {batch} in a batch, with greedy answers of at most "
+            f"{new_tokens} tokens. The intervals are 95% bootstrap intervals over examples; differences to full rank "
+            "are paired."
         )
         return Evaluation(f"{task}: {first_score}", how, first_score, results)
 
     def text(self) -> Evaluation:
         """Compare the perplexity of text under the methods."""
-        config = self._model.config.get_text_config()
-        length = min(MAX_WINDOW, getattr(config, "max_position_embeddings", MAX_WINDOW))
+        length = block_length(self._model, MAX_WINDOW)
         stride = self.settings.stride or length
         if stride > length:
-            raise ChunkWiseError(f"--stride {stride} would skip text: windows have {length} tokens")
+            raise ChunkWiseError(
+                f"--stride {stride} would skip text, because windows have {length} tokens; give at most {length}"
+            )
         windows = windows_of(self.tokenizer(data_sets.wikitext(self.data)).input_ids, length, stride)
         windows = windows[: self.settings.limit]
         if windows.shape[1] < 2:
@@ -194,9 +197,9 @@ class _Job:
             advance=lambda: self._advance(total),
         )
         how = (
-            f"{len(windows)} windows of {windows.shape[1]} tokens, one every {stride}, each from an empty context, "
-            f"{self._dtype}; ChunkWise runs token by token with its KV policy in force; 95% bootstrap intervals over "
-            "segments of 64 tokens, the increase over full rank paired."
+            f"{len(windows)} windows of {windows.shape[1]} tokens in {self._dtype}, one every {stride} tokens, each "
+            "with an empty context at its start. ChunkWise runs token by token with its KV policy in force. The "
+            "intervals are 95% bootstrap intervals over segments of 64 tokens; increases over full rank are paired."
         )
         shown = None
         if sample is not None:
@@ -221,5 +224,5 @@ def _examples(task: str, data: str) -> list[Example]:
     read, *_ = ANSWERS[task]
     examples = read(data)
     if not examples:
-        raise ChunkWiseError(f"{data}: holds no examples")
+        raise ChunkWiseError(f"{data}: holds no examples; give data with at least one prompt")
     return examples

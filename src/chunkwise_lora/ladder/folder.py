@@ -38,8 +38,6 @@ LEARNED_NAME = "chunkwise.safetensors"
 FORMAT_VERSION = 2
 SIGMA = "sigma/"
 
-Digest = str
-
 
 class _BaseModel(BaseModel):
     model_config = ConfigDict(extra="forbid")

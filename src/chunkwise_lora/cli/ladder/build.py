@@ -30,14 +30,15 @@ def build(
         typer.Option(metavar="MODEL", help="Base model for a data-aware ladder: a folder or a name on the hub."),
     ] = None,
     calibration_text: Annotated[
-        Path | None, typer.Option(help="Plain text for a data-aware ladder, like the text that the adapter will see.")
+        Path | None,
+        typer.Option(help="File of plain text for a data-aware ladder, like the text that the adapter will see."),
     ] = None,
     as_trained: Annotated[
         bool,
         typer.Option(
             "--as-trained",
-            help="Keep the adapter's own directions in their order. For adapters whose first directions were trained "
-            "to work without the others.",
+            help="Keep the adapter's own directions and their order. Use it for adapters whose first directions were "
+            "trained to work without the others.",
         ),
     ] = False,
     dtype: Annotated[
@@ -47,15 +48,15 @@ def build(
 ) -> None:
     """Turn a PEFT LoRA adapter into a rank ladder by SVD.
 
-    With --base and --calibration-text the ladder is data-aware: each rank keeps as much as possible of what the
-    adapter adds on real text.
+    With --base and --calibration-text the ladder is data-aware: at every rank, the adapter's output on this text has
+    the least squared error.
     """
     if (base is None) != (calibration_text is None):
         raise ChunkWiseError("--base and --calibration-text go together; give both or none")
     if as_trained and base is not None:
         raise ChunkWiseError(
-            "--as-trained keeps the adapter's directions, and --base with --calibration-text changes them; give one of "
-            "the two"
+            "--as-trained keeps the adapter's directions, but --base with --calibration-text changes them; leave out "
+            "one of the two"
         )
     source = embedded.find(adapter)
 
@@ -72,13 +73,13 @@ def build(
 
 
 def _data_aware(ladder: RankLadder, base: str, text: Path) -> RankLadder:
-    """The ladder that truncates best on the tokens of the file `text`, at most 128 sequences of them."""
+    """The ladder that truncates best on the text of a file, of which at most 128 sequences are used."""
     from chunkwise_lora.calibration.moments import second_moments
-    from chunkwise_lora.calibration.text import TokenBlocks
+    from chunkwise_lora.calibration.text import TokenBlocks, block_length
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
     model, tokenizer = load_base_and_tokenizer(base)
-    length = min(512, getattr(model.config.get_text_config(), "max_position_embeddings", 512))
+    length = block_length(model, 512)
     tokens = token_ids(tokenizer, read_text(text, LadderError))[0, : 128 * length]
     if len(tokens) < length:
         raise LadderError(f"{text}: {len(tokens)} tokens are too few to calibrate on; give at least {length}")
