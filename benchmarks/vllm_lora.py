@@ -25,15 +25,16 @@ PROMPT, CONCURRENT, ADAPTERS = 256, 8, 4
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="135M", help="135M, 360M, 1B or 7B")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", default="float32", help="use bfloat16 if the processor has instructions for it")
-    parser.add_argument("--steps", type=int, default=24, help="decode steps of each engine")
-    parser.add_argument("--rounds", type=int, default=5, help="prefills of each engine")
-    parser.add_argument("--own-rounds", type=int, default=2, help="prefills by vLLM's own LoRA, which may be slow")
-    parser.add_argument("--throughput-rounds", type=int, default=1, help="rounds of concurrent requests")
-    parser.add_argument("--without", nargs="*", default=[], choices=("own", "loaded"), help="leave these engines out")
-    parser.add_argument("--compiled", action="store_true", help="compile the base model and the ladders' engine")
+    parser.add_argument("--shape", default="135M", help="shape of the model: 135M, 360M, 1B or 7B (default: 135M)")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the random adapters (default: 16)")
+    parser.add_argument("--dtype", default="float32", help="number format, such as bfloat16 (default: float32)")
+    parser.add_argument("--steps", type=int, default=24, help="timed decode steps of each method (default: 24)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed prefills of each method (default: 5)")
+    parser.add_argument("--own-rounds", type=int, default=2, help="timed prefills of vLLM's own LoRA (default: 2)")
+    parser.add_argument("--throughput-rounds", type=int, default=1, help="rounds of concurrent requests (default: 1)")
+    without = "methods to leave out: vLLM's own LoRA, the base model with the plug-in"
+    parser.add_argument("--without", nargs="*", default=[], choices=("own", "loaded"), help=without)
+    parser.add_argument("--compiled", action="store_true", help="compile the models, except for vLLM's own LoRA")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args()
 
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure decoding, prefill and throughput."""
     engines, adapters = methods(folder, options)
     figures: dict[str, Any] = {}
-    # Two presets share an engine, so each runs its request to the end before the next begins.
+    # Two presets share an engine, so the request of one must end before the other begins.
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     planning: dict[str, list[float]] = {}
     block = 8

@@ -8,7 +8,7 @@
 paragraph. The end of the data is held out and chooses the checkpoint, which is written to ``--out`` as a PEFT adapter.
 Interrupted runs resume from the last checkpoint there. ``--rank`` and ``--adalora`` train baselines of a lower rank,
 ``--steps`` shortens a run, and ``--init`` starts from an adapter. ``--ladder`` trains a calibrated ladder at the rungs
-of its plan to give the outputs of its full rank, and ``--grow`` adds directions to an adapter of a lower rank. With
+of its policy to give the outputs of its full rank, and ``--grow`` adds directions to an adapter of a lower rank. With
 ``--teacher``, given once or several times, training learns the mean of the outputs of other adapters.
 """
 
@@ -87,7 +87,7 @@ TAUGHT = {"learning_rate": 1e-3}
 GROWN = {"steps": 120, "learning_rate": 1e-3}
 """Changes of the recipe when directions are added to an adapter."""
 RUNGS = {"lowest": 5 / 16, "highest": 13 / 16, "full": 0.05}
-"""The rungs that a plan at half of the rank uses, and few sequences at full rank."""
+"""Options of `NestedRank`: the rungs that a policy with half of the rank uses, and few sequences at full rank."""
 GENERATED_TEXTS = 1280
 """Texts that an adapter generates itself."""
 SQUAD = Recipe(batch=8, steps=400, interval=50, learning_rate=2e-3)
@@ -188,7 +188,7 @@ def base_model(base: Path) -> LlamaForCausalLM:
 
 
 def nested_rank(base: Path, recipe: Recipe) -> NestedRank:
-    """Trains at the rungs of the ladder's plan. Without a ladder, trains full rank on the outputs of teachers."""
+    """The callback that trains the rungs of the ladder's policy; without a ladder, full rank alone."""
     teachers = [PeftModel.from_pretrained(base_model(base), path).merge_and_unload() for path in recipe.teachers]
     if recipe.ladder is None:
         return NestedRank(teachers=teachers, full=1.0)

@@ -3,8 +3,8 @@
     python training/meanings.py devset.csv --out prompts.csv --count 6000 [--names valid.txt]
 
 A new meaning has the slots of one meaning of the data. Each slot gets a value that the data has there, drawn with the
-data's frequency. With `--names`, about half of the names, kinds and foods are capitalised words of that text, so that
-the prompts contain names that the adapter has not seen. The data's own meanings come first.
+data's frequency. With `--names`, about half of the values of the slots `NAMED` are capitalised words of that text, so
+that the prompts contain names that the adapter has not seen. The data's own meanings come first.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ TRIES = 10_000
 def slots_of(meaning: str) -> list[tuple[str, str]]:
     """The (name, value) of every slot of a meaning."""
     slots = [(name.strip(), value) for name, value in SLOT.findall(meaning)]
-    if in_words(slots) != meaning:
+    if meaning_of(slots) != meaning:
         raise ChunkWiseError(f"{meaning!r} is not a meaning; write it like 'name[Zizzi], area[riverside]'")
     return slots
 
 
-def in_words(slots: list[tuple[str, str]]) -> str:
+def meaning_of(slots: list[tuple[str, str]]) -> str:
+    """The meaning with these slots; the inverse of `slots_of`."""
     return ", ".join(f"{name}[{value}]" for name, value in slots)
 
 
@@ -61,7 +62,7 @@ def recombined(meanings: list[str], count: int, seed: int = 0, names: Sequence[s
     known, found = set(meanings), dict[str, None]()
     tries = 0
     while len(found) < count and tries < TRIES:
-        meaning = in_words([(slot, drawn(slot)) for slot, _ in draw.choice(patterns)])
+        meaning = meaning_of([(slot, drawn(slot)) for slot, _ in draw.choice(patterns)])
         tries += 1
         if meaning not in known and meaning not in found:
             found[meaning], tries = None, 0

@@ -98,13 +98,11 @@ class NestedRank(_Hooked):
                 f"{lowest=}, {highest=}, {full=}, {chunk=}"
             )
         if policy is not None and ladder is None:
-            raise ConfigError(
-                "NestedRank: a policy plans rungs of the ladder that it was fitted to; also give that ladder"
-            )
+            raise ConfigError("NestedRank: a policy needs the ladder that it was fitted to; give that ladder, too")
         if policy is not None and policy.complexity.learned and ladder is not None and ladder.learned is None:
             raise ConfigError(
-                "NestedRank: the policy needs what calibration learned, but the ladder does not hold it; "
-                "the policy was fitted to another ladder: give that ladder"
+                "NestedRank: the policy needs the estimator that calibration learned, but this ladder has none; give "
+                "the ladder that the policy was fitted to"
             )
         super().__init__()
         self.ladder = ladder
@@ -135,7 +133,8 @@ class NestedRank(_Hooked):
         layers = _layers(model)
         if self.ladder is not None and self.ladder.modules.keys() != layers.keys():
             raise LadderError(
-                "the ladder's modules are not the model's LoRA layers; build the ladder from this adapter"
+                "NestedRank: the ladder has other modules than the model has LoRA layers; build the ladder from this "
+                "adapter"
             )
         for name, layer in layers.items():
             adapter = layer.active_adapters[0]
@@ -193,6 +192,9 @@ class NestedRank(_Hooked):
             labels: (batch, tokens) token ids; -100 marks tokens that are not learned.
             num_items_in_batch: Number of learned tokens of all passes whose gradients are added up; by default that of
                 this pass.
+
+        Returns:
+            () nats per learned token.
         """
         log_p = outputs["logits"][:, :-1].float().log_softmax(-1)
         targets = labels[:, 1:]
@@ -227,7 +229,7 @@ class NestedRank(_Hooked):
             return each.logsumexp(0) - math.log(len(self.teachers))
         self._gated, self._at_given_full_rank = False, self.ladder is not None
         full = log_p(self._model.base_model)
-        self._gated, self._at_given_full_rank = True, False  # gradient checkpointing runs layers again
+        self._gated, self._at_given_full_rank = True, False  # gradient checkpointing runs the layers again
         return full
 
     def _sample(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -241,12 +243,16 @@ class NestedRank(_Hooked):
         self._rungs[~self._nested] = self._top
 
     def _use_given(self, factor: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+        """A hook that uses `factor` of the given ladder instead of the trained factor, for the target of the loss."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             return nn.functional.linear(args[0], factor.to(args[0])) if self._at_given_full_rank else None
 
         return hook
 
     def _gate(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        """A hook that multiplies the output of `lora_A` by the gates of every token's rung."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not self._gated:
                 return output
@@ -258,8 +264,8 @@ class NestedRank(_Hooked):
 class GrowRank(_Hooked):
     """Makes a trained adapter the first directions of a larger adapter, and keeps them unchanged during training.
 
-    The other directions start at zero. Of the result, make a ladder with `RankLadder.from_peft(folder,
-    as_trained=True)`: on the rung with the smaller adapter's rank, it is the smaller adapter.
+    The other directions add nothing at first. After training, make a ladder with `RankLadder.from_peft(folder,
+    as_trained=True)`: on the rung with the smaller adapter's rank, it equals the smaller adapter.
 
     Args:
         smaller: The trained adapter of a lower rank: a folder, or a name on the hub.
@@ -274,7 +280,7 @@ class GrowRank(_Hooked):
         adapter = PeftAdapter.load(smaller)
         if adapter.saved_modules:
             raise LadderError(
-                f"{smaller}: it replaces {min(adapter.saved_modules)} (modules_to_save), and replaced modules "
+                f"{smaller}: the adapter replaces {min(adapter.saved_modules)} (modules_to_save), and replaced modules "
                 "cannot grow; train an adapter without modules_to_save"
             )
         self._factors = adapter.factors
@@ -291,7 +297,8 @@ class GrowRank(_Hooked):
         layers = _layers(kwargs["model"])
         if self._factors.keys() != layers.keys():
             raise LadderError(
-                f"{self._smaller}: its modules are not the model's LoRA layers; train it on the same ones"
+                f"{self._smaller}: the adapter has other modules than the model has LoRA layers; train both on the "
+                "same modules"
             )
         self._kept.clear()
         for name, (down, up, scale) in self._factors.items():
@@ -300,8 +307,9 @@ class GrowRank(_Hooked):
             a, b, rank = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, len(down)
             if (a.shape[1], b.shape[0]) != (down.shape[1], up.shape[0]) or rank >= len(a):
                 raise LadderError(
-                    f"{self._smaller}: {name} has rank {rank} from {down.shape[1]} to {up.shape[0]}, which is no lower "
-                    f"rank of a layer of rank {len(a)} from {a.shape[1]} to {b.shape[0]}"
+                    f"{self._smaller}: {name} has rank {rank}, {down.shape[1]} inputs and {up.shape[0]} outputs, but "
+                    f"the model's layer has rank {len(a)}, {a.shape[1]} inputs and {b.shape[0]} outputs; give an "
+                    "adapter of a lower rank for the same base model"
                 )
             if state.global_step == 0:
                 b.detach()[:, rank:].zero_()

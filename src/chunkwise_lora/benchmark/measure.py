@@ -20,12 +20,12 @@ from chunkwise_lora.benchmark.run import Run
 from chunkwise_lora.errors import EngineError
 
 WARM_UP = 3
-"""Tokens decoded before the clock runs."""
+"""Tokens decoded before decoding is timed."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one method took for one batch of prompts. Times are medians over rounds."""
+    """The time and memory of one method for one batch of prompts. Times are medians over rounds."""
 
     name: str
     context: int
@@ -51,7 +51,7 @@ class Measurement:
     kv_bytes: int
     """Bytes of storage of the KV cache's tensors after the prompt and the warm-up steps."""
     peak_bytes: int | None
-    """Largest memory of the process (or GPU) during prefill and warm-up steps, in bytes above what it held before;
+    """Largest memory of the process (or GPU) during prefill and warm-up steps, in bytes above its memory before them;
     None if unknown or if prefills are not compared."""
     scheduler_ms: float
     """Milliseconds of planning per decode step."""
@@ -63,12 +63,12 @@ class Measurement:
 
 @dataclass
 class _Record:
-    """What was noted of one method, round by round."""
+    """The measurements of one method."""
 
     prefills: list[float] = field(default_factory=list)
-    """Milliseconds."""
+    """Milliseconds, one value per round."""
     decodes: list[float] = field(default_factory=list)
-    """Milliseconds per step."""
+    """Milliseconds per step, one value per round."""
     peak_bytes: int | None = None
     kv_bytes: int = 0
     planned_before: float = 0.0
@@ -85,13 +85,13 @@ def measure(
     prefill_rounds: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Measurement]:
-    """Prefill `prompt` and decode greedily with every method in turn; one of them must be PEFT unmerged.
+    """Time the prefill of `prompt` and greedy decoding, with all methods in interleaved rounds.
 
-    Every round of prefill begins a new generation. Every round of decoding continues the last one by `new_tokens`, so
-    that contexts grow alike and a long prompt need not be run again for each round.
+    Every round of prefill begins a new generation. Every round of decoding continues the last generation by
+    `new_tokens`. The contexts of all methods thus grow equally, and a long prompt is not run again for each round.
 
     Args:
-        methods: What is measured. The order rotates from round to round.
+        methods: The methods to measure; one of them must be PEFT unmerged. Their order rotates from round to round.
         prompt: (batch, tokens) token ids.
         new_tokens: Tokens per sequence that a round of decoding adds.
         rounds: Rounds of decoding.
@@ -110,10 +110,10 @@ def measure(
     runs: dict[str, Run] = {}
     _warm_up(methods, prompt)
     try:
-        for turn in range(max(prefill_rounds, 1)):
-            for method in _rotated(methods, turn):
+        for number in range(max(prefill_rounds, 1)):
+            for method in _rotated(methods, number):
                 if method.name in runs:
-                    runs.pop(method.name).close()  # frees its cache before the peak is watched
+                    runs.pop(method.name).close()  # frees its cache before the peak is measured
                 record = records[method.name]
                 with PeakMemory(prompt.device) as peak:
                     run = runs[method.name] = Run(method, prompt, length)
@@ -127,8 +127,8 @@ def measure(
                 advance()
         for name, run in runs.items():
             records[name].planned_before = run.scheduler_seconds
-        for turn in range(rounds):
-            for method in _rotated(methods, turn):
+        for number in range(rounds):
+            for method in _rotated(methods, number):
                 records[method.name].decodes.append(runs[method.name].decode(new_tokens))
                 advance()
     finally:
@@ -147,7 +147,7 @@ def _refuse_too_long(method: Method, context: int, rounds: int, new_tokens: int,
 
 
 def _warm_up(methods: Sequence[Method], prompt: Tensor) -> None:
-    """Run every method once, so that weights are in memory and kernels are compiled before the clock runs."""
+    """Run every method once, so that weights are in memory and kernels are compiled before anything is timed."""
     for method in methods:
         run = Run(method, prompt[:, :8], 8 + WARM_UP)
         try:
@@ -200,9 +200,9 @@ def _median_ratio(times: Mapping[str, Sequence[float]], name: str, other: str) -
     return statistics.median(_ratios(times[name], times[other])) if other in times else None
 
 
-def _rotated(methods: Sequence[Method], turn: int) -> Iterator[Method]:
-    """The methods, beginning with another one each turn, so that none always runs after the same neighbour."""
-    first = turn % len(methods)
+def _rotated(methods: Sequence[Method], number: int) -> Iterator[Method]:
+    """The methods in the order of round `number`. Every round begins with another method than the round before."""
+    first = number % len(methods)
     yield from (*methods[first:], *methods[:first])
 
 

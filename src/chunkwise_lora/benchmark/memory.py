@@ -1,4 +1,4 @@
-"""The largest memory that a block of code needs: memory of the process, or of the GPU that it runs on."""
+"""The largest memory that a block of code needs: of the process, or of the GPU that the code runs on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Measures a `with` block.
+    """Measures how far the memory rises during a `with` block.
 
-    On a CPU this is the resident memory of the process as Linux counts it. What was in memory before the block began,
-    such as the model's weights, is not counted.
+    On a CPU this is the resident memory of the process, as Linux reports it. Memory that was in use before the block,
+    such as the model's weights, does not count.
     """
 
     bytes: int | None = None
-    """After the block: how many bytes the memory rose above its start; None if this system does not tell."""
+    """After the block: the rise of the memory in bytes; None if this system does not report it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -36,12 +36,12 @@ class PeakMemory:
             self.bytes = max(0, self._peak() - self._start)
 
     def _reset(self) -> int | None:
-        """Forget the peak so far; returns the bytes held now, or None if this system does not tell."""
+        """Begin a new peak; returns the bytes in use now, or None if this system does not report them."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return torch.cuda.memory_allocated(self._device)
         try:
-            give_memory_back()  # freed memory that is used again would not be counted
+            give_memory_back()  # otherwise the block could use freed memory without a rise
             _CLEAR.write_text("5")
             return _resident("VmRSS")
         except OSError:

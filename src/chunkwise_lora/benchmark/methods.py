@@ -1,4 +1,4 @@
-"""The ways to run an adapter that are measured: the base model without it, PEFT merged and unmerged, and ChunkWise."""
+"""The methods that are measured: the base model without an adapter, PEFT merged and unmerged, and ChunkWise."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def methods(
 
 
 def chosen(all_methods: Sequence[Method], beginnings: Sequence[str]) -> list[Method]:
-    """The methods whose names begin with one of `beginnings`, and PEFT unmerged, which the others are compared with."""
+    """PEFT unmerged, which all are compared with, and the methods whose names begin with one of `beginnings`."""
     return [method for method in all_methods if method.name.startswith((UNMERGED, *beginnings))]
 
 
 def cache_for(name: str, model: PreTrainedModel, length: int) -> Any:
-    """An empty cache of transformers for the baseline `name`, with room for `length` tokens where it needs to know.
+    """An empty cache of transformers for the baseline `name`. A static cache gets room for `length` tokens.
 
     Raises:
         ImportError, ValueError, AttributeError: This kind of cache needs a package that is not installed, or does not
@@ -102,7 +102,7 @@ def cache_for(name: str, model: PreTrainedModel, length: int) -> Any:
 
 
 def _can_run(name: str, model: PreTrainedModel) -> bool:
-    """Whether the cache of this baseline can be made on this machine for this model."""
+    """Whether this machine can make the cache of the baseline `name` for this model."""
     try:
         cache_for(name, model, 16)
     except (ImportError, ValueError, AttributeError):

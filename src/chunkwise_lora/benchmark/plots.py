@@ -1,4 +1,4 @@
-"""Measurements drawn as a PNG picture."""
+"""Plots of measurements, as a PNG file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkwise_lora.files import write_atomically
 def plot_bench(results: Sequence[Measurement], path: Path) -> None:
     """Draw decode latency, KV-cache bytes and peak memory against the context into the PNG file `path`.
 
-    There is one line per method, one row per batch size.
+    Every method is a line. Every batch size is a row of panels.
 
     Raises:
         ChunkWiseError: matplotlib is not installed, or the file cannot be written.

@@ -1,6 +1,6 @@
 """Models with random weights in the shapes of known models, and random adapters for them.
 
-They take the same time as trained ones.
+A model takes the same time with random weights as with trained ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPES = {
 
 
 def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A model with random weights, the same in every call; the caller's random state does not change."""
+    """A model with random weights, which are the same in every call. The global random state does not change."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""The basis of a ladder: its directions and their importance, and how gradient descent rotates them.
+"""The basis of a ladder: its directions and their importance, and how gradient descent rotates the basis.
 
 With `up` (out, r) and `down` (r, in), every invertible matrix R (r, r) gives another basis, `up @ R` and
 `R^-1 @ down`: the same adapter at full rank, but other directions to switch off.
@@ -21,8 +21,8 @@ BASIS_RATE, IMPORTANCE_RATE = 4e-3, 5e-3
 """Highest learning rates of Adam for the matrices R and for the log of the importance. Both were tuned on WikiText;
 docs/quality.md has the measurements."""
 SOFTNESS = 0.5
-"""Width of the soft gates, in the log of importance over cost: how far from a rung's threshold a direction still feels
-the gradient of being switched on or off."""
+"""Width of the soft gates, in the log of importance over cost. Directions within about this distance of a rung's
+threshold get a gradient for being switched on or off."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ class CalibrationConfig(StrictConfig):
         ge=0,
         description="Tokens that the adapter generates itself; the basis is learned from them and from the text.",
     )
-    block: int = Field(512, ge=16, description="Tokens per sequence; the model's number of positions limits it.")
-    rungs: int = Field(16, ge=1, le=64, description="Rungs of the ladder above rank 0; many close rungs waste least.")
+    block: int = Field(512, ge=16, description="Tokens per sequence, at most the number of positions of the model.")
+    rungs: int = Field(
+        16, ge=1, le=64, description="Rungs of the ladder above rank 0; more rungs use the budget better."
+    )
     lowest_share: float = Field(
         0.25, ge=0, lt=1, description="Lowest rung that a policy may use, as a share of the full rank."
     )
@@ -37,7 +39,9 @@ class CalibrationConfig(StrictConfig):
         200, ge=0, description="Steps of gradient descent that rotate the basis, so that low rungs lose less."
     )
     rounds: int = Field(
-        1, ge=0, description="How often the basis is rotated again for the fitted policy, and the policy fitted again."
+        1,
+        ge=0,
+        description="Number of times that the basis is rotated for the fitted policy and the policy is fitted again.",
     )
     keep_directions: bool = Field(
         False, description="Keep the directions and rungs of the given ladder, and fit only the policy."
@@ -49,7 +53,7 @@ class CalibrationConfig(StrictConfig):
         "policy.",
     )
     distillation_rate: float = Field(
-        5e-4, gt=0, le=1, description="Highest learning rate of distillation; 1e-3 works well for short answers."
+        5e-4, gt=0, le=1, description="Highest learning rate of distillation; 1e-3 suits tasks with short answers."
     )
     explorations: int = Field(
         2, ge=1, description="Passes over the text in which every token runs on a random rung, to measure its cost."

@@ -1,4 +1,4 @@
-"""The cost model: it predicts what a rung costs a token from what is known of the token in time.
+"""The cost model: it predicts what a rung costs a token, from what is known before the token runs.
 
 The cost of rung k at token t is the KL divergence from full rank, in nats. Its model is
 `exp(offset_k + slope_k * s_t)`, where s_t is the log cost of a `LearnedComplexity`.
@@ -22,13 +22,12 @@ BATCH = 2048
 MIN_EPOCHS, MIN_STEPS = 6, 400
 """Fewest passes over the observations, and fewest steps; the fit takes as many passes as both need."""
 RIDGE = 80.0
-"""Strength of the penalty on token ids: the evidence of so many average tokens stands against a token id whose cost
-differs from the others'."""
+"""Strength of the L2 penalty on the parameters of token ids. It keeps ids with few observations near the average."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What tokens cost on a rung, and what was known of them. n is the number of observations."""
+    """What tokens cost on a rung, and what was known about them before. n is the number of observations."""
 
     tokens: Tensor
     """(n,) int64 token ids."""
@@ -62,7 +61,7 @@ class CostModel:
     """(rungs,) how much the log of the cost rises with the score."""
 
     def scores(self, observations: Observations) -> np.ndarray:
-        """(n,) the scores of all observed tokens, the same as `LearnedComplexity.log_cost` gives one by one."""
+        """(n,) the scores of all observed tokens. `LearnedComplexity.log_cost` gives the same score for one token."""
         known = (observations.signals.numpy() - self.learned.means) * self.learned.weights
         previous = np.append(self.learned.previous, 0)[observations.previous.numpy()]
         return self.learned.token[observations.tokens.numpy()] + previous + np.nan_to_num(known).sum(1)
@@ -96,10 +95,10 @@ def fit_costs(
 
     Args:
         observations: Observed costs; every observation must have a cost.
-        vocab_size: Token ids below this one get an own parameter.
+        vocab_size: Number of token ids. Every id has its own parameters.
         rungs: Number of rungs of the ladder. Parameters of unobserved rungs are interpolated.
         signals: The `SIGNALS` that the score may use.
-        ids: Which token ids the score uses: 0 none, 1 the token's own, 2 also the one before.
+        ids: Which token ids the score uses. 0: none; 1: the token's own; 2: also the previous token's.
         seed: Seed of the order of the observations.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +120,7 @@ def fit_costs(
         for chosen in torch.randperm(len(observations), generator=generator).chunk(batches):
             tokens, previous = observations.tokens[chosen], observations.previous[chosen]
             at = observations.rungs[chosen]
-            # Index -1, no token before, reads the last row of a table, which is dropped at the end.
+            # At the beginning of a sequence `previous` is -1. It reads the last row, which is dropped at the end.
             score = tables[0][tokens] + tables[1][previous] + centred[chosen] @ weights
             log_cost = (offsets[at] + slopes[at] * score).clamp(-12, 6)
             loss = (log_cost.exp() - targets[chosen] * log_cost).mean()
@@ -154,6 +153,6 @@ def _poisson_deviance(costs: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _interpolated(values: np.ndarray, observed: np.ndarray) -> np.ndarray:
-    """(rungs,) `values` where `observed`, and linear interpolation between them elsewhere."""
+    """(rungs,) `values` of observed rungs, and linear interpolation between them for the other rungs."""
     rungs = np.arange(len(values))
     return np.interp(rungs, rungs[observed], values[observed])

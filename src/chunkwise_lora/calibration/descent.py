@@ -25,7 +25,7 @@ class RungTraining:
     steps: int
     """Number of batches; the learning rate reaches 0 after them."""
     sampler: RungSampler
-    """Chooses the rungs that are brought closer to full rank."""
+    """Samples the rungs that are brought closer to full rank."""
     seed: int = 0
     """Seed of the sampled rungs."""
 
@@ -43,8 +43,8 @@ def match_full_rank(
         model: A model with the ladder attached.
         training: The text and the rungs.
         optimizer: Holds the learned parameters.
-        switch_rungs: Has the model run on rungs (sequences, tokens) that depend on the learned parameters; None
-            returns the model to full rank.
+        switch_rungs: Makes the model run on the given rungs (sequences, tokens) with the learned parameters, or, for
+            None, at full rank as it was before.
         adapter: Name of the ladder.
     """
     generator = torch.Generator().manual_seed(training.seed)

@@ -20,13 +20,13 @@ def distil(model: ChunkWiseModel, training: RungTraining, rate: float, adapter: 
     Unlike `rotate_basis`, this changes the adapter at full rank, too. The rungs stay as they are. No labels are needed.
 
     Args:
-        model: A model with a ladder attached; its outputs at full rank are what is learned.
+        model: A model with a ladder attached. Its outputs at full rank are the target.
         training: The text and the rungs to learn for.
         rate: Highest learning rate of AdamW.
         adapter: Name of the ladder.
 
     Returns:
-        The ladder with the learned weights, and without a learned estimator, which would no longer fit.
+        The ladder with the learned weights. It has no learned estimator, because the old one no longer fits.
     """
     ladder = model.ladders[adapter]
     tables = {name: module.gate_table() for name, module in ladder.modules.items()}

@@ -9,7 +9,7 @@ from chunkwise_lora.calibration.run import CalibrationRun
 from chunkwise_lora.method.complexity import SIGNALS
 
 ENTROPY_GAIN = 0.01
-"""Least additional share of the deviance that the entropy must explain to be used. It is unknown for prompts, and it
+"""The entropy is used if it explains at least this additional share of the deviance. It is unknown for prompts, and it
 costs a softmax over the vocabulary per step."""
 CAUSAL = tuple(name for name in SIGNALS if name != "entropy")
 """Signals that are known for prompts, too."""
@@ -21,7 +21,7 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ids, all but entropy": (2, CAUSAL),
     "ids, all": (2, SIGNALS),
 }
-"""Estimators that are compared: how many token ids each reads, and which signals."""
+"""Estimators that are compared, by name: the number of token ids that each reads, and its signals."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Exploration: every token runs on a random rung, and its KL divergence from full rank is its cost."""
+"""Exploration: every token runs on a random rung; the KL divergence from full rank is its cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explore(
     allowed: Sequence[int],
     generator: np.random.Generator,
 ) -> Observations:
-    """Observe what every token of `text` costs on random rungs, among other tokens on random rungs.
+    """Measure the cost of every token of `text` on random rungs, while all other tokens run on random rungs, too.
 
     Args:
         run: The calibration.
@@ -34,7 +34,7 @@ def explore(
         generator: Draws the rungs.
 
     Returns:
-        One observation per token and pass; tokens that are not scored have no cost.
+        One observation per token and pass. The cost is NaN for tokens that are not scored.
     """
     parts = []
     for batch in run.batches(text, "cost per token and rung"):

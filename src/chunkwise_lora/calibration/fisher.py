@@ -17,15 +17,15 @@ from chunkwise_lora.calibration.text import TokenBlocks
 class Sensitivity:
     """How much the next-token distribution depends on one module.
 
-    z = down @ x is what enters the module's directions; q = up^T d log p / dy is the gradient at what leaves them.
-    Both fields are averages over scored tokens.
+    z = down @ x is the input of the module's gates, and q = up^T (d log p / dy) is the gradient at their output. Both
+    fields are averages over scored tokens.
     """
 
     outputs: Tensor
     """(r, r) E[q q^T], for `RankLadder.data_aware`."""
     gates: Tensor
-    """(r,) E[(d log p / d g)^2] of the gate g of each direction: to second order, twice the KL divergence, in nats,
-    of switching the direction off."""
+    """(r,) E[(d log p / d g)^2] of the gate g of each direction. To second order, this is twice the KL divergence, in
+    nats, that switching the direction off would cost."""
 
 
 def sensitivities(
@@ -33,8 +33,8 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """Gather the sensitivity of every module at full rank, with one forward and one backward pass per batch.
 
-    The next tokens are drawn from the model's own distribution. The squared gradients are then those of the Fisher
-    information, and the cross terms between positions vanish in expectation.
+    The next tokens are drawn from the model's own distribution, because the Fisher information is defined by it. The
+    cross terms between positions then vanish in expectation.
 
     Args:
         model: A model with the ladder attached.

@@ -1,4 +1,4 @@
-"""A ladder with its cost model: it gives the best policy for every mean rank."""
+"""A ladder with its cost model, which together give the best policy for every mean rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FittedLadder:
     """Holds what the estimator learned."""
     estimator: FittedEstimator
     scores: np.ndarray
-    """(n,) the scores of the text's tokens, whether they are scored or not."""
+    """(n,) the cost model's score of every token of the learning text."""
     allowed: Sequence[int]
     """Rungs that a policy may use."""
 
@@ -54,7 +54,7 @@ class FittedLadder:
         )
 
     def sampler(self, run: CalibrationRun, share: float) -> PlannedRungs:
-        """Samples the rungs of the policy for a mean rank, which is given as a share of the full rank."""
+        """A sampler of the policy's rungs for a mean rank, which is given as a share of the full rank."""
         config, ranks = self.config(self.rung_policy(share)), self.ladder.rung_ranks
         new_scheduler = partial(RuntimeScheduler, config, ranks, run.vocab_size, self.ladder.learned)
         top = len(ranks) - 1
@@ -62,9 +62,9 @@ class FittedLadder:
 
 
 def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
-    """Measure what the ladder's rungs cost tokens, and learn to predict it.
+    """Measure what the ladder's rungs cost tokens, and fit an estimator that predicts these costs.
 
-    The learning text is what the estimator is fitted to; the choice text decides which signals it uses.
+    The estimator is fitted to the learning text. The choice text decides which signals it uses.
     """
     top = ladder.rung_ranks[-1]
     allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= run.config.lowest_share * top]

@@ -58,7 +58,7 @@ class CalibrationRun:
         return self.track(blocks.split(self.batch), description=description)
 
     def lowest_rung(self, top: int) -> int:
-        """The lowest rung to learn for, where the highest rung is `top`."""
+        """The lowest rung that training samples, for a ladder whose highest rung is `top`."""
         return min(round(self.config.lowest_share * top), top - 1)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 CHUNK = 16
-"""Tokens that share a random rung. Sequences then mix rungs, as they do under a policy."""
+"""Tokens that share a random rung. The rungs change within a sequence, as they do under a policy."""
 MAX_SHIFT = 1
-"""Largest shift of a planned sequence, in rungs. The rungs next to the planned ones then stay good, too."""
+"""Largest shift of a planned sequence, in rungs. It trains the rungs next to the planned ones, too."""
 
 
 class RungSampler(Protocol):

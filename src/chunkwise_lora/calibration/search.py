@@ -35,8 +35,8 @@ Value = TypeVar("Value", int, float)
 def share_for_loss_budget(run: CalibrationRun, fitted: FittedLadder, budget: float) -> float:
     """The lowest of `SHARES` whose policy keeps a loss budget on the choice text, or 1.
 
-    Losses vary much more from token to token than divergences. So one factor, from divergence to loss, is fitted to
-    all shares together, and it predicts the loss increase of each share.
+    The loss increase of one share is noisy, because losses vary much more from token to token than divergences. So one
+    factor from divergence to loss is fitted to all shares together, and it predicts the loss increase of each share.
 
     Args:
         run: The calibration.

@@ -1,6 +1,6 @@
-"""Self-generated text: text that an adapter generates itself.
+"""Self-generated text: text that an adapter generates itself, to calibrate or to train on.
 
-It resembles what the adapter will generate in use, there is as much of it as needed, and the adapter was not trained
+It resembles what the adapter will generate in use, any amount of it can be generated, and the adapter was not trained
 on it.
 """
 

@@ -1,4 +1,4 @@
-"""The `chunkwise` command: its subcommands, and what happens when one of them refuses its input."""
+"""The `chunkwise` command: its subcommands, and how their errors are printed."""
 
 from __future__ import annotations
 

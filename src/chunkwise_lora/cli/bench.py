@@ -33,13 +33,17 @@ def bench(
         str | None,
         typer.Option(
             metavar="SHAPE",
-            help="Use random weights in the shape of a known model (135M, 360M, 1B or 7B) instead of --model and "
+            help="Measure random weights in the shape of a known model (135M, 360M, 1B or 7B) instead of --model and "
             "--adapter.",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapters.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapters, with --random-weights.")] = 16,
     adapters: Annotated[
-        int, typer.Option(min=1, help="Number of random adapters. The sequences of a batch use them in turn.")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of random adapters, with --random-weights. The sequences of a batch use them in turn.",
+        ),
     ] = 1,
     contexts: Annotated[list[int], typer.Option(min=16, help="Prompt lengths in tokens, one or more.")] = CONTEXTS,
     batch: Annotated[list[int], typer.Option(min=1, help="Batch sizes in sequences, one or more.")] = BATCHES,
@@ -50,10 +54,10 @@ def bench(
         list[str] | None,
         typer.Option(
             help="Measure only methods whose names begin with one of these words, such as base, PEFT or ChunkWise. "
-            "PEFT unmerged is always measured, because the ratios are to it."
+            "PEFT unmerged is always measured, because all ratios compare with it."
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per round.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that every sequence decodes per round.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of decoding.")] = 7,
     prefill_rounds: Annotated[
         int,
@@ -63,19 +67,23 @@ def bench(
             "decoding is timed.",
         ),
     ] = 3,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Number format of weights and KV cache: float32, bfloat16 or float16.")
+    ] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Device to run on: cpu or cuda.")] = "cpu",
     slow: Annotated[
         list[str] | None, typer.Option(help="Fast paths of ChunkWise to switch off: kernels, attention, products.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to write: latency and memory against context.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file to write, with plots of latency and memory against the context.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the latency and memory of ChunkWise, the base model, PEFT merged and PEFT unmerged.
 
-    All methods run in one process with the same weights and threads, in interleaved rounds. A ratio is the median over
-    rounds of two times in the same round. The base model without an adapter is the limit for any adapter. Peak memory
-    is that of the process, or of the GPU, above the loaded weights.
+    All methods run in one process with the same weights and threads, in interleaved rounds. Ratios divide by the time
+    of PEFT unmerged in the same round; the table shows their median over rounds. The base model without an adapter
+    shows what the adapter costs. Peak memory is the memory of the process, or of the GPU, above the loaded weights.
     """
     source = embedded.find(adapter)
 
@@ -88,7 +96,7 @@ def bench(
     if random_weights is not None and random_weights not in SHAPES:
         raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
     if adapters > 1 and random_weights is None:
-        raise ChunkWiseError("--adapters makes random adapters; give --random-weights too")
+        raise ChunkWiseError("--adapters makes random adapters and needs --random-weights; give both or neither")
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:

@@ -28,16 +28,17 @@ AMBIGUOUS_LOSS = (0.1, 1.0)
 
 
 def _setting(name: str) -> Any:
-    """The option of one field of `CalibrationConfig`, with the field's own description."""
-    return typer.Option(help=CalibrationConfig.model_fields[name].description)
+    """The option for one field of `CalibrationConfig`, with the field's description and default."""
+    field = CalibrationConfig.model_fields[name]
+    return typer.Option(help=field.description, show_default=str(field.default))
 
 
 def calibrate(
     text: Annotated[
         str,
         typer.Option(
-            help="File with data like those that the adapter will see, which it was not trained on. --task says what "
-            "kind of file it is."
+            help="File with text like the text that the adapter will be used on, but not the text that it was trained "
+            "on. --task says what kind of file it is."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the ladder and its policy to.")],
@@ -58,14 +59,14 @@ def calibrate(
     ] = "",
     max_loss_increase: Annotated[
         str | None,
-        typer.Option(metavar="PERCENT", help="Budget: how much the loss per token may rise, such as 0.5%."),
+        typer.Option(metavar="PERCENT", help="Budget: largest increase of the loss per token, such as 0.5%."),
     ] = None,
     mean_rank: Annotated[
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="Budget: mean rank as a share of the full rank, such as 50% (also written 50 or 0.5). Give this or "
-            "--max-loss-increase.",
+            help="Budget: mean rank as a share of the full rank, such as 50% (50 and 0.5 mean the same). Give either "
+            "this or --max-loss-increase.",
         ),
     ] = None,
     tokens: Annotated[int | None, _setting("tokens")] = None,
@@ -81,8 +82,8 @@ def calibrate(
     held_text: Annotated[
         str | None,
         typer.Option(
-            help="File of plain text that is not learned from. The last settings are chosen on it and the result is "
-            "checked on it. By default the end of --text."
+            help="File of plain text to choose the last settings on and to check the result on. Nothing else is "
+            "learned from it. By default the end of --text is held back for this."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same ladder.")] = 0,
@@ -90,9 +91,9 @@ def calibrate(
 ) -> None:
     """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
 
-    Calibration builds a ladder for your data, measures what every token loses at each rung, learns to predict this
-    loss while generating, and checks the result on text that it has not seen. The folder that it writes holds the
-    ladder and its policy, and is used in place of the adapter's folder.
+    Calibration builds a ladder for your data, measures what every token loses on each rung, learns to predict this
+    loss, and checks the result on text that it has not used before. The output folder holds the ladder and its policy.
+    Use it in place of the adapter's folder.
     """
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
@@ -113,7 +114,7 @@ def calibrate(
     if self_generated_tokens and task != "wikitext":
         raise ChunkWiseError(
             "--self-generated-tokens continues plain text; with --task squad or e2e, leave it out and give prompts "
-            "without answers, which the adapter then answers"
+            "without answers: the adapter generates the answers"
         )
     if held_text is not None and task != "wikitext":
         raise ChunkWiseError(
@@ -134,8 +135,8 @@ def calibrate(
             track = partial(reports.track, description="answering prompts")
             found = AnswerGenerator(base, ladder, tokenizer)(examples, track)
             print_plain(
-                f"The adapter answered {len(found):,} of {len(examples):,} prompts that have no answer. The others are "
-                f"left out, because their answers do not end within {NEW_TOKENS} tokens."
+                f"The adapter answered {len(found):,} of {len(examples):,} prompts that have no answer. Prompts whose "
+                f"answers do not end within {NEW_TOKENS} tokens are left out."
             )
             return found
 

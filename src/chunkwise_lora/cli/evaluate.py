@@ -22,7 +22,7 @@ DEFAULT_PRESETS, DEFAULT_BASELINES = ["balanced", "calibrated"], ["base", "svd",
 
 
 def evaluate(
-    task: Annotated[str, typer.Option(help="wikitext (perplexity), squad (exact match and F1) or e2e (BLEU).")],
+    task: Annotated[str, typer.Option(help="Task: wikitext (perplexity), squad (exact match and F1) or e2e (BLEU).")],
     data: Annotated[
         str,
         typer.Option(
@@ -45,35 +45,43 @@ def evaluate(
     presets: Annotated[
         list[str],
         typer.Option(
-            help="ChunkWise's settings to evaluate: presets, which run on the ladder in the adapter's folder or else "
-            "on its SVD, and `calibrated`, the ladder of --calibrated with its policy."
+            help="Settings of ChunkWise to evaluate, one or more. Presets run on the ladder in the adapter's folder, "
+            "or else on the adapter's SVD. `calibrated` runs the ladder of --calibrated with its policy."
         ),
     ] = DEFAULT_PRESETS,
     baselines: Annotated[
         list[str],
         typer.Option(
-            help="Baselines to compare with. base: no adapter. svd: plain SVD, truncated alike for every token, at "
-            "several ranks. ladder: the same for the ladder in the adapter's folder and for the calibrated one. "
-            "random and oracle need --calibrated: its plan shuffled, and a plan that knows every token's cost."
+            help="Baselines to compare with, one or more. base: no adapter. svd: plain SVD at several ranks, the same "
+            "rank for every token. ladder: the same for the ladder in the adapter's folder and for the calibrated one. "
+            "random: the calibrated plan, shuffled. oracle: the best plan, given the cost of every token. Both need "
+            "--calibrated."
         ),
     ] = DEFAULT_BASELINES,
     peft: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=ADAPTER",
-            help="Another PEFT adapter as a baseline: a name and a folder or an embedded adapter. May be repeated.",
+            help="Another PEFT adapter as a baseline: a name for the table, and a folder or an embedded adapter. May "
+            "be repeated.",
         ),
     ] = None,
     config: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="JSON file with settings to evaluate besides presets. May be repeated."),
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Settings to evaluate besides the presets: a name for the table, and a JSON file. May be repeated.",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of windows of text, or of examples.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of windows of text, or of examples. By default all.")
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens from the start of one window to the start of the next. By default windows do not overlap.",
+            help="Tokens from the start of one window of text to the start of the next. By default windows do not "
+            "overlap.",
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = NEW_TOKENS,

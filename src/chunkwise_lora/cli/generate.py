@@ -28,14 +28,14 @@ def generate(
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(PRESETS)}. By default the ladder's own policy if it was calibrated, otherwise "
-            "lossless."
+            help=f"Settings: one of {', '.join(PRESETS)}. By default the ladder's own policy if it was calibrated, "
+            "otherwise lossless."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file with settings, instead of a preset.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with settings, instead of --preset.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 64,
     show_ranks: Annotated[
-        bool, typer.Option("--show-ranks", help="Colour every token by its rank and mark the chunks.")
+        bool, typer.Option("--show-ranks", help="Colour every token by its rank, and mark where chunks begin.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:

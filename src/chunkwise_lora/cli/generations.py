@@ -26,15 +26,15 @@ def print_generations(
     show_ranks: bool = True,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Generate for all prompts in one batch, print the texts, and return each with its trace, ready for JSON.
+    """Generate for all prompts in one batch, print the texts, and return each with its trace as plain data.
 
     Args:
         model: The model with its ladders.
         tokenizer: The tokenizer of the base model.
         prompts: The texts to continue.
-        adapters: The name of the ladder for each prompt. None if all use the only one.
-        show_ranks: Print prompt and continuation coloured by rank, instead of the plain continuation.
-        options: Options of transformers' `generate`.
+        adapters: Name of the ladder for each prompt; None for the only ladder of the model.
+        show_ranks: Print the prompt and its continuation coloured by rank; otherwise only the continuation, uncoloured.
+        **options: Options of transformers' `generate`.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -72,7 +72,7 @@ def print_generations(
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """What each token adds to the text. A character that is made of several tokens comes with the last of them."""
+    """The text of each token. A character that consists of several tokens belongs to the last of them."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)

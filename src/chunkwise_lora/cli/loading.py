@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and token ids of a text."""
+"""Loads the base model and its tokenizer, and tokenizes text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
         base = base.float()  # CPUs compute float16 slowly
     try:
         return base, AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a damaged tokenizer raises whatever its reader meets
+    except Exception as error:  # damaged tokenizers raise many kinds of errors
         raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how the values of options are read."""
+"""Options that several commands share, and functions that read the values of options."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ def share(option: str, text: str | None, ambiguous: tuple[float, float] | None =
 
     Args:
         option: The name of the option, for the error.
-        text: What the user wrote.
-        ambiguous: The range, ends included, in which a number without a percent sign is refused, because users may
-            mean percent.
+        text: The value that the user gave.
+        ambiguous: Lowest and highest number that is refused without a percent sign, because it may be meant in percent.
 
     Raises:
         ChunkWiseError: The text is no number, is not above 0% and at most 100%, or is ambiguous.
@@ -86,7 +85,7 @@ def named_paths(option: str, values: Sequence[str] | None) -> dict[str, str]:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Only the options that the user gave, which are those that are not None."""
+    """The options that are not None, which are those that the user gave."""
     return {name: value for name, value in options.items() if value is not None}
 
 

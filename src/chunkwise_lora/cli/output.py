@@ -1,4 +1,4 @@
-"""Where the commands write: the terminal, and JSON files."""
+"""Prints to the terminal, and writes JSON files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ console = Console()
 
 
 def print_plain(text: str, style: str = "", wrap: bool = True) -> None:
-    """Print one paragraph that may quote names and paths: nothing in it is read as markup or as a terminal command.
+    """Print one paragraph. Names and paths in it are not taken for markup or for commands to the terminal.
 
-    With `wrap` = False the terminal breaks lines where it must, so that the text can be copied.
+    Args:
+        text: The paragraph.
+        style: A style of rich.
+        wrap: Whether to break lines between words. Without it, users can copy a long line as one.
     """
     console.print(Text(escaped(text), style), soft_wrap=not wrap)
 
 
 def escaped_lines(text: str) -> str:
-    """`text` with its line breaks and tabs, and an escape sequence for every other character that is not printable.
+    """`text` in which all unprintable characters except line breaks and tabs are escaped.
 
-    A model can generate any character, also those that move the cursor or change the colours of a terminal.
+    Models can generate characters that would move the cursor or change the colours of a terminal.
     """
     return "".join(c if c in "\n\t" else escaped(c) for c in text)
 

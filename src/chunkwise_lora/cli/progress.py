@@ -15,9 +15,10 @@ from rich.console import Console
 
 T = TypeVar("T")
 Update = Callable[[int, int | None], None]
-"""Takes the pieces of work that are done, and the number of all pieces, None if it is not known yet."""
+"""Takes the number of finished pieces of work, and the number of all pieces (None if it is not known yet)."""
 
 SECONDS_BETWEEN_LINES = 30.0
+"""Least time between two lines of one stage."""
 
 
 class Progress(ABC):
@@ -64,7 +65,7 @@ class Bars(Progress):
             rich_progress.TimeRemainingColumn(),
             console=console,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # otherwise a redirected output would end up on the terminal
+            redirect_stdout=sys.stdout.isatty(),  # otherwise redirected output would go to the terminal
         )
 
     def begin(self, description: str, total: int | None = None) -> Update:
@@ -87,7 +88,7 @@ class Lines(Progress):
         self._write, self._clock = write, clock
 
     def begin(self, description: str, total: int | None = None) -> Update:
-        """A new stage. It prints nothing before its first report, so that a refusal stays the only line."""
+        """A new stage. It prints nothing before its first report, so that an error message is the only line."""
         start = self._clock()
         last: float | None = None
 

@@ -1,4 +1,4 @@
-"""Tables and coloured text for the terminal: tokens by rank, ladders, calibrations and measurements."""
+"""Tables and coloured text for the terminal: token ranks, ladders, calibrations and measurements."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _style(share: float, italic: bool) -> Style:
 
 
 def rank_legend(ranks: Sequence[float]) -> Text:
-    """The colour of each of the ranks, which rise; the last one is the full rank."""
+    """A legend of the colours of ranks. `ranks` must rise, and the last one is the full rank."""
     text = Text("rank ")
     for rank in ranks:
         text.append(f" {rank:.3g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
@@ -55,7 +55,7 @@ def rank_legend(ranks: Sequence[float]) -> Text:
 
 
 def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
-    """The singular values of at most `rows` modules, and the energy that each rung keeps of them."""
+    """The singular values of at most `rows` modules, and the share of their squares that each rung keeps."""
     prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
     table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung", box=SIMPLE_HEAD, padding=0)
     table.add_column(Text(shown(f"{prefix}.", 60)) if prefix else "module", no_wrap=True)
@@ -68,7 +68,7 @@ def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
         label = Text(shown(name.removeprefix(f"{prefix}."), 60))
         table.add_row(label, str(module.rank), sparkline(module.sigma.tolist()), *energies)
     if len(ladder.modules) > rows:
-        table.caption = f"{len(ladder.modules) - rows} more modules; --json writes all"
+        table.caption = f"{len(ladder.modules) - rows} more modules; --json writes all of them"
     return table
 
 
@@ -81,7 +81,7 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
 
 
 def calibration_table(result: Calibration) -> Table:
-    """How much of the tokens' costs each set of signals explains, and the rank of each difficulty level."""
+    """The share of the tokens' costs that each set of signals explains, and the rank of each difficulty level."""
     table = Table(title="How well signals predict which tokens need rank, on unseen text", box=SIMPLE_HEAD, padding=0)
     table.add_column("signals")
     table.add_column("deviance explained", justify="right")
@@ -102,7 +102,7 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
 
     Args:
         results: The measurements, of one or more contexts and batch sizes.
-        perplexities: A column more: the perplexity of each method on held text, by the method's name.
+        perplexities: Perplexity of each method on held text, by the method's name. It replaces the column of the peak.
     """
     several = len({(result.context, result.batch) for result in results}) > 1
     prefills = any(result.prefill_ms is not None for result in results)

@@ -17,13 +17,16 @@ from chunkwise_lora.method.config import ChunkWiseConfig
 
 
 class _MeanOfAdapters(LogitsProcessor):
-    """Gives every adapter's rows of a batch the mean of all adapters' distributions, so all continue alike."""
+    """Replaces the distributions of all adapters by their mean, so that all of them generate the same tokens."""
 
     def __init__(self, adapters: int) -> None:
         self.adapters = adapters
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Average scores (adapters * sequences, vocabulary), ordered by adapter; the result is up to a constant."""
+        """Average over adapters. scores (adapters * sequences, vocabulary) are ordered by adapter.
+
+        The result is log-probabilities plus a constant, which generation ignores.
+        """
         log_p = scores.log_softmax(-1).unflatten(0, (self.adapters, -1))
         return log_p.logsumexp(0).repeat(self.adapters, 1)
 
@@ -50,8 +53,8 @@ class AnswerGenerator:
     ) -> list[Example]:
         """The examples with the first line of the generated answer as their only reference.
 
-        Examples whose answer is empty or does not end within `new_tokens` are left out. The others are ordered by the
-        length of their prompts.
+        Examples whose answer is empty or does not end within `new_tokens` are left out. The other examples are ordered
+        by the length of their prompts.
 
         Args:
             examples: Prompts; their references are ignored.

@@ -34,9 +34,9 @@ class AnswersResult:
     kl: Estimate
     """KL divergence from full rank, in nats per token of the answers that full rank generates."""
     kv_share: float
-    """Bytes of the KV cache at the end, divided by those of a full-precision cache."""
+    """Bytes of the KV cache at the end, divided by those of a full-precision cache; mean over batches."""
     ms_per_token: float
-    """Wall time of generation, prefill included, in milliseconds per new token of a batch's sequences."""
+    """Wall time of generation, prefill included, in milliseconds divided by the new tokens of all sequences."""
     answers: list[str]
     """One answer per example."""
 
@@ -101,7 +101,7 @@ def evaluate_answers(
 
 @dataclass
 class _Tally:
-    """What one method has done so far."""
+    """The measurements of one method so far."""
 
     answers: list[str] = field(default_factory=list)
     ranks: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ class _Tally:
     kv_shares: list[float] = field(default_factory=list)
     """One value per batch."""
     kl: list[float] = field(default_factory=list)
-    """Mean over the answer of every example, in nats per token."""
+    """One value per example: the mean over the tokens of its answer, in nats."""
     seconds: float = 0.0
     new_tokens: int = 0
 
@@ -138,7 +138,7 @@ def _answer_log_probabilities(method: Method, sequences: Sequence[Tensor], promp
     Returns:
         (answer tokens, vocabulary) per sequence.
     """
-    # Padding on the right needs no mask: attention is causal, so no token before the padding sees it.
+    # No mask is needed for padding on the right, because causal attention hides it from all tokens before it.
     log_p = method.score(pad_sequence(list(sequences), batch_first=True)).log_p
     return [
         rows[prompt - 1 : max(prompt, len(sequence) - 1)]

@@ -43,7 +43,7 @@ class MethodSelection:
     baselines: Sequence[str] = ()
     """Some of `BASELINES`. base: no adapter. svd: plain SVD, every token on the same rung, at each of `TIERS`. ladder:
     the same for the ladder in the adapter's folder and for the calibrated one. random: the rungs of the calibrated
-    plan, shuffled. oracle: the best plan with the rungs of the calibrated one, knowing every token's cost."""
+    plan, shuffled over the tokens. oracle: the best plan with the same rungs, given the cost of every token."""
     peft: Mapping[str, str | Path] = field(default_factory=dict)
     """Other PEFT adapters by name: folders, or names on the hub."""
     configs: Mapping[str, ChunkWiseConfig] = field(default_factory=dict)
@@ -108,7 +108,10 @@ class Comparison:
             return self.uncalibrated, ChunkWiseConfig.preset(preset)
         ladder = self.chunkwise.ladders.get(CALIBRATED)
         if ladder is None or ladder.policy is None:
-            raise ChunkWiseError("the calibrated preset needs a calibrated ladder; run `chunkwise calibrate` first")
+            raise ChunkWiseError(
+                "the preset `calibrated` needs a calibrated ladder; run `chunkwise calibrate` and give its folder with "
+                "--calibrated"
+            )
         return CALIBRATED, ladder.policy
 
     def _plain(self, name: str, model: PreTrainedModel, rank: float) -> Method:
@@ -164,7 +167,7 @@ class _CalibratedPlan:
         self.scale = float(np.mean(self.policy.selection.scales))
 
     def at_its_mean_rank(self) -> Method:
-        """Every token at random on one of the two rungs around the plan's mean rank: the same cost without a choice."""
+        """Every token on one of the two rungs around the plan's mean rank, at random: the same mean rank, no choice."""
         ranks, generator = self.ranks, np.random.default_rng(0)
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
@@ -184,7 +187,7 @@ class _CalibratedPlan:
         )
 
     def oracle(self) -> Method:
-        """The cheapest plan with the same rungs and mean rank, when every token's cost on every rung is known."""
+        """The cheapest plan with the same rungs and mean rank, given every token's cost on every rung."""
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
             full = log_probabilities(self.chunkwise, tokens, None, PLAIN)
@@ -233,7 +236,7 @@ def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarr
 
 
 def _mean_rank(model: Any) -> float:
-    """The rank of a PEFT adapter: the mean over its modules, weighted by in + out. Pruned directions do not count."""
+    """Mean rank of a PEFT adapter's modules, weighted by in + out features, without pruned directions."""
     spent = cost = 0.0
     for module in model.modules():
         factors = getattr(module, "lora_A", None)

@@ -1,4 +1,4 @@
-"""The data sets of the tasks: prompts, and the answers that are expected."""
+"""The data sets of the tasks: text, or prompts with their reference answers."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Example:
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of an answer, as adapters learn them. The answer ends with the end of sequence."""
+    """Token ids of a prompt, and of an answer with the end-of-sequence token, as adapters are trained on them."""
     return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
 
 
 def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:
     """Pack all prompts and answers into blocks of equal length, for calibration.
 
-    Every answer begins one block, with its prompt before it, because this is how generation meets it. The following
-    examples fill the block; for the last examples, the preceding ones do. The length lets four of five examples fit
-    into their block, unless `longest` is lower. Topics are shuffled and kept together, so the last blocks have other
-    topics than the first.
+    Each block begins with one prompt and its answer, so that every answer follows its own prompt alone, as in
+    generation. The examples that come next fill the rest of the block; at the end of the data, the preceding examples
+    fill it. Four of five examples fit into a block, unless `longest` is too low for this. Topics are shuffled, and the
+    examples of a topic stay together, so that the last blocks have other topics than the first ones.
 
     Args:
-        examples: Examples with at least one answer in all.
+        examples: Examples; at least one of them must have an answer.
         tokenizer: The base model's tokenizer.
         longest: Largest length of a block, in tokens.
 
@@ -172,7 +172,7 @@ def e2e_rows(source: str) -> list[tuple[str, str]]:
     """Read the columns mr and ref of a CSV file. ref may be empty; without the column, all references are empty.
 
     Raises:
-        ChunkWiseError: The file is not such a file, or a meaning is empty.
+        ChunkWiseError: The file is not comma-separated values with these columns, or a meaning is empty.
     """
     reader = csv.DictReader(io.StringIO(read_text(Path(source), ChunkWiseError)), strict=True)
     pairs = []

@@ -53,7 +53,7 @@ class Method:
     model: PreTrainedModel | ChunkWiseModel
     """Has the method `generate` of transformers."""
     options: dict[str, Any] | None
-    """Options of this method for `generate`; None if it can only score text, because its plan needs the whole text."""
+    """Options of this method for `generate`; None if it cannot generate, because its plan needs the whole text."""
     score: Callable[[Tensor], ScoredWindows]
     """Runs token ids (windows, tokens)."""
     mean_rank: float | None = None
@@ -85,7 +85,7 @@ def full_rank_of(methods: Sequence[Method]) -> Method:
 
 
 def warm_up(methods: Sequence[Method], inputs: Mapping[str, Any], pad_token_id: int) -> None:
-    """Generate a few tokens with every method, so that what happens only once is not timed.
+    """Generate a few tokens with every method, so that work that happens only once is not timed.
 
     Args:
         methods: Methods that can generate.

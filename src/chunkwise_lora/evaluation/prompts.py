@@ -1,4 +1,4 @@
-"""Prompts as a model's inputs, and generated tokens as answers."""
+"""Converts prompts to inputs of a model, and generated tokens to answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def batches_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]
 
 
 def set_padding(tokenizer: Any) -> None:
-    """Have the tokenizer pad with its end-of-sequence token if it has no padding token.
+    """Make the end-of-sequence token the padding token, if the tokenizer has no padding token.
 
     Raises:
-        ChunkWiseError: It has no end-of-sequence token.
+        ChunkWiseError: The tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token is None:
         raise ChunkWiseError(

@@ -26,16 +26,16 @@ class Evaluation:
 
     title: str
     how: str
-    """How the results were measured, in one sentence."""
+    """How the results were measured, in a few sentences."""
     metric: str
-    """Name of the compared score, the vertical axis of the plots."""
+    """Name of the score that the plots compare, their vertical axis."""
     results: Sequence[TextResult] | Sequence[AnswersResult]
     sample: tuple[list[str], list[float], float] | None = None
     """Pieces of a text, one per token; the rank of each token; and the full rank."""
 
 
 def columns(result: TextResult | AnswersResult) -> dict[str, str]:
-    """The cells of a table row by column name."""
+    """The cells of a result's table row, by column name."""
     rank = "" if result.mean_rank is None else f"{result.mean_rank:.2f}"
     if isinstance(result, TextResult):
         return {
@@ -125,7 +125,8 @@ def _sample(evaluation: Evaluation) -> str:
     for piece, rank in zip(pieces, ranks, strict=True):
         colour = ",".join(map(str, rank_colour(rank / full)))
         spans.append(f'<span title="rank {rank:.1f}" style="background:rgb({colour})">{html.escape(piece)}</span>')
-    return f'<h2>Where rank went</h2><p>Blue is low, orange is high.</p><div class="sample">{"".join(spans)}</div>'
+    heading = "<h2>The rank of each token</h2><p>Blue is a low rank, orange is a high rank.</p>"
+    return f'{heading}<div class="sample">{"".join(spans)}</div>'
 
 
 def _interval(estimate: Estimate, form: str) -> str:

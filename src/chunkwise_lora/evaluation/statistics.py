@@ -10,11 +10,11 @@ import numpy as np
 RESAMPLES = 1000
 """Bootstrap samples per interval."""
 SEGMENT = 64
-"""Tokens per segment. Neighbouring tokens are alike, so segments, not tokens, are treated as independent."""
+"""Tokens per segment. Segments are treated as independent; tokens are not, because neighbours are similar."""
 
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Computes a value (...,) from the mean (..., fields) of pieces."""
+"""Computes values (...,) from means (..., fields) of measurements; see `bootstrap`."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def windows_of(tokens: Sequence[int], length: int, stride: int) -> Tensor:
 
 @dataclass
 class _Tally:
-    """What one method has done so far, one entry per batch of windows."""
+    """The measurements of one method so far, one entry per batch of windows."""
 
     losses: list[np.ndarray] = field(default_factory=list)
     """(windows, scored tokens) nats."""
@@ -87,15 +87,15 @@ def evaluate_text(
 ) -> tuple[list[TextResult], Sample | None]:
     """Run every method on windows of text and compare it with full rank.
 
-    Every window starts with an empty context, and its last `stride` tokens are scored; where windows do not overlap,
-    these are all tokens but the first. ChunkWise runs token by token with plan, cross-fades and KV policy in force.
+    Every window starts with an empty context, and its last `stride` tokens are scored. If windows do not overlap, all
+    tokens except the first are scored. ChunkWise runs token by token with its plan, cross-fades and KV policy in force.
     Methods without these run in one pass, which gives the same result.
 
     Args:
         methods: The methods; one of them must be the full rank.
         windows: (windows, tokens) token ids.
         stride: Tokens from the start of one window to the start of the next.
-        words: Counts the words of token ids.
+        words: Returns the number of words of a text, given as token ids.
         batch: Windows that run together.
         advance: Called once per method and batch.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figures:
-    """What an adapter consists of, before or after the export."""
+    """Ranks and size of an adapter, before or after the export."""
 
     mean_rank: float
     """Mean rank of the modules, weighted by in + out features."""
@@ -42,13 +42,14 @@ def export(
         typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write the PEFT adapter to. It may be the ladder's own.")
+        Path,
+        typer.Option("--output", "-o", help="Folder to write the PEFT adapter to. It may be the ladder's own folder."),
     ],
     mean_rank: Annotated[
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="Mean rank to export, as a share of the full rank, such as 50% (also written 50 or 0.5). By default "
+            help="Mean rank to export, as a share of the full rank, such as 50% (50 and 0.5 mean the same). By default "
             "the full rank.",
         ),
     ] = None,
@@ -62,15 +63,16 @@ def export(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Number format: float32, bfloat16 or float16. By default that of the ladder or adapter."),
+        typer.Option(help="Number format to write: float32, bfloat16 or float16. By default that of LADDER."),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Write one rung of a ladder as a plain PEFT adapter, which runs without ChunkWise LoRA.
 
     Every token then runs at the rank of that rung. PEFT, vLLM and other programs that read PEFT adapters can use it.
-    The command tells what the lower rank loses: the KL divergence from full rank, if `chunkwise calibrate` or
-    `chunkwise ladder measure` measured it, and the share of the squared singular values that is kept.
+    The command prints what the lower rank loses: the KL divergence from full rank, if `chunkwise calibrate` or
+    `chunkwise ladder measure` measured it, and the share of the squared singular values (or of the importance, for a
+    calibrated ladder) that is kept.
     """
     wanted = share("--mean-rank", mean_rank)
     source = embedded.find(ladder)

@@ -24,9 +24,12 @@ def measure(
         str,
         typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
     ],
-    text: Annotated[str, typer.Option(help="File with data like those that the adapter will see.")],
+    text: Annotated[str, typer.Option(help="File with text like the text that the adapter will be used on.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write the measured ladder to. It may be the ladder's own.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder to write the measured ladder to. It may be the ladder's own folder."
+        ),
     ],
     task: Annotated[
         str, typer.Option(help="Kind of --text: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV).")
@@ -37,13 +40,13 @@ def measure(
 ) -> None:
     """Measure what each rung of a ladder loses when every token runs on it.
 
-    The loss is the KL divergence of the next-token distribution from full rank, in nats per token. It is written into
-    the ladder, and `chunkwise ladder export` tells it.
+    The loss is the KL divergence of the next-token distribution from full rank, in nats per token. It is stored in the
+    ladder, and `chunkwise ladder export` prints it.
     """
     source = embedded.find(ladder)
 
     from chunkwise_lora.calibration.rung_divergence import rung_divergence  # slow to import: only after all refusals
-    from chunkwise_lora.calibration.text import TokenBlocks
+    from chunkwise_lora.calibration.text import TokenBlocks, block_length
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.evaluation.data import Example
     from chunkwise_lora.evaluation.tasks import calibration_tokens
@@ -54,8 +57,7 @@ def measure(
 
     loaded = RankLadder.load(source)
     base, tokenizer = load_base_and_tokenizer(model)
-    length = min(512, getattr(base.config.get_text_config(), "max_position_embeddings", 512))
-    ids, scored, length = calibration_tokens(task, text, tokenizer, length, refuse)
+    ids, scored, length = calibration_tokens(task, text, tokenizer, block_length(base, 512), refuse)
     blocks = TokenBlocks.cut(ids, length, scored)
     if not len(blocks) or not blocks.scored.any():
         raise ChunkWiseError(f"{text}: {len(ids)} tokens are too few to measure on; give at least {length}")
