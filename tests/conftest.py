@@ -1,4 +1,4 @@
-"""Settings that all tests share."""
+"""Settings and fixtures that all tests share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import sys
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub: a missing file must fail at once
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub is imported, so that a missing file fails at once
 
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before anything imports Triton
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # set before Triton is imported
 
 from hypothesis import settings
 
@@ -29,7 +29,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run `chunkwise ...`; gives exit status, standard output and standard error."""
+    """A function that runs `chunkwise ...` and returns exit status, standard output and standard error."""
 
     def chunkwise(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setenv("COLUMNS", "80")

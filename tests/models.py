@@ -65,10 +65,10 @@ ARCHITECTURES: dict[str, Callable[[], t.PreTrainedConfig]] = {
     "bloom": lambda: t.BloomConfig(**_COMMON, tie_word_embeddings=False),
     "qwen3_moe": lambda: t.Qwen3MoeConfig(**_LLAMA_LIKE, **_MOE, head_dim=16),
 }
-"""Tiny, random-weight, deterministic. `mistral`, `gemma2` and `gemma3` slide over fewer tokens than the tests run."""
+"""Configs of tiny models. The sliding windows of `mistral`, `gemma2` and `gemma3` are shorter than the tests' texts."""
 
 TARGETS: dict[str, Any] = {"qwen3_moe": _ATTENTION}
-"""Where "all-linear" would reach routed experts."""
+"""Target modules for architectures in which "all-linear" would include routed experts."""
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -87,11 +87,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "tied_embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
-"""Overrides of a rank-8 LoRA on all linear layers. `wide` has more directions than its modules have inputs."""
+"""Changes to a LoRA of rank 8 on all linear layers. The rank of `wide` is larger than its modules have inputs."""
 
 
 def build(architecture: str, **changes: Any) -> t.PreTrainedModel:
-    """The same model every time."""
+    """A model with random weights, which are the same in every call."""
     config = ARCHITECTURES[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
@@ -104,7 +104,7 @@ def build(architecture: str, **changes: Any) -> t.PreTrainedModel:
 
 @cache
 def adapter(architecture: str, kind: str = "plain", seed: int = 1) -> Path:
-    """The folder of a PEFT adapter whose weights are all random, and large enough to matter."""
+    """The folder of a PEFT adapter with random weights, which are large enough to change the generated tokens."""
     options = {
         "r": 8,
         "lora_alpha": 16,
@@ -131,7 +131,7 @@ def _scratch() -> Path:
 
 
 def peft_model(architecture: str, kind: str = "plain", **changes: Any) -> PeftModel:
-    """The rival whose output is right: unmerged PEFT."""
+    """The reference for correct outputs: unmerged PEFT."""
     return PeftModel.from_pretrained(build(architecture, **changes), str(adapter(architecture, kind))).eval()
 
 
@@ -146,7 +146,7 @@ def prompts(lengths: tuple[int, ...] = (5, 11, 8), seed: int = 3) -> dict[str, T
 
 
 def greedy(model: Any, inputs: dict[str, Tensor], new_tokens: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """New tokens (batch, new) and the logits (batch, new, vocabulary) that chose them."""
+    """Generate greedily; returns the new tokens (batch, new) and their logits (batch, new, vocabulary)."""
     output = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
@@ -163,7 +163,7 @@ def greedy(model: Any, inputs: dict[str, Tensor], new_tokens: int, **options: An
 def linear_outputs_plus(
     model: t.PreTrainedModel, addition: Callable[[str, Tensor], Tensor], names: Iterable[str]
 ) -> Iterator[None]:
-    """Add `addition(name, x)` to the output of the named linear modules, x (batch, tokens, in), by plain hooks."""
+    """Add `addition(name, x)` to the outputs of the named linear modules by hooks, with x (batch, tokens, in)."""
 
     def hook_of(name: str) -> Callable[..., Tensor]:
         return lambda module, args, output: output + addition(name, args[0])

@@ -1,4 +1,4 @@
-"""Mutations of JSON and safetensors files that know their structure, for fuzz tests. A `Random` makes all draws."""
+"""Mutations of JSON and safetensors files for fuzz tests. They know the structure of the files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ NUMBERS = [float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-45, 1e-30, 1
 
 
 def mutate_bytes(content: bytes, draw: Random) -> bytes:
-    """Cut off, extend, or change single bytes."""
+    """Truncate the file, append to it, or change single bytes."""
     place = draw.randrange(len(content) + 1)
     kind = draw.randrange(5)
     if kind == 0:
@@ -82,7 +82,7 @@ def mutate_bytes(content: bytes, draw: Random) -> bytes:
 
 
 def mutate_json(content: bytes, draw: Random, times: int = 1) -> bytes:
-    """Change values, names and structure; rarely the text itself."""
+    """Change values, names and structure, and sometimes bytes of the text."""
     if draw.random() < 0.08:
         return mutate_bytes(content, draw)
     if draw.random() < 0.02:
@@ -130,7 +130,7 @@ def _places(node: Any) -> Any:
 
 
 class RawTensor(NamedTuple):
-    """One tensor as a file holds it."""
+    """One tensor as it is stored in a file."""
 
     dtype: str
     shape: list[int]
@@ -149,7 +149,7 @@ def unpack(content: bytes) -> dict[str, RawTensor]:
 
 
 def pack(tensors: dict[str, RawTensor], draw: Random | None = None) -> bytes:
-    """A safetensors file; with `draw`, one whose header lies."""
+    """A safetensors file. With `draw`, its header contradicts its data."""
     header: dict[str, Any] = {}
     data = b""
     for name, tensor in tensors.items():
@@ -187,7 +187,7 @@ def _lie(header: dict[str, Any], draw: Random) -> None:
 
 
 def mutate_tensors(content: bytes, draw: Random, times: int = 1) -> bytes:
-    """Change names, dtypes, shapes and numbers, mostly so that the file stays well-formed."""
+    """Change names, dtypes, shapes and numbers. The file usually stays well-formed."""
     if draw.random() < 0.05:
         return mutate_bytes(content, draw)
     tensors = unpack(content)
@@ -231,7 +231,7 @@ def _change_tensor(tensors: dict[str, RawTensor], draw: Random) -> None:
 
 
 def _filled(dtype: str, shape: list[int], draw: Random) -> RawTensor:
-    """A tensor of the right number of bytes: zeros, ones of float32, or anything."""
+    """A tensor of the right number of bytes: zeros, float32 ones or random bytes."""
     count = DTYPES.get(dtype, 1)
     for size in shape:
         count *= size

@@ -1,4 +1,4 @@
-"""Attaching changes a model reversibly: nothing is left behind, even after an error."""
+"""Attaching changes a model reversibly: detaching leaves nothing behind, even after an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOSSLESS = ChunkWiseConfig.preset("lossless")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """All that attaching could leave behind: attributes, hooks, tensors."""
+    """Everything that attaching could leave behind: attributes, hooks, tensors."""
     attributes = {name: list(vars(module)) for name, module in model.named_modules()}
     hooks = {
         (name, key): len(value)
@@ -68,7 +68,7 @@ def test_an_exception_inside_generate_leaves_the_model_usable() -> None:
     assert torch.equal(greedy(model, prompts(), 8)[0], expected)
 
 
-def test_generating_inside_a_generation_is_refused_and_harmless() -> None:
+def test_generating_inside_a_generation_is_refused_and_changes_nothing() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), LOSSLESS)
     expected = greedy(model, prompts(), 8)[0]
 
@@ -130,7 +130,7 @@ def test_a_taken_adapter_name_is_refused(name: str) -> None:
         model.load_ladder(name, adapter("llama", seed=2))
 
 
-def test_the_model_answers_for_what_the_wrapper_does_not_define() -> None:
+def test_attributes_that_the_wrapper_lacks_are_those_of_the_model() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"))
     assert model.config is model.model.config
     with pytest.raises(AttributeError):
@@ -145,7 +145,7 @@ def test_a_base_loaded_by_name_runs_the_ladder(tmp_path: Any) -> None:
     assert torch.equal(greedy(model, prompts(), 8)[0], greedy(expected, prompts(), 8)[0])
 
 
-def test_positional_arguments_mean_what_the_model_says_they_mean() -> None:
+def test_positional_arguments_have_the_order_of_the_model() -> None:
     base, inputs = build("gpt2"), prompts((6, 9))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with ChunkWiseModel(base, adapter("gpt2"), LOSSLESS) as model:

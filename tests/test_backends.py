@@ -77,7 +77,7 @@ def test_a_layer_adds_the_gate_form_of_each_module(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [2, FEW_TOKENS + 1])
-def test_adapters_that_come_and_go_add_what_the_pass_says(kind: type[AnyBackend], tokens: int) -> None:
+def test_loaded_and_unloaded_adapters_add_what_the_plan_says(kind: type[AnyBackend], tokens: int) -> None:
     modules = {name: modules_of([(8, 3)], 12, [[0, 3]], seed) for seed, name in enumerate("abc")}
     backend = kind(CPU, torch.float32)
     layer = backend.add_layer("layer", 12, [Columns(0, 8)])
@@ -121,7 +121,7 @@ def test_gradients_flow_through_the_product(kind: type[AnyBackend]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 40)], ids=["few tokens", "many tokens"])
-def test_tokens_may_stand_in_rows_and_in_memory_with_gaps(kind: type[AnyBackend], shape: tuple[int, int]) -> None:
+def test_rows_of_tokens_may_have_gaps_between_them_in_memory(kind: type[AnyBackend], shape: tuple[int, int]) -> None:
     backend = kind(CPU, torch.float32)
     layer = backend.add_layer("layer", 6, [Columns(0, 5)])
     (module,) = modules_of([(5, 4)], 6, [[0, 4]])
@@ -154,7 +154,7 @@ def test_on_a_gpu_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Fast(TorchBackend):
-    """A backend of somebody else."""
+    """A backend that another package registers."""
 
     name = "fast"
 

@@ -1,4 +1,4 @@
-"""Every bad input is a `ChunkWiseError` that names what was wrong."""
+"""Every bad input raises a `ChunkWiseError` that names what is wrong."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_folder_without_a_ladder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format_version": 2}'])
-def test_garbage_in_the_ladders_manifest_is_refused(ladder: Path, text: bytes) -> None:
+def test_invalid_json_in_the_ladders_manifest_is_refused(ladder: Path, text: bytes) -> None:
     (ladder / LADDER_NAME).write_bytes(text)
     with pytest.raises(LadderError, match=LADDER_NAME):
         RankLadder.from_pretrained(ladder)
@@ -109,7 +109,7 @@ def first_module(manifest: dict[str, Any]) -> str:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 @pytest.mark.parametrize("kind", ["a pipe", "a folder", "a link to nothing"])
 def test_a_manifest_that_is_no_regular_file_is_refused_by_name_at_once(ladder: Path, kind: str) -> None:
-    """The folder is a PEFT adapter as well, which would run without the ladder's policy."""
+    """Without the check, the folder would load as a plain PEFT adapter, without the ladder's policy."""
     path = ladder / LADDER_NAME
     path.unlink()
     if kind == "a pipe":
@@ -170,7 +170,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_adapter_with_a_number_that_is_none_is_refused(folder: Path, value: float) -> None:
+def test_an_adapter_with_nan_or_infinity_is_refused(folder: Path, value: float) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         next(tensor for name, tensor in tensors.items() if "q_proj.lora_B" in name)[0, 0] = value
 
@@ -231,7 +231,7 @@ def test_an_adapter_whose_weights_are_cut_off_is_refused(folder: Path, keep: flo
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to nothing", "a link to itself"])
-def test_what_is_no_regular_file_is_refused_by_name_at_once(folder: Path, name: str, kind: str) -> None:
+def test_a_path_that_is_no_regular_file_is_refused_by_name_at_once(folder: Path, name: str, kind: str) -> None:
     (folder / name).unlink()
     if kind == "a pipe":
         os.mkfifo(folder / name)
@@ -249,7 +249,7 @@ def test_an_empty_path_is_not_the_current_folder(ladder: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("path", ["", "\0", "a\0b", "x" * 5000, "x/" * 5000, "~", "http://127.0.0.1:9/x", "\ud800"])
-def test_a_path_that_cannot_be_is_refused(path: str) -> None:
+def test_an_impossible_path_is_refused(path: str) -> None:
     with pytest.raises(LadderError):
         RankLadder.from_peft(path)
 
@@ -413,7 +413,7 @@ def test_adapter_tensors_that_are_not_plain_lora_are_refused(
         RankLadder.from_peft(folder)
 
 
-def test_empty_tensors_of_sharded_training_are_refused_with_the_way_out(folder: Path) -> None:
+def test_empty_tensors_of_sharded_training_are_refused_with_the_remedy(folder: Path) -> None:
     edit_tensors(folder / WEIGHTS, lambda tensors: tensors.update(dict.fromkeys(tensors, torch.zeros(0))))
     with pytest.raises(LadderError, match=rf"{WEIGHTS}.*ZeRO-3.*stage3_gather_16bit_weights_on_model_save"):
         RankLadder.from_peft(folder)
@@ -431,7 +431,7 @@ def test_empty_tensors_of_sharded_training_are_refused_with_the_way_out(folder: 
         (".weight", ".default.weight"),
     ],
 )
-def test_names_that_wrappers_of_the_model_leave_behind_are_understood(folder: Path, old: str, new: str) -> None:
+def test_prefixes_that_wrappers_add_to_module_names_are_understood(folder: Path, old: str, new: str) -> None:
     plain = RankLadder.from_peft(folder)
     edit_tensors(folder / WEIGHTS, lambda tensors: renamed(tensors, old, new))
     assert RankLadder.from_peft(folder).modules.keys() == plain.modules.keys()
@@ -467,13 +467,13 @@ OTHER_METHODS = {
 
 
 @pytest.mark.parametrize("config", OTHER_METHODS.values(), ids=OTHER_METHODS)
-def test_what_peft_itself_saves_of_another_method_is_refused(tmp_path: Path, config: Any) -> None:
+def test_an_adapter_that_peft_saved_for_another_method_is_refused(tmp_path: Path, config: Any) -> None:
     get_peft_model(build("llama"), config).save_pretrained(str(tmp_path))
     with pytest.raises(LadderError, match=str(tmp_path)):
         RankLadder.from_peft(tmp_path)
 
 
-# A model that does not fit
+# Models that do not fit
 
 
 def test_an_adapter_for_another_architecture_is_refused_by_module() -> None:
@@ -519,12 +519,12 @@ def test_a_refused_ladder_leaves_the_base_untouched() -> None:
 
 
 @pytest.mark.parametrize("model", [None, "llama", torch.nn.Linear(2, 2)], ids=["None", "a name", "a module"])
-def test_what_is_no_transformers_model_is_refused(model: Any) -> None:
+def test_an_object_that_is_no_transformers_model_is_refused(model: Any) -> None:
     with pytest.raises(EngineError, match=type(model).__name__):
         ChunkWiseModel(model, adapter("llama"))
 
 
-def test_a_peft_model_is_refused_with_the_way_out() -> None:
+def test_a_peft_model_is_refused_with_the_remedy() -> None:
     with pytest.raises(EngineError, match="unload"):
         ChunkWiseModel(peft_model("llama"), adapter("llama"))  # type: ignore[arg-type]
 
@@ -540,12 +540,12 @@ def test_a_headless_model_is_refused() -> None:
         ChunkWiseModel(build("llama").model, adapter("llama"))
 
 
-def test_a_base_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_base_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="nowhere"):
         ChunkWiseModel.from_pretrained(tmp_path / "nowhere", adapter("llama"))
 
 
-# A call that cannot be carried out
+# Calls that cannot run
 
 
 @pytest.fixture(scope="module")

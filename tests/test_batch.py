@@ -1,4 +1,4 @@
-"""Plans of many sequences: they depend on no cut into passes, and the engines share them."""
+"""Plans of many sequences do not depend on how tokens are split into passes. All engines use this planning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sequence(prompt: list[int], config: ChunkWiseConfig = BALANCED, adapter: Ada
 
 
 @given(tokens_of, st.lists(st.integers(1, 9), min_size=1), st.integers(0, 60), st.data())
-def test_a_plan_depends_on_no_cut_cache_hit_or_preemption(
+def test_a_plan_does_not_depend_on_splits_cache_hits_or_preemption(
     tokens: list[int], cuts: list[int], prompt: int, data: st.DataObject
 ) -> None:
     prompt = min(prompt, len(tokens) - 1)
@@ -76,7 +76,7 @@ def no_ids() -> list[list[int]]:
     raise AssertionError("no plan of this pass depends on its tokens")
 
 
-def test_constant_plans_ask_for_no_tokens_and_are_reused() -> None:
+def test_constant_plans_need_no_tokens_and_are_reused() -> None:
     seen: list[tuple[str, Usage]] = []
     planner = BatchPlanner(VOCABULARY, record=lambda key, usage: seen.append((key, usage)))
     planner.open("x", sequence([1], LOSSLESS))
@@ -89,7 +89,7 @@ def test_constant_plans_ask_for_no_tokens_and_are_reused() -> None:
     assert [(key, usage.rank, usage.tokens.sum()) for key, usage in seen] == [("a", 8, 1), ("b", 6, 3)] * 2
 
 
-def test_constant_plans_are_fed_where_the_engine_wants_their_chunks() -> None:
+def test_constant_plans_see_tokens_if_the_engine_needs_their_chunks() -> None:
     planner = BatchPlanner(VOCABULARY, feeds_all=True)
     planner.open(0, sequence([], LOSSLESS))
     first = planner.plan([Span(0, 0, 3)], lambda: [[1, 2, 3]], width=3)
@@ -108,7 +108,7 @@ def test_two_adapters_of_one_name_are_counted_apart() -> None:
     assert seen == {"1": 8, "2": 8}
 
 
-def test_a_row_with_padding_runs_like_its_tokens() -> None:
+def test_a_padded_row_runs_like_its_tokens_alone() -> None:
     planner = BatchPlanner(VOCABULARY, feeds_all=True)
     for row in range(2):
         planner.open(row, sequence([], LOSSLESS))
@@ -141,7 +141,7 @@ def test_each_sequence_follows_its_own_config() -> None:
     assert len(planner) == 0
 
 
-def test_a_beam_that_is_copied_goes_on_alone() -> None:
+def test_a_copied_beam_is_planned_separately() -> None:
     planner = BatchPlanner(VOCABULARY, feeds_all=True)
     adapter = replace(ADAPTER, learned=LearnedComplexity.neutral())
     for row in range(2):
@@ -177,9 +177,7 @@ def test_a_sequence_whose_adapter_is_replaced_is_planned_again() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 6), st.data())
-def test_a_layer_that_sees_the_last_columns_gets_their_part_of_the_plan(
-    batch: int, width: int, data: st.DataObject
-) -> None:
+def test_a_layer_that_sees_only_the_last_columns_gets_their_plan(batch: int, width: int, data: st.DataObject) -> None:
     columns = data.draw(st.integers(1, width))
     rows = np.array(sorted(data.draw(st.sets(st.integers(0, batch * width - 1), min_size=1))))
     weights = np.arange(2.0 * len(rows), dtype=np.float32).reshape(-1, 2)
@@ -204,7 +202,7 @@ def test_a_layer_that_sees_the_last_columns_gets_their_part_of_the_plan(
     ],
     ids=["slice", "scaled slice", "gated product", "two groups", "three groups"],
 )
-def test_tokens_are_grouped_by_rung_only_where_that_pays(
+def test_tokens_are_grouped_by_rung_only_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch, weights: list[list[float]], gain: float, count: int
 ) -> None:
     monkeypatch.setattr("chunkwise_lora.method.segments.GROUPING_GAIN", gain)

@@ -1,4 +1,4 @@
-"""The cache carries out KV decisions exactly: nothing else is changed, and the bytes are real."""
+"""The cache carries out KV decisions exactly, changes nothing else, and reports the bytes that it really uses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ POLICIES: dict[str, tuple[LevelKVPolicy, ...]] = {
 
 
 def kv_only(*policies: LevelKVPolicy, sinks: int = 2, int8_head_share: float = 1.0) -> ChunkWiseConfig:
-    """Full rank everywhere, so that unmerged PEFT is the reference; short chunks, so that much is decided."""
+    """Full rank, so that unmerged PEFT is the reference, and short chunks, so that there are many KV decisions."""
     return ChunkWiseConfig(
         chunking=ChunkingConfig(min_length=2, max_length=5, thresholds=(0.5, 0.7), hysteresis=0.0, memory=2),
         selection=SelectionConfig(rank_shares=(1.0,) * 3, scales=(1.0,) * 3),
@@ -57,13 +57,13 @@ def roundtrip(states: Tensor) -> Tensor:
 
 
 def similar_to_the_next(keys: list[Tensor], bound: float) -> Tensor:
-    """(tokens,) bool, from the keys (heads, tokens, head_dim) of all layers."""
+    """(tokens,) bool: whether a token's keys (heads, tokens, head_dim), over all layers, are like the next token's."""
     flat = torch.cat([k.transpose(0, 1).flatten(1) for k in keys], dim=1)
     return torch.cat([torch.cosine_similarity(flat[:-1], flat[1:], dim=1) > bound, torch.tensor([False])])
 
 
 def without_the_smallest_keys(keys: list[Tensor], decision: KVDecision) -> Tensor:
-    """(tokens,) bool, whether Knorm drops a token, from the keys (heads, tokens, head_dim) of all layers."""
+    """(tokens,) bool: whether Knorm drops a token, given the keys (heads, tokens, head_dim) of all layers."""
     assert decision.evict == "knorm" and decision.keep_share is not None
     norms = sum(k.square().sum(-1).sqrt().sum(0) for k in keys)
     dropped = torch.ones(len(norms), dtype=torch.bool)
@@ -74,9 +74,12 @@ def without_the_smallest_keys(keys: list[Tensor], decision: KVDecision) -> Tenso
 def slow_generation(
     architecture: str, config: ChunkWiseConfig, prompt: Tensor, new_tokens: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Greedy PEFT over one sequence whose full cache is quantised in place and hidden by an explicit 4D mask.
+    """Greedy generation of one sequence with PEFT, whose cache keeps all tokens.
 
-    Returns the new tokens (new,), their logits (new, vocabulary) and how many tokens were hidden at the end.
+    Decisions quantise keys and values in place, and an attention mask hides dropped tokens.
+
+    Returns:
+        New tokens (new,), their logits (new, vocabulary), and the number of tokens that are hidden at the end.
     """
     model = peft_model(architecture)
     ladder = RankLadder.from_peft(adapter(architecture))
@@ -128,7 +131,7 @@ def trace_of(model: ChunkWiseModel) -> Trace:
 @pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "falcon", "gemma3", "gemma2"])
-def test_a_padded_batch_equals_each_sequence_over_a_masked_full_cache(
+def test_a_padded_batch_equals_each_sequence_with_a_masked_full_cache(
     architecture: str, policy: str, fast: str
 ) -> None:
     if policy == "knorm" and architecture in ("qwen3", "gemma2", "gemma3"):
@@ -140,7 +143,7 @@ def test_a_padded_batch_equals_each_sequence_over_a_masked_full_cache(
     for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
         expected_tokens, expected_logits, hidden_here = slow_generation(architecture, config, ids[mask.bool()], 40)
         assert torch.equal(tokens[row], expected_tokens)
-        # A code may round the other way after a difference in the last bit of a key.
+        # A difference in the last bit of a key can change how its INT8 code is rounded.
         tolerance = 0.05 if any(level.precision == "int8" for level in config.kv_cache.levels) else 1e-4
         assert (logits[row] - expected_logits).abs().max() < tolerance
         hidden += hidden_here
@@ -152,7 +155,7 @@ def test_a_padded_batch_equals_each_sequence_over_a_masked_full_cache(
 
 @pytest.mark.parametrize("preset", ["balanced", "compact"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-def test_a_sequence_is_planned_in_a_batch_as_it_is_alone(architecture: str, preset: str) -> None:
+def test_a_sequence_is_planned_in_a_batch_as_alone(architecture: str, preset: str) -> None:
     model = ChunkWiseModel(build(architecture), adapter(architecture), ChunkWiseConfig.preset(preset))
     inputs = prompts((4, 30, 13))
     tokens, logits = greedy(model, inputs, 24)
@@ -169,7 +172,7 @@ def test_a_sequence_is_planned_in_a_batch_as_it_is_alone(architecture: str, pres
         ]
 
 
-def test_a_sequence_that_ended_early_is_traced_as_it_is_alone() -> None:
+def test_a_sequence_that_ended_early_is_traced_as_alone() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), ChunkWiseConfig.preset("balanced"))
     inputs = prompts()
     tokens, _ = greedy(model, inputs, 24)
@@ -188,7 +191,7 @@ def test_a_sequence_that_ended_early_is_traced_as_it_is_alone() -> None:
 
 
 @pytest.mark.parametrize("preset", ["lossless", "balanced", "compact"])
-def test_stream_scores_a_text_as_generation_ran_it(preset: str) -> None:
+def test_stream_gives_a_text_the_logits_that_generation_had(preset: str) -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), ChunkWiseConfig.preset(preset))
     inputs = prompts((20, 20))
     tokens, logits = greedy(model, inputs, 24)
@@ -206,7 +209,7 @@ def test_stream_scores_a_text_as_generation_ran_it(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["balanced", "compact"])
-def test_a_prefill_in_pieces_plans_the_prompt_alike(preset: str) -> None:
+def test_a_prefill_in_pieces_gives_the_same_plan(preset: str) -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), ChunkWiseConfig.preset(preset))
     chunks = []
     for options in ({}, {"prefill_chunk_size": 7}):
@@ -246,7 +249,7 @@ BEAM_CONFIGS = {
 
 
 @pytest.mark.parametrize("config", BEAM_CONFIGS.values(), ids=BEAM_CONFIGS)
-def test_every_beam_is_planned_as_its_own_tokens_are_alone(config: ChunkWiseConfig) -> None:
+def test_every_beam_is_planned_like_its_tokens_alone(config: ChunkWiseConfig) -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), config)
     inputs = prompts((6, 17))
     model.generate(**inputs, max_new_tokens=20, do_sample=False, num_beams=3)
@@ -264,7 +267,7 @@ def test_every_beam_is_planned_as_its_own_tokens_are_alone(config: ChunkWiseConf
         assert [scheduled.kv for scheduled in beam.chunks] == [scheduled.kv for scheduled in alone.chunks]
 
 
-def test_beams_over_a_policy_score_as_their_tokens_do_alone() -> None:
+def test_beams_with_a_kv_policy_have_the_scores_of_their_tokens_alone() -> None:
     config = kv_only(*POLICIES["drop"])
     model = ChunkWiseModel(build("llama"), adapter("llama"), config)
     inputs = prompts((12,))
@@ -291,7 +294,7 @@ def test_beams_over_a_policy_score_as_their_tokens_do_alone() -> None:
 
 
 def storages(value: Any) -> dict[int, int]:
-    """Address and bytes of every storage of keys and values that an object really holds."""
+    """Address and bytes of every storage of keys and values that an object holds."""
     if isinstance(value, Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()} if value.ndim == 4 else {}
@@ -303,7 +306,7 @@ def storages(value: Any) -> dict[int, int]:
 @pytest.mark.parametrize("batch", [(9,), (5, 27, 16)], ids=["one", "ragged"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_traced_bytes_are_those_of_the_storages(
+def test_traced_bytes_equal_the_bytes_of_the_storages(
     architecture: str, policy: str, batch: tuple[int, ...], share: float
 ) -> None:
     config = kv_only(*POLICIES[policy], int8_head_share=share)
@@ -315,7 +318,7 @@ def test_traced_bytes_are_those_of_the_storages(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-def test_full_bytes_are_those_of_the_lossless_run(architecture: str) -> None:
+def test_full_precision_bytes_equal_those_of_a_lossless_run(architecture: str) -> None:
     model = ChunkWiseModel(build(architecture), adapter(architecture), kv_only(*POLICIES["all"]))
     options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     model.generate(**prompts((9, 12)), **options)
@@ -332,7 +335,7 @@ def test_full_bytes_are_those_of_the_lossless_run(architecture: str) -> None:
     assert full == trace_of(model).kv_bytes_full == in_use + sliding
 
 
-def test_compact_holds_a_fraction_of_a_long_text() -> None:
+def test_compact_stores_a_fraction_of_a_long_text() -> None:
     levels = (
         LevelKVPolicy(precision="int8", duplicate_similarity=0.98, max_age=64),
         LevelKVPolicy(precision="int8", max_age=128),
@@ -347,7 +350,7 @@ def test_compact_holds_a_fraction_of_a_long_text() -> None:
     assert trace.kv_bytes < 0.3 * trace.kv_bytes_full
 
 
-def test_with_a_maximal_age_bytes_stop_growing() -> None:
+def test_with_a_maximum_age_the_bytes_stop_growing() -> None:
     policy = LevelKVPolicy(precision="int8", max_age=16)
     model = ChunkWiseModel(build("llama"), adapter("llama"), kv_only(policy, policy, policy))
     sizes = []
@@ -357,7 +360,7 @@ def test_with_a_maximal_age_bytes_stop_growing() -> None:
     assert max(sizes) < 1.3 * sizes[0]
 
 
-def test_int8_takes_a_quarter_of_float32_and_half_the_heads_half_of_that_gain() -> None:
+def test_int8_saves_three_quarters_of_float32_and_half_of_that_with_half_of_the_heads() -> None:
     sizes = {}
     for share in (0.0, 0.5, 1.0):
         config = kv_only(INT8, INT8, INT8, sinks=0, int8_head_share=share)
@@ -369,14 +372,16 @@ def test_int8_takes_a_quarter_of_float32_and_half_the_heads_half_of_that_gain() 
     assert sizes[0.5] == pytest.approx((sizes[0.0] + sizes[1.0]) / 2, abs=0.02)
 
 
-# What is left undone is said
+# Decisions that the engine does not carry out are named
 
 
 @pytest.mark.parametrize(
     ("architecture", "note"),
     [("bloom", "ALiBi"), ("falcon_alibi", "ALiBi"), ("mistral", "sliding"), ("gemma3", "sliding")],
 )
-def test_what_the_engine_leaves_undone_is_named(architecture: str, note: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_decisions_that_the_engine_leaves_undone_are_named(
+    architecture: str, note: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = ChunkWiseModel(build(architecture), adapter(architecture), kv_only(*POLICIES["all"]))
     greedy_tokens, logits = greedy(model, prompts(), 24)
     assert note in "".join(trace_of(model).kv_notes)
@@ -388,7 +393,7 @@ def test_what_the_engine_leaves_undone_is_named(architecture: str, note: str, ca
         assert trace_of(model).kv_bytes == trace_of(model).kv_bytes_full
 
 
-def test_nothing_is_noted_where_everything_is_carried_out() -> None:
+def test_there_is_no_note_if_all_decisions_are_carried_out() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), kv_only(*POLICIES["all"]))
     model.generate(**prompts(), max_new_tokens=4)
     assert trace_of(model).kv_notes == ()
@@ -397,7 +402,7 @@ def test_nothing_is_noted_where_everything_is_carried_out() -> None:
 # Duplicates
 
 
-def test_a_repeated_token_is_dropped_where_keys_know_no_position() -> None:
+def test_a_repeated_token_is_dropped_if_keys_do_not_depend_on_position() -> None:
     base = build("llama")
     for layer in base.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
@@ -420,7 +425,7 @@ def test_a_repeated_token_is_dropped_where_keys_know_no_position() -> None:
     values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
     scale=st.sampled_from([1e-6, 1e-3, 1.0, 100.0]),
 )
-def test_int8_errs_by_half_a_step_at_most(values: list[float], scale: float) -> None:
+def test_the_error_of_int8_is_at_most_half_a_step(values: list[float], scale: float) -> None:
     states = scale * torch.tensor(values)
     codes, scales = quantise(states)
     assert codes.dtype == torch.int8 and scales.dtype == torch.bfloat16
@@ -430,7 +435,7 @@ def test_int8_errs_by_half_a_step_at_most(values: list[float], scale: float) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_pool_gives_back_what_it_took_within_a_hundredth(dtype: torch.dtype) -> None:
+def test_a_pool_reads_back_its_states_within_one_percent(dtype: torch.dtype) -> None:
     states = torch.randn(2, 4, 9, 8).to(dtype)
     pool = Int8Pool(states, torch.tensor([1, 3]))
     for part in states.split(3, dim=2):
@@ -447,9 +452,9 @@ def test_a_pool_gives_back_what_it_took_within_a_hundredth(dtype: torch.dtype) -
     assert torch.equal(pool.read(dtype)[2], held[0, :, [0, 8]])
 
 
-def test_int8_takes_the_heads_that_it_hurts_least() -> None:
+def test_int8_is_used_for_the_heads_with_the_least_error() -> None:
     states = torch.randn(1, 4, 20, 8)
-    states[:, [0, 2], :, 0] *= 1000  # one huge number leaves few steps for the others
+    states[:, [0, 2], :, 0] *= 1000  # one large number leaves few INT8 steps for the others
     states[:, [0, 2], :, 1:] *= 0.5
     layer = ChunkWiseLayer(int8_head_share=0.5)
     layer.update(states, states)
@@ -468,7 +473,7 @@ def test_zeros_survive_int8() -> None:
 
 
 class Reference:
-    """One sequence's cache as a plain mapping from token to key."""
+    """The cache of one sequence as a dictionary from tokens to keys."""
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -495,7 +500,7 @@ def as_set(keys: Iterator[Tensor]) -> set[tuple[float, ...]]:
 
 
 @given(data=st.data())
-def test_random_decisions_leave_exactly_what_they_should(data: st.DataObject) -> None:
+def test_random_decisions_change_the_cache_exactly_as_the_reference(data: st.DataObject) -> None:
     heads, width, batch = 2, 4, data.draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     model_config = build("llama").config
@@ -514,7 +519,7 @@ def test_random_decisions_leave_exactly_what_they_should(data: st.DataObject) ->
         for layer in range(len(cache.layers)):
             seen_keys, seen_values = cache.update(keys, 2 * keys, layer)
             for row, reference in enumerate(references):
-                # Without a mask, slots still are columns of the input.
+                # Without a mask, slots are the columns of the input.
                 used = torch.from_numpy(np.concatenate(columns, axis=1)[row] if mask is None else mask[row])
                 held = seen_keys[row][:, used].transpose(0, 1)
                 assert as_set(iter(held)) == as_set(iter(reference.keys.values()))
@@ -523,7 +528,7 @@ def test_random_decisions_leave_exactly_what_they_should(data: st.DataObject) ->
         decisions: list[list[KVDecision]] = []
         for reference in references:
             spans = data.draw(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5)), max_size=2))
-            # Dropping comes last, as age comes after closing.
+            # Drops come last, because expiry follows the decisions for closed chunks.
             actions = sorted((data.draw(st.sampled_from(["keep", "int8", "drop"])) for _ in spans), key="drop".__eq__)
             decisions.append(
                 [KVDecision(s, min(s + n, reference.position), a) for (s, n), a in zip(spans, actions, strict=True)]
@@ -539,7 +544,7 @@ def test_random_decisions_leave_exactly_what_they_should(data: st.DataObject) ->
     assert cache.get_seq_length() == cache.layers[0].seen
 
 
-def test_a_long_generation_holds_no_more_than_a_short_one() -> None:
+def test_a_long_generation_needs_no_more_memory_than_a_short_one() -> None:
     window = LevelKVPolicy(precision="int8", max_age=200)
     config = kv_only(window, window, window)
     model = ChunkWiseModel(build("llama"), adapter("llama"), config)

@@ -61,7 +61,7 @@ def text(blocks: int = 40) -> list[int]:
 
 
 def planted(rungs: int = 5, n: int = 20_000) -> Observations:
-    """Costs that halve with every rung, and are eight times as high after token 1 and at token 2."""
+    """Costs that halve with every rung. They are eight times as high at token 2, and eight times after token 1."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 10, (n,), generator=generator)
     previous = torch.cat([torch.tensor([-1]), tokens[:-1]])
@@ -71,7 +71,7 @@ def planted(rungs: int = 5, n: int = 20_000) -> Observations:
     return Observations(tokens, previous, torch.full((n, len(SIGNALS)), float("nan")), at, costs)
 
 
-def test_the_fit_finds_the_tokens_that_cost_most() -> None:
+def test_the_fit_finds_the_most_expensive_tokens() -> None:
     seen = planted()
     model = fit_costs(seen, 10, 5)
     token, previous = model.learned.token, model.learned.previous
@@ -114,7 +114,7 @@ def test_one_budget_is_needed(budget: dict[str, float]) -> None:
 # The estimator
 
 
-def test_the_estimator_scores_tokens_one_by_one_as_the_fit_did() -> None:
+def test_the_estimator_gives_tokens_the_scores_of_the_fit() -> None:
     generator = np.random.default_rng(0)
     tables = generator.normal(size=(2, VOCABULARY)).astype(np.float32)
     weights, means = generator.normal(size=(2, 4)).astype(np.float32)
@@ -164,7 +164,7 @@ def test_sorted_rungs_spend_their_share_and_full_rank_is_unchanged(seed: int, st
         assert (module.sigma.diff() <= 0).all()
 
 
-def test_modules_with_high_fisher_information_matter_most_when_weakened() -> None:
+def test_weakening_modules_with_high_fisher_information_costs_most() -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     tokens = torch.tensor(text()).view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), ladder) as model:
@@ -196,10 +196,10 @@ def test_the_basis_is_rotated_for_scored_tokens_alone() -> None:
             )
         )
 
-    def apart(one: RankLadder, other: RankLadder) -> float:
+    def distance(one: RankLadder, other: RankLadder) -> float:
         return sum(float((m.down - other.modules[name].down).abs().mean()) for name, m in one.modules.items())
 
-    assert apart(some, shorter) < 0.2 * apart(some, all_of_it)  # Adam moves by the sign of the smallest gradient
+    assert distance(some, shorter) < 0.2 * distance(some, all_of_it)  # Adam amplifies rounding of small gradients
 
 
 def test_planned_rungs_are_shifted_to_their_neighbours() -> None:
@@ -233,7 +233,7 @@ def test_self_generated_text_has_the_asked_size_continues_the_text_and_is_reprod
     assert all(tuple(piece[:PREFIX_TOKENS]) in seen for piece in pieces.tolist())
 
 
-# The whole
+# The whole procedure
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_calibration_is_deterministic(calibrated: Calibration) -> None:
         assert torch.equal(again.ladder.modules[name].down, module.down)
 
 
-def test_the_chosen_chunk_length_and_scale_cost_least(calibrated: Calibration) -> None:
+def test_the_chosen_chunk_length_and_scale_have_the_least_cost(calibrated: Calibration) -> None:
     length = calibrated.policy.chunking.min_length
     of_length = {n: calibrated.searched[f"chunks of at least {n}"] for n in MIN_LENGTHS}
     assert of_length[length] <= min(of_length.values()) * (1 + 2 * SEARCH_TOLERANCE)
@@ -258,7 +258,7 @@ def test_the_chosen_chunk_length_and_scale_cost_least(calibrated: Calibration) -
 
 
 def test_an_adapter_that_is_too_strong_gets_a_scale_below_1() -> None:
-    ladder = RankLadder.from_peft(adapter("llama"))  # the text is its own at scale 1
+    ladder = RankLadder.from_peft(adapter("llama"))  # the adapter generated the text at scale 1
     loud = {name: replace(module, up=module.up / 0.8) for name, module in ladder.modules.items()}
     config = CONFIG.model_copy(update={"mean_rank": 1.0, "refinements": 0})
     for strong, scale in ((ladder, 1.0), (replace(ladder, modules=loud), 0.9)):
@@ -286,7 +286,7 @@ def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_p
     assert len(set(planned)) > 1
 
 
-def test_a_calibrated_ladder_knows_its_policy_and_what_each_rung_loses(calibrated: Calibration) -> None:
+def test_a_calibrated_ladder_holds_its_policy_and_the_divergence_of_every_rung(calibrated: Calibration) -> None:
     ladder = calibrated.ladder
     assert ladder.policy is calibrated.policy
     divergence = ladder.rung_divergence
@@ -313,26 +313,26 @@ def test_a_tighter_loss_budget_spends_more_rank_and_loses_less() -> None:
     assert tight.check.loss_increase < loose.check.loss_increase
 
 
-def test_the_basis_is_learned_from_self_generated_text_and_costs_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_basis_is_learned_from_self_generated_text_but_costs_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     learned, observed = [], []
     initial_basis, explore = procedure._initial_basis, fitted_ladder.explore
 
-    def note_learned(run: Any, training_text: TokenBlocks) -> Any:
+    def record_learned(run: Any, training_text: TokenBlocks) -> Any:
         learned.append(training_text)
         return initial_basis(run, training_text)
 
-    def note_observed(run: Any, model: Any, part: TokenBlocks, *rest: Any) -> Any:
+    def record_observed(run: Any, model: Any, part: TokenBlocks, *rest: Any) -> Any:
         observed.append(part.tokens)
         return explore(run, model, part, *rest)
 
-    monkeypatch.setattr(procedure, "_initial_basis", note_learned)
-    monkeypatch.setattr(fitted_ladder, "explore", note_observed)
+    monkeypatch.setattr(procedure, "_initial_basis", record_learned)
+    monkeypatch.setattr(fitted_ladder, "explore", record_observed)
     config = CONFIG.model_copy(update={"self_generated_tokens": 4 * BLOCK, "refinements": 1})
     calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
     given = {tuple(row) for row in torch.tensor(text()).view(-1, BLOCK).tolist()}
-    taught = [tuple(row) for row in learned[0].tokens.tolist()]
-    assert len([row for row in taught if row not in given]) == 4
-    assert {row for row in taught if row in given} == {tuple(row) for row in observed[0].tolist()}
+    learning = [tuple(row) for row in learned[0].tokens.tolist()]
+    assert len([row for row in learning if row not in given]) == 4
+    assert {row for row in learning if row in given} == {tuple(row) for row in observed[0].tolist()}
     assert all(tuple(row) in given for part in observed for row in part.tolist())
 
 
@@ -340,14 +340,14 @@ def test_only_scored_tokens_are_observed_and_checked(monkeypatch: pytest.MonkeyP
     ids, observed = text(), []
     fit = estimator.fit_costs
 
-    def note_observed(seen: Observations, *rest: Any, **options: Any) -> CostModel:
+    def record_observed(seen: Observations, *rest: Any, **options: Any) -> CostModel:
         observed.append(len(seen))
         return fit(seen, *rest, **options)
 
-    monkeypatch.setattr(estimator, "fit_costs", note_observed)
+    monkeypatch.setattr(estimator, "fit_costs", record_observed)
     scored = [i % BLOCK >= BLOCK // 2 and i >= 2 * BLOCK for i in range(len(ids))]
     found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), ids, CONFIG, scored=scored)
-    sequences = len(ids) // BLOCK - 2  # two of them have no scored token
+    sequences = len(ids) // BLOCK - 2  # two blocks have no scored token
     held = max(4, round(sequences * CONFIG.held_share))
     assert set(observed) == {(sequences - held) * CONFIG.explorations * BLOCK // 2}
     checked = torch.tensor(ids).view(-1, BLOCK)[-(held // 2) :]
@@ -357,17 +357,17 @@ def test_only_scored_tokens_are_observed_and_checked(monkeypatch: pytest.MonkeyP
     assert found.check.loss_full == pytest.approx(float(of_answers.mean()), rel=1e-4)
 
 
-def test_a_basis_rotated_for_a_plan_serves_that_plan_better() -> None:
+def test_a_basis_rotated_for_a_plan_loses_less_under_that_plan() -> None:
     plain = RankLadder.from_peft(adapter("llama"))
     importance = {name: module.sigma for name, module in plain.modules.items()}
-    taught, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+    learning, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
 
     def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return torch.where(tokens % 2 == 0, 2, 6)
 
     def kl(sampler: RungSampler) -> float:
         with ChunkWiseModel(build("llama"), plain) as model:
-            training = RungTraining(6 * taught, 6 * len(taught), sampler)
+            training = RungTraining(6 * learning, 6 * len(learning), sampler)
             rotated = rotate_basis(model, Basis(plain, importance), training, 8)
         tokens = held.view(-1, BLOCK)
         with ChunkWiseModel(build("llama"), rotated.on_rungs(8)) as model:
@@ -377,15 +377,15 @@ def test_a_basis_rotated_for_a_plan_serves_that_plan_better() -> None:
     assert kl(plan) < 0.95 * kl(RandomRungs(2, 8))
 
 
-def test_distillation_serves_its_plan_better_and_keeps_the_rungs() -> None:
+def test_a_distilled_ladder_loses_less_under_its_plan_and_keeps_its_rungs() -> None:
     plain = RankLadder.from_peft(adapter("llama"))
-    taught, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
+    learning, held = TokenBlocks.cut(text(200)[: 160 * BLOCK], BLOCK).split(16), torch.tensor(text(200)[160 * BLOCK :])
 
     def plan(tokens: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         return torch.where(tokens % 2 == 0, 2, 6)
 
     with ChunkWiseModel(build("llama"), plain) as model:
-        ladder = distil(model, RungTraining(4 * taught, 4 * len(taught), plan), rate=5e-4)
+        ladder = distil(model, RungTraining(4 * learning, 4 * len(learning), plan), rate=5e-4)
     tokens = held.view(-1, BLOCK)
     with ChunkWiseModel(build("llama"), {"plain": plain, "distilled": ladder}) as model:
         full, rungs = log_probabilities(model, tokens), plan(tokens).numpy()
@@ -435,7 +435,7 @@ def test_a_ladder_of_one_rung_is_calibrated_too() -> None:
     assert found.ladder.rungs == 2
 
 
-def test_the_check_of_a_long_text_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_uses_a_limited_part_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "MAX_HELD_TOKENS", 6 * BLOCK)
     config = CONFIG.model_copy(update={"refinements": 0, "held_share": 0.4})
     found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
@@ -450,7 +450,7 @@ def test_too_little_text_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("weights", [1.0]), ("token", [float("nan")]), ("means", [[0.0] * 4]), ("other", [0.0])]
 )
-def test_what_was_learned_is_checked_on_load(name: str, value: list[float]) -> None:
+def test_the_learned_estimator_is_checked_on_load(name: str, value: list[float]) -> None:
     good = {"token": [0.0], "previous": [0.0], "weights": [0.0] * 4, "means": [0.0] * 4}
     tensors = {f"learned/{key}": torch.tensor(one) for key, one in {**good, name: value}.items()}
     with pytest.raises(LadderError, match=name):

@@ -1,4 +1,4 @@
-"""The commands, run as a user runs them, on the embedded model."""
+"""The commands on the embedded model, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("generate", "--prompt", ""), "empty"),
         (("generate", "--prompt", "a", "--preset", "fast"), "lossless, balanced, compact"),
@@ -101,13 +101,13 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
         (("ladder", "build", "x" * 300, "-o", "y"), "no such folder"),
         (("ladder", "build", "wiki", "-o", "x", "--base", "y"), "--calibration-text"),
         (("ladder", "build", "wiki", "-o", "x", "--dtype", "int4"), "bfloat16"),
-        (("ladder", "build", "wiki", "-o", "x", "--as-trained", "--base", "y", "--calibration-text", "z"), "give one"),
+        (("ladder", "build", "wiki", "-o", "x", "--as-trained", "--base", "y", "--calibration-text", "z"), "leave out"),
     ],
 )
-def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:
+def test_an_error_is_one_clear_line(run: Any, arguments: tuple[str, ...], message: str) -> None:
     code, _, err = run(*arguments)
     assert code == 1
-    assert told in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(run: Any, tmp_path: Path, damage
     assert len(err.strip().splitlines()) == 1
 
 
-def test_results_go_through_a_pipe_without_replacing_it(run: Any, tmp_path: Path) -> None:
+def test_json_can_be_written_to_a_pipe(run: Any, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -184,12 +184,12 @@ def test_a_share_is_written_with_or_without_a_percent_sign(written: str, value: 
 
 
 @pytest.mark.parametrize("written", ["", "%", "half", "0", "0%", "-5%", "-0.5", "101", "150%", "nan", "inf", "0,5%"])
-def test_what_is_no_share_is_refused_with_the_remedy(written: str) -> None:
+def test_an_invalid_share_is_refused_with_the_remedy(written: str) -> None:
     with pytest.raises(ChunkWiseError, match=r"--mean-rank .*: write a percentage"):
         share("--mean-rank", written)
 
 
-def test_a_loss_increase_that_may_be_meant_in_percent_is_refused() -> None:
+def test_an_ambiguous_loss_increase_is_refused() -> None:
     for written in ("0.5", "1", "0.1"):
         with pytest.raises(ChunkWiseError, match="write the percent sign"):
             share("--max-loss-increase", written, AMBIGUOUS_LOSS)
@@ -215,12 +215,12 @@ MISTYPED = pytest.mark.parametrize(
 
 
 @MISTYPED
-def test_a_mistyped_adapter_is_answered_with_the_closest_name(run: Any, command: tuple[str, ...]) -> None:
+def test_a_mistyped_adapter_is_refused_with_the_closest_name(run: Any, command: tuple[str, ...]) -> None:
     code, _, err = run(*command)
     assert code == 1 and "Did you mean wiki?" in err and "owner/name" in err
 
 
-def test_a_mistyped_adapter_is_answered_before_anything_is_loaded_or_asked() -> None:
+def test_a_mistyped_adapter_is_refused_before_a_model_is_loaded_or_a_hub_asked() -> None:
     commands = [list(command) for command in MISTYPED.args[1]]
     code = (
         "import sys; from chunkwise_lora.cli.app import app; from chunkwise_lora.errors import LadderError\n"
@@ -234,14 +234,14 @@ def test_a_mistyped_adapter_is_answered_before_anything_is_loaded_or_asked() -> 
     assert done.stdout.splitlines() == ["True []"] * len(commands)
 
 
-def test_a_folder_is_an_adapter_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_an_unusual_name_is_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wikki").mkdir()
     monkeypatch.chdir(tmp_path)
     assert embedded.find("wikki") == "wikki"
     assert embedded.find("owner/name") == "owner/name"
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal() -> None:
+def test_without_a_terminal_progress_is_printed_in_lines() -> None:
     written: list[str] = []
     seconds = iter([0.0, 0.0, 1.0, 40.0, 41.0, 100.0])
     with Lines(written.append, lambda: next(seconds)) as reports:
@@ -256,7 +256,7 @@ def test_a_stage_that_never_begins_prints_nothing() -> None:
     assert written == []
 
 
-def test_a_bar_leaves_redirected_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_does_not_change_redirected_output(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = io.StringIO()
     with Bars(Console(file=terminal, force_terminal=True)) as reports:
         for _ in reports.track(range(3), description="[red]working"):
@@ -265,7 +265,7 @@ def test_a_bar_leaves_redirected_output_alone(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "result\n" * 3
 
 
-def test_what_files_and_models_say_cannot_reach_the_terminal_as_commands() -> None:
+def test_text_from_files_and_models_cannot_control_the_terminal() -> None:
     evil = "\x1b[2J[bold]\u202etext[/nonsense]"
     modules = list(RankLadder.load(embedded.ADAPTERS["wiki"]).modules.values())
     sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), chunks=())
@@ -278,7 +278,7 @@ def test_what_files_and_models_say_cannot_reach_the_terminal_as_commands() -> No
     assert escaped_lines("a\n\tb\x07") == "a\n\tb\\x07"
 
 
-def test_a_path_is_printed_as_it_is(run: Any, tmp_path: Path) -> None:
+def test_a_path_is_printed_unchanged(run: Any, tmp_path: Path) -> None:
     folder = tmp_path / "[red]x[/red]"
     code, out, _ = run("ladder", "build", "wiki", "-o", folder)
     assert code == 0 and "[red]x[/red]" in out
@@ -327,7 +327,7 @@ def test_bench_times_random_weights_and_an_adapter_per_sequence(run: Any, tmp_pa
     ("options", "message"),
     [
         (("--random-weights", "9B"), "choose one of 135M"),
-        (("--adapters", 3), "give --random-weights"),
+        (("--adapters", 3), "needs --random-weights"),
         (("--slow", "brakes"), "choose from kernels, attention, products"),
         (("--presets", "fastest"), "preset 'fastest' is unknown"),
         (("--dtype", "int4"), "choose one of float32"),
@@ -335,7 +335,7 @@ def test_bench_times_random_weights_and_an_adapter_per_sequence(run: Any, tmp_pa
         (("--contexts", 1000), "has 1024 positions"),
     ],
 )
-def test_bench_refuses_what_it_does_not_know(run: Any, options: tuple[Any, ...], message: str) -> None:
+def test_bench_refuses_unknown_values(run: Any, options: tuple[Any, ...], message: str) -> None:
     code, _, err = run("bench", *options)
     assert code == 1
     assert message in err
@@ -351,7 +351,7 @@ def _logits_in_peft(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def ragged(tmp_path: Path) -> RankLadder:
-    """A saved ladder whose modules differ in rank, some of rank 0, on its middle rung."""
+    """A saved ladder. On its middle rung the modules differ in rank, and some have rank 0."""
     ladder = RankLadder.load(embedded.ADAPTERS["wiki"])
     importance = {
         name: module.sigma.square() * 10 ** (i % 5) for i, (name, module) in enumerate(ladder.modules.items())
@@ -364,15 +364,15 @@ def ragged(tmp_path: Path) -> RankLadder:
     return ladder
 
 
-def test_an_exported_rung_runs_in_peft_as_it_runs_here(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
+def test_an_exported_rung_gives_the_same_logits_in_peft(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
     small, file = tmp_path / "small", tmp_path / "small.json"
     code, out, _ = run("ladder", "export", tmp_path / "ladder", "--mean-rank", "50%", "-o", small, "--json", file)
     assert code == 0 and f"PeftModel.from_pretrained(base, {str(small)!r})" in out
     assert "KL divergence" in out and "0.0400 nats" in " ".join(out.split())
-    told = json.loads(file.read_text())
-    assert told["kl"] == pytest.approx(0.04) and 0.5 < told["energy_kept"] < 1
-    assert told["after"]["nbytes"] == pytest.approx(told["before"]["nbytes"] / 2, rel=0.02)
-    assert (small / "adapter_model.safetensors").stat().st_size == pytest.approx(told["after"]["nbytes"], rel=0.05)
+    report = json.loads(file.read_text())
+    assert report["kl"] == pytest.approx(0.04) and 0.5 < report["energy_kept"] < 1
+    assert report["after"]["nbytes"] == pytest.approx(report["before"]["nbytes"] / 2, rel=0.02)
+    assert (small / "adapter_model.safetensors").stat().st_size == pytest.approx(report["after"]["nbytes"], rel=0.05)
     assert sorted(path.name for path in small.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tokens = torch.randint(3, 500, (1, 20))
     base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
@@ -421,10 +421,10 @@ def test_prompts_without_answers_cannot_be_measured_on(run: Any, tmp_path: Path)
 
 
 def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path: Path) -> None:
-    code, out, _ = run("ladder", "export", "wiki", "-o", tmp_path, "--json", tmp_path / "told.json")
-    told = json.loads((tmp_path / "told.json").read_text())
+    code, out, _ = run("ladder", "export", "wiki", "-o", tmp_path, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
     assert code == 0 and "nothing is lost" in out
-    assert told["before"] == told["after"] and told["after"]["dtype"] == "float16"
+    assert report["before"] == report["after"] and report["after"]["dtype"] == "float16"
     tokens = torch.randint(3, 500, (1, 20))
     assert torch.allclose(
         _logits_in_peft(tmp_path, tokens), _logits_in_peft(embedded.ADAPTERS["wiki"], tokens), atol=0.05

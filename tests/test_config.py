@@ -1,4 +1,4 @@
-"""Settings: every one refuses what it cannot be, by name, and survives the way through JSON."""
+"""Settings: invalid values are refused by name, and every config can be written to JSON and read back."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
     Choice: {
         "preset": ("fast", "", 3),
         "mean_rank": (-0.1, 1.1, NAN, INFINITY, "half"),
-        "config": (),  # refused by its own name
+        "config": (),  # refused under its own name
     },
 }
 CASES = [
@@ -116,14 +116,12 @@ def test_an_impossible_value_is_refused_by_name(kind: type[StrictConfig], settin
         ({"no_such_section": {}}, "ChunkWiseConfig: no_such_section"),
     ],
 )
-def test_an_impossible_value_deep_inside_is_refused_by_the_name_of_its_setting(
-    values: dict[str, Any], message: str
-) -> None:
+def test_an_impossible_nested_value_is_refused_by_the_name_of_its_setting(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ChunkWiseConfig(**values)
 
 
-def test_every_setting_has_impossible_values_listed_here() -> None:
+def test_every_setting_is_tested_with_impossible_values() -> None:
     assert set(IMPOSSIBLE) == set(StrictConfig.__subclasses__()) - {ChunkWiseConfig}
     assert {kind: set(kind.model_fields) for kind in IMPOSSIBLE} == {k: set(v) for k, v in IMPOSSIBLE.items()}
 

@@ -1,4 +1,4 @@
-"""What sits at the edges of the engine: models with caches of their own kind, odd calls, copies, parts of a model."""
+"""Unusual uses of the transformers engine: models with other caches, unusual calls, copies, parts of a model."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def attached(name: str = "llama", config: ChunkWiseConfig = LOSSLESS) -> ChunkWi
 
 
 @pytest.mark.parametrize("name", ["minimax", "openai-gpt", "deepseek_v3", "rwkv", "doge", "diffllama"])
-def test_a_model_with_another_cache_or_none_is_lossless_too(name: str) -> None:
+def test_a_model_with_another_cache_or_without_one_is_lossless_too(name: str) -> None:
     tokens, logits = greedy(attached(name), prompts(), 16)
     expected_tokens, expected_logits = greedy(peft_model(name), prompts(), 16)
     assert torch.equal(tokens, expected_tokens)
@@ -103,7 +103,7 @@ def test_a_model_with_another_cache_or_none_is_lossless_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["doge", "diffllama"])
-def test_a_model_that_uses_the_cache_in_its_own_way_gets_all_of_it(name: str) -> None:
+def test_a_model_with_its_own_attention_gets_the_whole_cache(name: str) -> None:
     compact = ChunkWiseConfig.preset("compact")
     slow = ChunkWiseModel(build(name), adapter(name), compact, models.FAST["no fast path"])
     expected = greedy(slow, prompts(), 40)[1]
@@ -118,7 +118,7 @@ def test_a_model_that_uses_the_cache_in_its_own_way_gets_all_of_it(name: str) ->
         ("deepseek_v3", BALANCED, "kv_b_proj: sees .* tokens of a pass of 3 x 1.*lossless preset"),
     ],
 )
-def test_what_a_plan_cannot_follow_is_refused(name: str, config: ChunkWiseConfig, message: str) -> None:
+def test_a_call_that_cannot_be_planned_is_refused(name: str, config: ChunkWiseConfig, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         attached(name, config).generate(**prompts(), max_new_tokens=40, do_sample=False)
 
@@ -163,7 +163,7 @@ def test_an_inner_context_leaves_the_outer_one_attached() -> None:
     assert not model.attached
 
 
-def test_a_generation_config_silent_on_a_matter_leaves_it_to_the_model() -> None:
+def test_unset_fields_of_a_generation_config_use_the_models_values() -> None:
     model, silent = attached(), t.GenerationConfig(max_new_tokens=16)
     model.model.generation_config.eos_token_id = list(range(2, 60))
     model.model.generation_config.pad_token_id = 0

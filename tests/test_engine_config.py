@@ -1,4 +1,4 @@
-"""Which config a sequence follows: the call's, then the model's or server's, then the ladder's own, then lossless."""
+"""Which config a sequence follows: that of the call, else of the model or server, else of the ladder, else lossless."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_call_is_asked_first_then_the_model_then_the_ladder() -> None:
     assert config_for(ladder()) == config_for(None) == LOSSLESS
 
 
-def test_a_config_that_needs_what_is_not_learned_is_refused() -> None:
+def test_a_config_that_needs_a_learned_estimator_is_refused_without_one() -> None:
     learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
     with pytest.raises(ConfigError, match="chunkwise calibrate"):
         config_for(ladder(), call=learned)
@@ -62,7 +62,7 @@ def test_without_calibration_the_default_is_lossless() -> None:
     assert ranks(ChunkWiseModel(build("llama"), adapter("llama"))) == [8, 8]
 
 
-def test_ladders_of_one_batch_follow_each_its_own_policy() -> None:
+def test_every_ladder_of_a_batch_follows_its_own_policy() -> None:
     ladders = {"a": ladder(ChunkWiseConfig.uniform(0.5)), "b": ladder(COMPACT, seed=2), "c": ladder(seed=3)}
     model = ChunkWiseModel(build("llama"), ladders)
     inputs = prompts((30, 30, 30))

@@ -1,4 +1,4 @@
-"""The bench counts what it says, and the embedded adapters are worth comparing."""
+"""Benchmarks measure what they report, and the embedded adapters improve the base model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
 from chunkwise_lora.benchmark.measure import measure
 from chunkwise_lora.benchmark.memory import PeakMemory
 from chunkwise_lora.benchmark.methods import BASE, STATIC, UNMERGED, Method, methods
+from chunkwise_lora.benchmark.perplexity import perplexity
 from chunkwise_lora.benchmark.plots import plot_bench
-from chunkwise_lora.benchmark.run import Run, perplexity
+from chunkwise_lora.benchmark.run import Run
 from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
 from chunkwise_lora.calibration.log_probabilities import (
     log_probabilities,
@@ -49,27 +50,27 @@ def test_merged_unmerged_and_lossless_score_alike_and_unlike_the_base(
     assert base != pytest.approx(unmerged, rel=1e-2)
 
 
-def test_methods_share_the_weights_of_the_base_but_for_the_merged_one(all_methods: list[Method]) -> None:
+def test_all_methods_except_the_merged_one_share_the_weights_of_the_base(all_methods: list[Method]) -> None:
     first = [next(method.model.parameters()) for method in all_methods]
     assert [weight.data_ptr() == first[0].data_ptr() for weight in first] == [True, False, True, True]
 
 
-def test_a_measurement_counts_real_bytes(all_methods: list[Method], text: torch.Tensor) -> None:
+def test_a_measurement_reports_the_bytes_of_the_storages(all_methods: list[Method], text: torch.Tensor) -> None:
     advances: list[int] = []
     results = measure(all_methods, text, new_tokens=4, rounds=2, prefill_rounds=3, advance=lambda: advances.append(1))
     assert len(advances) == len(all_methods) * (2 + 3)
     base, merged, unmerged, lossless = results
     assert base.adapter_bytes_per_pass == merged.adapter_bytes_per_pass == 0
     assert unmerged.adapter_bytes_per_pass == lossless.adapter_bytes_per_pass > 0
-    # 2 layers, 2 sides, 2 key-value heads of 8 numbers in float32, after 3 tokens of warming up.
+    # 2 layers, 2 sides, 2 key-value heads of 8 numbers in float32, after 3 warm-up tokens.
     slot = 2 * 2 * 2 * 8 * 4
     assert base.kv_bytes == unmerged.kv_bytes == slot * (24 + 3)
-    assert lossless.kv_bytes == slot * (24 + 1 + 16), "it keeps room for 16 tokens"
+    assert lossless.kv_bytes == slot * (24 + 1 + 16), "the cache has room for 16 more tokens"
     assert unmerged.decode_ratio == unmerged.prefill_ratio == base.decode_over_base == base.prefill_over_base == 1
     assert base.scheduler_ms == 0 < lossless.scheduler_ms
 
 
-def test_without_rounds_of_prefill_the_caches_of_others_are_filled(
+def test_without_rounds_of_prefill_the_caches_of_baselines_are_filled(
     all_methods: list[Method], text: torch.Tensor
 ) -> None:
     base, *_, lossless = measure(all_methods, text, new_tokens=2, rounds=1, prefill_rounds=0)
@@ -79,7 +80,7 @@ def test_without_rounds_of_prefill_the_caches_of_others_are_filled(
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one adapter", "an adapter per sequence"])
-def test_every_method_generates_what_its_model_would(several: bool) -> None:
+def test_every_method_generates_the_tokens_of_its_model(several: bool) -> None:
     folders = {"a": adapter("llama"), **({"b": adapter("llama", seed=2)} if several else {})}
     all_methods = methods(build("llama"), folders, LOSSLESS, caches=True)
     prompt = torch.randint(3, VOCABULARY, (2, 24))
@@ -110,7 +111,7 @@ def test_the_table_fits_a_narrow_terminal(all_methods: list[Method], text: torch
     assert "…" not in printed
 
 
-def test_a_plot_is_a_picture(all_methods: list[Method], text: torch.Tensor, tmp_path: Path) -> None:
+def test_a_plot_is_a_png_file(all_methods: list[Method], text: torch.Tensor, tmp_path: Path) -> None:
     results = [
         *measure(all_methods, text, new_tokens=2, rounds=1),
         *measure(all_methods, text[:, :16], new_tokens=2, rounds=1),
@@ -119,23 +120,23 @@ def test_a_plot_is_a_picture(all_methods: list[Method], text: torch.Tensor, tmp_
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_peak_is_what_was_held_at_once() -> None:
+def test_a_peak_is_the_largest_memory_at_one_time() -> None:
     with PeakMemory(torch.device("cpu")) as peak:
         for _ in range(10):
             torch.ones(10_000_000)
     if peak.bytes is None:
-        pytest.skip("this system tells no peak")
+        pytest.skip("this system does not report the peak")
     assert 35e6 < peak.bytes < 200e6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_has_the_size_in_its_name(shape: str) -> None:
+def test_a_shape_has_the_number_of_parameters_in_its_name(shape: str) -> None:
     model = random_model(SHAPES[shape], torch.bfloat16, "meta")
     millions = {"135M": 135, "360M": 362, "1B": 1236, "7B": 6738}[shape]
     assert round(model.num_parameters() / 1e6) == millions
 
 
-def test_a_random_adapter_is_one_that_peft_and_ladders_read(tmp_path: Path) -> None:
+def test_peft_and_ladders_read_a_random_adapter(tmp_path: Path) -> None:
     config = build("llama").config
     folder = random_adapter(config, 4, tmp_path)
     ladder = RankLadder.from_peft(folder)
@@ -151,7 +152,7 @@ def test_coloured_tokens_keep_the_text() -> None:
     assert len({str(span.style) for span in text.spans}) == 3
 
 
-def test_a_spectrum_is_drawn_to_scale() -> None:
+def test_the_bars_of_a_sparkline_are_to_scale() -> None:
     assert sparkline([8.0, 4.0, 0.0]) == "█▄ "
     assert sparkline([]) == ""
 

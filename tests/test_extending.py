@@ -1,4 +1,4 @@
-"""docs/extending.md: its examples run as they are written, and its tables name everything that is shipped."""
+"""docs/extending.md: its examples run unchanged, and its tables name everything that is shipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = SIGNAL_REGISTRY.names + KV_POLICY_REGISTRY.names
 
 @pytest.fixture
 def page(capsys: pytest.CaptureFixture[str]) -> Iterator[dict[str, Any]]:
-    """The names that the page's examples define, after they ran."""
+    """The names that the examples of the page define when they run."""
     names: dict[str, Any] = {
         "__name__": "extending",
         "model": build("llama"),

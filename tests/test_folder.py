@@ -1,4 +1,4 @@
-"""A ladder's folder is written whole: killed at any moment, beside other writers and readers, among others' files."""
+"""A ladder's folder is written whole, even if the writer is killed or others read and write at the same time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def which(ladder: RankLadder) -> RankLadder | None:
-    """The one of the two ladders that this is, whole."""
+    """`OLD` or `NEW`, whichever `ladder` equals completely; None if it equals neither."""
     for one in (OLD, NEW):
         mine, module = ladder.modules["proj"], one.modules["proj"]
         if torch.equal(mine.up, module.up) and torch.equal(mine.down, module.down) and ladder.policy == one.policy:
@@ -54,7 +54,7 @@ def which(ladder: RankLadder) -> RankLadder | None:
 
 
 def product(folder: Path) -> torch.Tensor:
-    """What PEFT computes with the folder."""
+    """The weight change (out, in) that PEFT computes from the folder."""
     ((a, b, scale),) = PeftAdapter.load(folder).factors.values()
     return scale * b @ a
 
@@ -64,7 +64,7 @@ def of(ladder: RankLadder) -> torch.Tensor:
 
 
 def add_others(folder: Path) -> None:
-    """Files that are not ours."""
+    """Add files that other programs wrote."""
     (folder / "README.md").write_text("mine")
     (folder / "ladder-of-fame.safetensors").write_bytes(b"mine")
     (folder / "checkpoint").mkdir()
@@ -72,14 +72,14 @@ def add_others(folder: Path) -> None:
     (folder / "link").symlink_to("README.md")
 
 
-def others_are_there(folder: Path) -> bool:
+def others_are_unchanged(folder: Path) -> bool:
     files = ("README.md", "ladder-of-fame.safetensors", "checkpoint/state", "link")
     return all((folder / name).read_bytes() == b"mine" for name in files)
 
 
 @contextmanager
 def child(work: Callable[[], Any]) -> Iterator[int]:
-    """A process that does `work`; killed at the end."""
+    """Run `work` in another process, which is killed at the end."""
     if (pid := os.fork()) == 0:
         try:
             work()
@@ -93,11 +93,14 @@ def child(work: Callable[[], Any]) -> Iterator[int]:
 
 
 def killed_at_step(work: Callable[[], Any], step: int) -> bool:
-    """Whether a process that does `work` got as far as its `step`th change on disk, and was killed there."""
+    """Run `work` in a process that is killed before its change number `step` on disk.
+
+    Returns whether the process came that far.
+    """
     if (pid := os.fork()) == 0:
         passed = 0
 
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed_in_time(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 nonlocal passed
                 if passed == step:
@@ -109,16 +112,16 @@ def killed_at_step(work: Callable[[], Any], step: int) -> bool:
 
         try:
             for name in STEPS:
-                setattr(os, name, counted(getattr(os, name)))
+                setattr(os, name, killed_in_time(getattr(os, name)))
             for name in ("exchange", "rename_new"):
-                setattr(whole_folder, name, counted(getattr(whole_folder, name)))
+                setattr(whole_folder, name, killed_in_time(getattr(whole_folder, name)))
             work()
         finally:
             os._exit(0)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def test_killed_at_any_step_there_is_the_old_ladder_or_the_new_one(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_step_the_folder_holds_the_old_or_the_new_ladder(tmp_path: Path) -> None:
     folder, found, step = tmp_path / "ladder", [], 0
     OLD.save_pretrained(folder)
     add_others(folder)
@@ -127,7 +130,7 @@ def test_killed_at_any_step_there_is_the_old_ladder_or_the_new_one(tmp_path: Pat
         assert ladder is not None and torch.equal(product(folder), of(ladder))
         found.append("old" if ladder is OLD else "new")
         OLD.save_pretrained(folder)
-        assert others_are_there(folder)
+        assert others_are_unchanged(folder)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ladder"], "what was left over is gone"
         step += 1
     assert step > 15
@@ -135,7 +138,7 @@ def test_killed_at_any_step_there_is_the_old_ladder_or_the_new_one(tmp_path: Pat
     assert found.count("old") > 5 < found.count("new")
 
 
-def test_killed_at_any_step_a_first_save_leaves_nothing_or_the_ladder(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_step_of_a_first_save_there_is_nothing_or_the_ladder(tmp_path: Path) -> None:
     step = 0
     while True:
         folder = tmp_path / str(step) / "ladder"
@@ -148,7 +151,7 @@ def test_killed_at_any_step_a_first_save_leaves_nothing_or_the_ladder(tmp_path: 
     assert step > 8
 
 
-def test_killed_at_any_step_an_export_over_an_adapter_never_leaves_another_one(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_step_of_an_export_the_folder_holds_no_mixture(tmp_path: Path) -> None:
     folder, step = tmp_path / "adapter", 0
     OLD.save_adapter(folder)
     while killed_at_step(lambda: NEW.save_adapter(folder), step):
@@ -158,7 +161,7 @@ def test_killed_at_any_step_an_export_over_an_adapter_never_leaves_another_one(t
     assert step > 10
 
 
-def test_killed_at_any_step_in_place_there_is_the_old_ladder_the_new_one_or_a_refusal(
+def test_after_a_kill_at_any_step_of_writing_in_place_no_mixture_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Path) -> None:
@@ -176,30 +179,30 @@ def test_killed_at_any_step_in_place_there_is_the_old_ladder_the_new_one_or_a_re
             refused += 1
         OLD.save_pretrained(folder)
         assert which(RankLadder.load(folder)) is OLD
-        assert others_are_there(folder)
+        assert others_are_unchanged(folder)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ladder"]
         assert not [path for path in folder.iterdir() if path.name.endswith("tmp")]
         step += 1
     assert 0 < refused < step / 2
 
 
-def test_killed_at_random_moments_there_is_one_whole_ladder(tmp_path: Path) -> None:
+def test_after_kills_at_random_moments_there_is_one_whole_ladder(tmp_path: Path) -> None:
     folder, draw = tmp_path / "ladder", random.Random(0)
     OLD.save_pretrained(folder)
     add_others(folder)
 
-    def save_for_ever() -> None:
+    def save_repeatedly() -> None:
         while True:
             NEW.save_pretrained(folder)
             OLD.save_pretrained(folder)
 
     for _ in range(40):
-        with child(save_for_ever):
+        with child(save_repeatedly):
             time.sleep(draw.uniform(0.001, 0.05))
         assert which(RankLadder.load(folder)) is not None
         assert (folder / "README.md").read_text() == "mine"
     OLD.save_pretrained(folder)
-    assert others_are_there(folder)
+    assert others_are_unchanged(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["ladder"]
 
 
@@ -215,7 +218,7 @@ def test_two_writers_leave_one_whole_ladder_and_readers_always_load_one(
     folder, failed = tmp_path / "ladder", tmp_path / "failed"
     OLD.save_pretrained(folder)
 
-    def save_for_ever(first: RankLadder, second: RankLadder) -> Callable[[], None]:
+    def save_repeatedly(first: RankLadder, second: RankLadder) -> Callable[[], None]:
         def save() -> None:
             try:
                 while True:
@@ -227,7 +230,7 @@ def test_two_writers_leave_one_whole_ladder_and_readers_always_load_one(
         return save
 
     seen = set()
-    with child(save_for_ever(NEW, OLD)), child(save_for_ever(OLD, NEW)):
+    with child(save_repeatedly(NEW, OLD)), child(save_repeatedly(OLD, NEW)):
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             ladder = which(RankLadder.load(folder))
@@ -249,7 +252,7 @@ def test_two_first_writers_leave_one_whole_ladder(tmp_path: Path) -> None:
         assert [path.name for path in folder.parent.iterdir()] == ["ladder"]
 
 
-def test_a_writer_that_lives_is_left_alone(tmp_path: Path) -> None:
+def test_the_files_of_a_running_writer_are_not_removed(tmp_path: Path) -> None:
     live, dead, other = (tmp_path / f".ladder.{name}.chunkwise-tmp" for name in ("0" * 16, "1" * 16, "mine"))
     for path in (live, dead, other):
         path.mkdir()
@@ -264,7 +267,7 @@ def test_a_writer_that_lives_is_left_alone(tmp_path: Path) -> None:
     assert not live.exists()
 
 
-def test_what_a_killed_writer_took_along_comes_back_and_replaces_nothing(tmp_path: Path) -> None:
+def test_files_that_a_killed_writer_moved_come_back_and_replace_nothing(tmp_path: Path) -> None:
     folder, leftover = tmp_path / "ladder", tmp_path / f".ladder.{'a' * 16}.chunkwise-tmp"
     OLD.save_pretrained(leftover)
     add_others(leftover)
@@ -280,7 +283,7 @@ def test_what_a_killed_writer_took_along_comes_back_and_replaces_nothing(tmp_pat
     assert which(RankLadder.load(folder)) is NEW
 
 
-def test_a_writer_waits_for_another_one_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_waits_for_another_one_and_then_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     OLD.save_pretrained(tmp_path / "ladder")
     monkeypatch.setattr(folder_lock.locked_folder.__wrapped__, "__defaults__", (0.05,))  # type: ignore[attr-defined]
     holder = OpenFolder(tmp_path / "ladder")
@@ -297,7 +300,7 @@ def test_a_writer_waits_for_another_one_and_then_says_so(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("failing", ["fsync", "open", "mkdir", "exchange"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=["full", "interrupt"])
-def test_a_save_that_fails_leaves_the_old_ladder_and_nothing_beside(
+def test_a_failed_save_leaves_the_old_ladder_and_no_other_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
 ) -> None:
     OLD.save_pretrained(tmp_path / "ladder")
@@ -311,24 +314,24 @@ def test_a_save_that_fails_leaves_the_old_ladder_and_nothing_beside(
         with pytest.raises(LadderError if isinstance(error, OSError) else KeyboardInterrupt):
             NEW.save_pretrained(tmp_path / "ladder")
     assert which(RankLadder.load(tmp_path / "ladder")) is OLD
-    assert others_are_there(tmp_path / "ladder")
+    assert others_are_unchanged(tmp_path / "ladder")
     NEW.save_pretrained(tmp_path / "ladder")
     assert [path.name for path in tmp_path.iterdir()] == ["ladder"]
 
 
-def test_others_files_are_kept_and_format_1_is_replaced(tmp_path: Path) -> None:
+def test_files_of_others_are_kept_and_format_1_is_replaced(tmp_path: Path) -> None:
     add_others(tmp_path)
     (tmp_path / "ladder-0123456789ab.safetensors").write_bytes(b"of no manifest")
     OLD.save_pretrained(tmp_path)
     NEW.save_pretrained(tmp_path)
-    assert others_are_there(tmp_path)
+    assert others_are_unchanged(tmp_path)
     assert (tmp_path / "ladder-0123456789ab.safetensors").exists()
     NEW.save_adapter(tmp_path)
-    assert others_are_there(tmp_path)
+    assert others_are_unchanged(tmp_path)
     assert not list(tmp_path.glob("chunkwise*"))
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").mkdir()
     (tmp_path / "adapter_config.json" / "x").write_text("mine")
     with pytest.raises(LadderError, match=r"adapter_config\.json.*|move it away"):
@@ -355,7 +358,7 @@ def test_the_current_folder_stays_the_current_folder(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127, "a b\nc", "[*]", ".hidden"])
-def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str) -> None:
+def test_a_folder_can_have_any_name(tmp_path: Path, name: str) -> None:
     for ladder in (OLD, NEW):
         ladder.save_pretrained(tmp_path / name)
         assert which(RankLadder.load(tmp_path / name)) is ladder
@@ -388,7 +391,7 @@ def test_an_impossible_path_is_refused(tmp_path: Path, path: str) -> None:
         RankLadder.load(tmp_path / path)
 
 
-def test_a_ladder_in_use_survives_that_its_files_are_cut_off(tmp_path: Path) -> None:
+def test_a_loaded_ladder_does_not_change_when_its_files_are_truncated(tmp_path: Path) -> None:
     NEW.save_pretrained(tmp_path)
     ladder = RankLadder.load(tmp_path)
     os.truncate(tmp_path / "adapter_model.safetensors", 0)

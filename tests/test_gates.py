@@ -33,17 +33,21 @@ from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_p
 
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
 
-LIVELY = ChunkWiseConfig(
+CHANGING = ChunkWiseConfig(
     chunking=ChunkingConfig(min_length=2, max_length=5, thresholds=(0.5, 0.7), hysteresis=0.0, memory=2),
     selection=SelectionConfig(rank_shares=(0.0, 0.5, 1.0), scales=(1.0, 1.5, 0.75)),
     composition=CompositionConfig(window=2),
     kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3),
 )
-"""Short chunks, far-apart rungs, scales and cross-fades: a plan that changes all the time, with a full cache."""
+"""A plan that changes often: short chunks, far-apart rungs, scales and cross-fades. The cache keeps everything."""
 
 
 def gate_form(module: LadderModule, x: Tensor, weights: Tensor) -> Tensor:
-    """What the adapter adds for x (tokens, in) with weights (tokens, rungs), token by token: the slow reference."""
+    """The slow reference: what the adapter adds to the outputs of x (tokens, in) with weights (tokens, rungs).
+
+    Returns:
+        (tokens, out).
+    """
     rows = []
     for x_t, p_t in zip(x, weights, strict=True):
         g_t = sum(p_t[rung] * (torch.arange(module.rank) < rank).to(x) for rung, rank in enumerate(module.ranks))
@@ -59,12 +63,12 @@ def random_module(generator: torch.Generator, inputs: int, outputs: int, ranks: 
 
 @dataclass(frozen=True)
 class Case:
-    """A pass over a batch: per sequence an adapter or none, per token weights over the rungs."""
+    """A pass over a batch of sequences, each of which runs an adapter or the base model."""
 
     modules: dict[str, LadderModule]
     owners: list[str | None]
     weights: dict[str, np.ndarray]
-    """Per adapter (tokens of its sequences, rungs)."""
+    """By adapter: the weights over the rungs (tokens of its sequences, rungs)."""
     width: int
     seed: int
 
@@ -100,7 +104,7 @@ def cases(draw: st.DrawFn) -> Case:
 def gated_linear(
     name: str, linear: nn.Linear, modules: dict[str, LadderModule], context: ForwardContext, fast: FastPaths
 ) -> GatedLinear:
-    """A layer that these adapters change."""
+    """A gated layer with the adapters of `modules`."""
     gated = GatedLinear(name, linear, context, fast)
     backend = backend_on(torch.device("cpu"), torch.float32, name=None if fast.kernels else "torch")
     gated.known_as(backend, backend.add_layer(name, linear.in_features, [Columns(0, linear.out_features)]))
@@ -140,7 +144,10 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
 def reference_forward(
     model: Any, ladders: dict[str, RankLadder], names: list[str], plans: list[np.ndarray], width: int
 ) -> Iterator[None]:
-    """Plain hooks that add the gate form, by sequence; `plans[row]` ends at the last column, padding gets nothing."""
+    """Add the gate form to the model by hooks.
+
+    The plan of a sequence, `plans[row]` (tokens, rungs), ends at the last column. Padding gets nothing.
+    """
 
     def addition(name: str, x: Tensor) -> Tensor:
         added = torch.zeros(*x.shape[:2], model.get_submodule(name).weight.numel() // x.shape[2])
@@ -159,11 +166,11 @@ def reference_forward(
 def generation_by_gate_form(
     architecture: str, ladders: dict[str, RankLadder], names: list[str], inputs: dict[str, Tensor], new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Greedy generation as the paper writes it: no cache, every token's gates applied in every pass."""
+    """Greedy generation by the paper's definition: without a cache, with the gates of all tokens in every pass."""
     model = build(architecture)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     schedulers = [
-        RuntimeScheduler(LIVELY, ladders[name].rung_ranks if name in ladders else [0.0], model.config.vocab_size)
+        RuntimeScheduler(CHANGING, ladders[name].rung_ranks if name in ladders else [0.0], model.config.vocab_size)
         for name in names
     ]
     plans = [
@@ -189,7 +196,7 @@ def generation_by_gate_form(
 
 
 def uneven(ladder: RankLadder, seed: int) -> RankLadder:
-    """Every module its own ranks."""
+    """The ladder with other rungs, on which every module has its own ranks."""
     rng = np.random.default_rng(seed)
     return ladder.with_ranks(
         {
@@ -210,7 +217,7 @@ def test_generation_equals_the_gate_form_without_any_cache(
         "a": uneven(RankLadder.from_peft(adapter(architecture)), 5),
         "b": RankLadder.from_peft(adapter(architecture, seed=2)),
     }
-    model = ChunkWiseModel(build(architecture), ladders, LIVELY)
+    model = ChunkWiseModel(build(architecture), ladders, CHANGING)
     tokens, logits = greedy(model, prompts(), 20, adapter_names=names)
     expected_tokens, expected_logits = generation_by_gate_form(architecture, ladders, names, prompts(), 20)
     assert torch.equal(tokens, expected_tokens)
@@ -222,8 +229,8 @@ def test_generation_equals_the_gate_form_without_any_cache(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_changing_plan_over_the_cache_equals_one_over_the_whole_text(architecture: str) -> None:
-    model = ChunkWiseModel(build(architecture), adapter(architecture), LIVELY)
+def test_a_changing_plan_with_a_cache_equals_one_pass_over_the_whole_text(architecture: str) -> None:
+    model = ChunkWiseModel(build(architecture), adapter(architecture), CHANGING)
     cached = greedy(model, prompts(), 24)
     whole = greedy(model, prompts(), 24, use_cache=False)
     assert torch.equal(cached[0], whole[0])
@@ -231,9 +238,9 @@ def test_a_changing_plan_over_the_cache_equals_one_over_the_whole_text(architect
 
 
 @pytest.mark.parametrize("kind", ["lm_head", "saved_head", "saved_embedding", "one_layer", "wide"])
-def test_a_changing_plan_runs_on_adapter(kind: str) -> None:
+def test_a_changing_plan_runs_every_kind_of_adapter(kind: str) -> None:
     ladders = {"a": RankLadder.from_peft(adapter("llama", kind)), "b": RankLadder.from_peft(adapter("llama"))}
-    model = ChunkWiseModel(build("llama"), ladders, LIVELY)
+    model = ChunkWiseModel(build("llama"), ladders, CHANGING)
     cached = greedy(model, prompts(), 12, adapter_names=["a", "b", "a"])
     whole = greedy(model, prompts(), 12, adapter_names=["a", "b", "a"], use_cache=False)
     assert torch.equal(cached[0], whole[0])
@@ -243,8 +250,8 @@ def test_a_changing_plan_runs_on_adapter(kind: str) -> None:
 @pytest.mark.parametrize(
     ("beams", "options"), [(1, {"use_cache": False}), (1, {"prefill_chunk_size": 5}), (3, {"prefill_chunk_size": 5})]
 )
-def test_a_changing_plan_does_not_depend_on_how_the_passes_are_cut(beams: int, options: dict[str, Any]) -> None:
-    model = ChunkWiseModel(build("llama"), adapter("llama"), LIVELY)
+def test_a_changing_plan_does_not_depend_on_the_split_into_passes(beams: int, options: dict[str, Any]) -> None:
+    model = ChunkWiseModel(build("llama"), adapter("llama"), CHANGING)
     inputs = prompts((12, 12))
     whole = model.generate(**inputs, max_new_tokens=16, do_sample=False, num_beams=beams)
     trace = model.trace
@@ -258,7 +265,7 @@ def test_a_changing_plan_does_not_depend_on_how_the_passes_are_cut(beams: int, o
 
 def test_beams_of_one_batch_keep_the_adapter_of_their_prompt() -> None:
     folders = {"a": adapter("llama"), "b": adapter("llama", seed=2)}
-    model = ChunkWiseModel(build("llama"), folders, LIVELY)
+    model = ChunkWiseModel(build("llama"), folders, CHANGING)
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 16, "do_sample": False}
     ids = prompts((7, 7))["input_ids"]
     names = ["b", "a"]
@@ -268,7 +275,7 @@ def test_beams_of_one_batch_keep_the_adapter_of_their_prompt() -> None:
         assert torch.equal(together[2 * row : 2 * row + 2], alone)
 
 
-def test_a_head_with_both_a_lora_and_a_replacement_in_one_batch_gives_each_sequence_its_own() -> None:
+def test_a_batch_can_mix_a_lora_and_a_replacement_of_the_head() -> None:
     folders = {"lora": adapter("llama", "lm_head"), "saved": adapter("llama", "saved_head")}
     lossless = ChunkWiseConfig.preset("lossless")
     both = ChunkWiseModel(build("llama"), folders, lossless)
@@ -290,7 +297,7 @@ def test_a_module_that_sees_routed_tokens_refuses_gates_per_token(name: str, cou
             gated(torch.randn(tokens, 6))
 
 
-def test_a_module_that_sees_routed_tokens_runs_where_all_tokens_get_the_same() -> None:
+def test_a_module_that_sees_routed_tokens_runs_if_all_tokens_have_the_same_gates() -> None:
     context = ForwardContext()
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
     linear = nn.Linear(6, 5)
@@ -302,7 +309,7 @@ def test_a_module_that_sees_routed_tokens_runs_where_all_tokens_get_the_same() -
             assert torch.allclose(gated(x), linear(x) + x @ module.down.T @ module.up.T, atol=1e-4)
 
 
-def test_rank_zero_runs_the_base_and_half_scale_adds_half() -> None:
+def test_rank_zero_runs_the_base_and_scale_one_half_adds_half() -> None:
     def logits(share: float, scale: float) -> Tensor:
         config = ChunkWiseConfig.preset("lossless").model_copy(
             update={"selection": SelectionConfig(rank_shares=(share,), scales=(scale,))}

@@ -1,4 +1,4 @@
-"""The kernels compute what PyTorch does, for every shape, mask and pool; without a compiler all runs on PyTorch."""
+"""The C kernels compute the same as PyTorch for every shape, mask and pool. Without a compiler PyTorch runs alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def kernels_of(dtype: torch.dtype) -> Kernels:
 
 
 def assert_close(result: Tensor, expected: Tensor, summands: Tensor | None = None) -> None:
-    """Within rounding of the result's own precision, or where they cancel, of the sum of `summands`' sizes."""
+    """Check that the difference is within rounding in the result's dtype.
+
+    Where summands cancel, rounding is relative to the sum of the sizes of `summands`.
+    """
     tolerance = PRECISIONS[result.dtype]
     size = float((expected if summands is None else summands).abs().max())
     assert torch.allclose(result.double(), expected.double(), rtol=tolerance, atol=tolerance * size)
@@ -70,7 +73,7 @@ def assert_close(result: Tensor, expected: Tensor, summands: Tensor | None = Non
     widths=st.lists(st.integers(1, 600), min_size=1, max_size=3),
     gated=st.booleans(),
 )
-def test_adding_segments_is_two_products_per_adapter_and_module(
+def test_adding_segments_equals_two_products_per_adapter_and_module(
     dtype: torch.dtype, seed: int, counts: list[int], ranks: list[int], widths: list[int], gated: bool
 ) -> None:
     torch.manual_seed(seed)
@@ -99,7 +102,7 @@ def test_adding_segments_is_two_products_per_adapter_and_module(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 9), width=st.integers(1, 300), bias=st.booleans())
-def test_a_product_of_few_tokens_is_that_of_float32(
+def test_a_product_of_few_tokens_equals_that_of_float32(
     dtype: torch.dtype, seed: int, tokens: int, width: int, bias: bool
 ) -> None:
     torch.manual_seed(seed)
@@ -120,7 +123,7 @@ def test_a_rank_of_millions_does_not_overflow_the_stack() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("cold", [False, True])
-def test_attention_over_numbers_that_are_not_finite_gives_what_sdpa_gives(value: float, cold: bool) -> None:
+def test_attention_over_nan_and_infinity_equals_sdpa(value: float, cold: bool) -> None:
     kernels_of(torch.float32)
     layer, states = ChunkWiseLayer(), torch.randn(1, 2, 40, 16)
     states[0, 0, 3, 3] = value
@@ -208,7 +211,7 @@ def add(call: dict[str, Tensor | int]) -> Tensor:
         ("rung", -1),
     ],
 )
-def test_what_would_lead_a_product_out_of_bounds_is_refused(name: str, value: Tensor | int) -> None:
+def test_arguments_that_would_read_out_of_bounds_in_a_product_are_refused(name: str, value: Tensor | int) -> None:
     expected = torch.ones(3, 6)
     expected[[0, 2], 1:] += 12
     assert torch.equal(add(fitting_call()), expected)
@@ -241,7 +244,9 @@ def test_what_would_lead_a_product_out_of_bounds_is_refused(name: str, value: Te
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_would_lead_an_attention_out_of_bounds_is_refused(change: dict[str, Tensor | tuple[int, int]]) -> None:
+def test_arguments_that_would_read_out_of_bounds_in_attention_are_refused(
+    change: dict[str, Tensor | tuple[int, int]],
+) -> None:
     def attend(**given: Tensor | tuple[int, int]) -> Tensor:
         cold = [
             given.get("codes", torch.ones(1, 1, 3, 8, dtype=torch.int8)),
@@ -259,13 +264,13 @@ def test_what_would_lead_an_attention_out_of_bounds_is_refused(change: dict[str,
         attend(**change)
 
 
-def test_keys_and_values_of_two_element_types_go_to_pytorch() -> None:
+def test_keys_and_values_of_different_dtypes_use_pytorch() -> None:
     layer, states = ChunkWiseLayer(), torch.randn(1, 1, 5, 8)
     layer.update(states, states.bfloat16())
     assert not layer.attends(torch.randn(1, 1, 1, 8), None)
 
 
-def test_storage_that_was_exchanged_is_not_read_by_its_old_address() -> None:
+def test_replaced_storage_is_not_read_at_its_old_address() -> None:
     kernels_of(torch.float32)
     layer, states, query = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8), torch.randn(1, 1, 1, 8)
     layer.update(*states)
@@ -281,7 +286,7 @@ def test_storage_that_was_exchanged_is_not_read_by_its_old_address() -> None:
     assert not layer.attends(query, None)
 
 
-def test_generation_under_autocast_is_that_without_kernels() -> None:
+def test_generation_under_autocast_is_the_same_without_kernels() -> None:
     tokens = []
     for fast in (FastPaths(), FastPaths(kernels=False)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -300,14 +305,14 @@ def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -
     assert wide(x).requires_grad, "with gradients it is the layer itself"
 
 
-def test_a_row_without_a_slot_gets_nothing_as_sdpa_gives() -> None:
+def test_a_row_without_a_slot_gets_zeros_as_in_sdpa() -> None:
     layer, states = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8)
     kernels_of(torch.float32)
     layer.update(*states)
     assert not layer.attend(torch.randn(1, 2, 1, 8), torch.zeros(1, 1, 1, 5, dtype=torch.bool), 1.0).any()
 
 
-def test_values_that_are_not_the_cache_s_own_are_attended_to_as_given() -> None:
+def test_attention_uses_given_values_that_are_not_those_of_the_cache() -> None:
     layer, states = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8)
     keys, values = layer.update(*states)
     query = torch.randn(1, 1, 1, 8)
@@ -381,11 +386,11 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
     mask = None
     if masked:
         mask = torch.rand(batch, 1, 1, cold + hot) > 0.3
-        mask[..., -1] = True  # as ever, a token sees itself
+        mask[..., -1] = True  # as always, a token sees itself
     kernels_of(dtype)
     assert layer.attends(query, mask)
     output = layer.attend(query, mask, 0.2)
-    layer.dtype = torch.float32  # so that INT8 is widened without rounding
+    layer.dtype = torch.float32  # INT8 is then widened without rounding
     keys, values = (states.double() for states in layer.read())
     expected = nn.functional.scaled_dot_product_attention(
         query.double(), keys, values, mask, scale=0.2, enable_gqa=True
@@ -394,7 +399,7 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_what_no_kernel_takes_goes_to_sdpa_over_the_widened_cache(tokens: int) -> None:
+def test_calls_without_a_kernel_use_sdpa_over_the_widened_cache(tokens: int) -> None:
     layer, states = ChunkWiseLayer(use_kernels=False), torch.randn(2, 1, 2, 20, 8)
     layer.update(*states)
     slots = torch.arange(20)[None]
@@ -411,7 +416,7 @@ def test_what_no_kernel_takes_goes_to_sdpa_over_the_widened_cache(tokens: int) -
 
 @pytest.fixture(scope="session")
 def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library compiled for any CPU, with the conversions of float16 for compilers that do not know it."""
+    """A library for any CPU, compiled without the compiler's float16."""
     path = tmp_path_factory.mktemp("library") / "portable.so"
     try:
         command = [*build.find_compiler(), "-O1", "-shared", "-fPIC", "-DPORTABLE_FLOAT16"]
@@ -423,7 +428,7 @@ def library_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """As in a process that has not loaded the kernels yet, with a cache folder of its own."""
+    """The state of a process that has not loaded the kernels yet, with its own cache folder."""
     monkeypatch.setenv("CHUNKWISE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(wrappers, "_libraries", [])
     kernels.cache_clear()
@@ -433,7 +438,7 @@ def own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 @pytest.fixture
 def compiler(tmp_path: Path, library_file: Path, monkeypatch: pytest.MonkeyPatch, own_process: Path) -> Path:
-    """Stands in for a compiler: gives the library at once, and adds a line to `calls` for each call."""
+    """Replaces the compiler by a script that copies the library, and adds a line to `calls` for each call."""
     body = f'echo >> {tmp_path}/calls; while [ "$1" != -o ]; do shift; done; cp {library_file} "$2"'
     return script(tmp_path, body, monkeypatch)
 
@@ -497,7 +502,7 @@ def test_a_damaged_library_is_compiled_again(damage: str, compiler: Path, own_pr
     build.load(works)
     (path,) = own_process.iterdir()
     content = bytearray(path.read_bytes())
-    path.unlink()  # a library that this process has mapped must not change under it
+    path.unlink()  # a library that this process has mapped must not change
     if damage == "cut":
         content = content[: len(content) // 2]
     elif damage == "changed":
@@ -513,7 +518,7 @@ def test_a_damaged_library_is_compiled_again(damage: str, compiler: Path, own_pr
 @pytest.mark.parametrize(
     "place", ["all may write", "a group may write", "a link", "all may write above", "below a file", "a full disk"]
 )
-def test_nothing_is_kept_in_a_place_where_it_must_not_or_cannot_be(
+def test_no_library_is_stored_in_an_unsafe_or_unwritable_folder(
     place: str, compiler: Path, own_process: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -543,7 +548,7 @@ def test_nothing_is_kept_in_a_place_where_it_must_not_or_cannot_be(
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_in_a_sticky_folder_such_as_tmp_a_library_is_kept(compiler: Path, own_process: Path) -> None:
+def test_a_library_is_stored_below_a_sticky_folder_such_as_tmp(compiler: Path, own_process: Path) -> None:
     own_process.parent.mkdir()
     own_process.parent.chmod(0o1777)
     for _ in range(2):
@@ -631,7 +636,7 @@ def test_a_broken_compiler_is_reported_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("cc", ["'", "/no/such/compiler", "no-such-compiler -m64"])
-def test_a_cc_that_is_no_command_is_named(cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cc_that_does_not_exist_is_named(cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", cc)
     with pytest.raises(build.BuildError, match="CC is"):
         build.find_compiler()
@@ -646,7 +651,7 @@ def test_a_cc_that_is_no_command_is_named(cc: str, monkeypatch: pytest.MonkeyPat
         ({}, "/home/someone/.cache/chunkwise-lora"),
     ],
 )
-def test_the_cache_is_where_users_expect_it(
+def test_the_cache_is_in_the_usual_folder_of_the_user(
     variables: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", "linux")

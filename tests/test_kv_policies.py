@@ -1,4 +1,4 @@
-"""KV policies drop exactly the tokens that they score lowest, whatever the engine's passes look like."""
+"""KV policies drop exactly the tokens with the lowest scores, for every split of the tokens into passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SINKS = 2
 
 
 def config_of(*policies: LevelKVPolicy, max_length: int = 5) -> ChunkWiseConfig:
-    """Full rank everywhere and short chunks, so that only the KV policy matters and much is decided."""
+    """Full rank, so that only the KV policy matters, and short chunks, so that there are many decisions."""
     levels = policies if len(policies) == 3 else policies * 3
     return ChunkWiseConfig(
         chunking=ChunkingConfig(min_length=2, max_length=max_length, thresholds=(0.5, 0.7), hysteresis=0.0, memory=2),
@@ -127,7 +127,9 @@ def test_snapkv_equals_its_definition(tokens: int, window: int, kernel: int, gro
 
 
 @given(scores=st.lists(st.integers(0, 3), min_size=1, max_size=12), share=st.floats(0, 1))
-def test_the_lowest_scores_go_and_of_equal_ones_the_later_token_stays(scores: list[int], share: float) -> None:
+def test_tokens_with_the_lowest_scores_are_dropped_and_among_equals_the_earlier(
+    scores: list[int], share: float
+) -> None:
     class Given(KVPolicy):
         def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
             return keys[..., 0]
@@ -154,7 +156,7 @@ def test_scores_are_averaged_over_heads_and_layers_of_every_shape() -> None:
 
 @pytest.mark.parametrize("precision", ["full", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
-def test_a_registered_policy_drops_exactly_what_its_score_says(
+def test_a_registered_policy_drops_the_tokens_with_its_lowest_scores(
     architecture: str, precision: str, registered: Callable[[str, type[KVPolicy]], str]
 ) -> None:
     @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def test_a_registered_policy_drops_exactly_what_its_score_says(
         assert expected >= set(range(min(SINKS, int(mask.sum()))))
 
 
-def test_what_is_dropped_is_freed() -> None:
+def test_the_memory_of_dropped_tokens_is_freed() -> None:
     held = {}
     for share in (1.0, 0.5, 0.25):
         model = ChunkWiseModel(build("llama"), adapter("llama"), evicting("knorm", share))
@@ -258,7 +260,7 @@ def test_queries_and_keys_of_a_chunk_give_the_models_attention(
 
 @dataclass
 class Stream:
-    """A sequence of random states that a cache takes in pieces, with a closed chunk now and then."""
+    """A sequence of random states that is fed to a cache in pieces, and whose chunks close from time to time."""
 
     ends: list[int]
     policy: str
@@ -272,7 +274,7 @@ class Stream:
         self.queries = torch.randn(self.layers, 1, 6, self.ends[-1], 4, generator=generator)
 
     def run(self, pieces: list[tuple[int, int]]) -> set[int]:
-        """Feed the states in pieces; a chunk's decision comes with the pass in which the next chunk begins."""
+        """Feed the states in pieces. The decision for a chunk comes with the pass in which the next chunk begins."""
         cache = ChunkWiseCache(build("llama").config, 1.0, carries_out=True, record_queries=True)
         for start, end in pieces:
             for index, layer in enumerate(cache.own):
@@ -304,7 +306,7 @@ def test_a_prefill_in_pieces_closes_the_same_chunks_and_keeps_the_same_number_of
     assert closed_chunks(model, 0) == chunks
     first = [token for chunk in chunks for token in chunk if chunk.stop <= 7]
     assert len(tokens_held(pieces, 0)) == len(tokens_held(whole, 0)) < 40
-    # Until something was dropped, the keys and queries are the same, so the kept tokens are too.
+    # Before the first drop, keys and queries are the same, so the same tokens are kept.
     assert tokens_held(pieces, 0) & set(first) == tokens_held(whole, 0) & set(first)
 
 
@@ -314,7 +316,7 @@ def test_queries_of_closed_chunks_are_freed() -> None:
     for layer in cache.own:
         assert sum(queries.shape[2] for queries in layer.queries) <= 5 + 16
         assert sum(queries.untyped_storage().nbytes() for queries in layer.queries) < 0.2 * 300 * 2 * 4 * 8 * 4
-    ended = int(greedy(model, prompts((20, 12)), 4)[0][0, 3])  # one sequence ends early, the other goes on
+    ended = int(greedy(model, prompts((20, 12)), 4)[0][0, 3])  # one sequence ends early, the other continues
     output = model.generate(
         **prompts((20, 12)), max_new_tokens=120, do_sample=False, eos_token_id=ended, return_dict_in_generate=True
     )
@@ -322,13 +324,13 @@ def test_queries_of_closed_chunks_are_freed() -> None:
         assert sum(queries.shape[2] for queries in layer.queries) <= 5 + 16
 
 
-def test_no_queries_are_kept_where_no_policy_reads_them() -> None:
+def test_no_queries_are_kept_if_no_policy_reads_them() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), evicting("knorm"))
     assert all(layer.queries is None for layer in run_prompt(model, prompts()).own)
 
 
 @pytest.mark.parametrize("reason", ["another implementation", "no fast attention"])
-def test_a_policy_that_needs_queries_is_named_where_attention_does_not_show_them(
+def test_a_policy_that_needs_queries_is_named_if_attention_does_not_give_them(
     reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = build("llama")
@@ -347,7 +349,7 @@ def test_a_policy_that_needs_queries_is_named_where_attention_does_not_show_them
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mistral"])
-def test_a_model_without_decisions_keeps_everything_and_says_so(architecture: str) -> None:
+def test_a_model_that_cannot_carry_out_decisions_keeps_everything_and_reports_it(architecture: str) -> None:
     model = ChunkWiseModel(build(architecture), adapter(architecture), evicting("snapkv"))
     greedy(model, prompts(), 4)
     assert model.trace is not None and model.trace.kv_notes

@@ -1,4 +1,4 @@
-"""The ladder against numpy: equal at full rank, optimal below it, and safe on disk."""
+"""The ladder equals the adapter at full rank, is optimal at lower ranks (by numpy), and is stored without loss."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def delta_weights(kind: str) -> dict[str, Tensor]:
-    """PEFT's own s B A of every module."""
+    """The weight change s B A that PEFT computes for every module."""
     model = peft_model("llama", kind)
     prefix = "base_model.model."
     return {
@@ -87,7 +87,7 @@ def test_full_rank_equals_pefts_delta_weight(kind: str) -> None:
     alpha=st.floats(0.1, 64),
     seed=st.integers(0, 1000),
 )
-def test_every_rank_errs_exactly_as_numpys_svd_does(
+def test_every_rank_has_the_error_of_numpys_svd(
     tmp_path_factory: pytest.TempPathFactory, rank: int, inputs: int, outputs: int, alpha: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +141,7 @@ def test_gate_tables_switch_on_the_first_directions() -> None:
     assert (module.gate_table().diff(dim=1) <= 0).all()
 
 
-def test_a_rungs_rank_is_the_mean_over_modules_weighted_by_what_a_direction_costs() -> None:
+def test_a_rungs_rank_is_the_mean_over_modules_weighted_by_the_cost_of_a_direction() -> None:
     ladder = RankLadder.from_peft(adapter("llama", "patterns"))
     costs = {name: sum(delta.shape) for name, delta in delta_weights("patterns").items()}
     for rung, rank in enumerate(ladder.rung_ranks):
@@ -303,27 +303,27 @@ def test_impossible_moments_are_refused(moment: Tensor) -> None:
         ladder.data_aware({name: moment})
 
 
-def test_second_moments_are_those_of_what_the_modules_see_in_peft() -> None:
+def test_second_moments_are_those_of_the_modules_inputs_in_peft() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"))
     batches = [prompts((9, 9))["input_ids"], prompts((9, 9), seed=4)["input_ids"]]
     moments = second_moments(model, batches)
-    rival = peft_model("llama").get_base_model()
+    reference = peft_model("llama").get_base_model()
     inputs: dict[str, list[Tensor]] = {}
 
     def keep(name: str, x: Tensor) -> Tensor:
         inputs.setdefault(name, []).append(x.detach().flatten(0, 1))
         return torch.zeros(1)
 
-    with torch.no_grad(), linear_outputs_plus(rival, keep, model.ladders["default"].modules):
+    with torch.no_grad(), linear_outputs_plus(reference, keep, model.ladders["default"].modules):
         for batch in batches:
-            rival(batch)
+            reference(batch)
     assert moments.keys() == inputs.keys()
     for name, module in model.ladders["default"].modules.items():
         z = torch.cat(inputs[name]) @ module.down.T
         assert torch.allclose(moments[name], z.T @ z / len(z), rtol=1e-3, atol=1e-4), name
     hooks = {name: len(module._forward_pre_hooks) for name, module in model.model.named_modules()}
-    planned = {"", "model"}  # the model and its body, where passes are planned
-    assert {name for name, count in hooks.items() if count} == planned, "no watcher is left behind"
+    planned = {"", "model"}  # hooks of the model and of its body plan the passes
+    assert {name for name, count in hooks.items() if count} == planned, "no other hooks are left behind"
 
 
 # On disk
@@ -331,7 +331,7 @@ def test_second_moments_are_those_of_what_the_modules_see_in_peft() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "patterns", "saved_head"])
-def test_a_saved_ladder_comes_back_the_same(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_a_saved_ladder_loads_unchanged(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     ladder = RankLadder.from_peft(adapter("llama", kind)).to(dtype)
     ladder.save_pretrained(tmp_path / "a" / "b")
     assert same(RankLadder.from_pretrained(tmp_path / "a" / "b"), ladder)
@@ -342,7 +342,7 @@ def test_load_takes_the_folder_of_an_adapter_too() -> None:
     assert same(RankLadder.load(adapter("llama")), RankLadder.from_peft(adapter("llama")))
 
 
-def test_a_data_aware_ladder_with_own_ranks_comes_back_the_same(tmp_path: Path) -> None:
+def test_a_data_aware_ladder_with_its_own_ranks_loads_unchanged(tmp_path: Path) -> None:
     plain = RankLadder.from_peft(adapter("llama"))
     ladder = plain.with_ranks(dict.fromkeys(plain.modules, (2, 8))).data_aware(
         {next(iter(plain.modules)): torch.eye(8)}
@@ -379,12 +379,12 @@ def test_peft_reads_a_ladders_folder_as_the_adapter(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["saved_head", "saved_mlp", "saved_embedding", "tied_embedding"])
-def test_replaced_modules_travel_under_pefts_own_names(tmp_path: Path, kind: str) -> None:
+def test_replaced_modules_are_saved_under_pefts_names(tmp_path: Path, kind: str) -> None:
     RankLadder.from_peft(adapter("llama", kind)).save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(adapter("llama", kind) / WEIGHTS).keys()
 
 
-def test_ranks_of_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+def test_modules_whose_names_end_alike_keep_their_own_ranks(tmp_path: Path) -> None:
     module = RankLadder.from_peft(adapter("llama")).modules["model.layers.0.mlp.up_proj"]
     short = replace(module, up=module.up[:, :3], down=module.down[:3], sigma=module.sigma[:3], ranks=(0, 3))
     long = replace(module, ranks=(0, 8))
@@ -395,7 +395,7 @@ def test_ranks_of_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
         assert {scale for _, _, scale in read.values()} == {1.0}
 
 
-def test_the_policy_and_what_was_measured_travel_with_the_ladder(tmp_path: Path) -> None:
+def test_the_policy_and_the_measured_divergence_are_saved_with_the_ladder(tmp_path: Path) -> None:
     plain = RankLadder.from_peft(adapter("llama"))
     ladder = replace(plain, policy=ChunkWiseConfig.preset("compact"), rung_divergence=(0.5, *[0.1] * 7, 0.0))
     ladder.save_pretrained(tmp_path)
@@ -404,7 +404,7 @@ def test_the_policy_and_what_was_measured_travel_with_the_ladder(tmp_path: Path)
     assert ladder.with_ranks({name: (0, m.rank) for name, m in ladder.modules.items()}).rung_divergence is None
 
 
-def test_a_policy_for_what_was_not_learned_is_refused() -> None:
+def test_a_policy_that_needs_a_learned_estimator_is_refused_without_one() -> None:
     learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
     with pytest.raises(LadderError, match=r"complexity\.learned"):
         replace(RankLadder.from_peft(adapter("llama")), policy=learned)
@@ -416,7 +416,7 @@ def test_an_impossible_divergence_is_refused(divergence: tuple[float, ...]) -> N
         replace(RankLadder.from_peft(adapter("llama")), rung_divergence=divergence)
 
 
-def test_factors_lie_on_disk_once_and_sigma_only_where_it_was_learned(tmp_path: Path) -> None:
+def test_factors_are_stored_once_and_sigma_only_if_it_was_learned(tmp_path: Path) -> None:
     plain = RankLadder.from_peft(adapter("llama"))
     plain.save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "chunkwise.safetensors").exists()
@@ -458,7 +458,7 @@ def test_factors_beyond_float16_are_refused() -> None:
         (lambda config: config.update(rank_pattern={"proj": 3}), "rank_pattern"),
     ],
 )
-def test_a_config_by_which_peft_would_compute_something_else_is_refused(
+def test_a_changed_config_with_which_peft_would_compute_another_function_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     RankLadder.from_peft(adapter("llama")).save_pretrained(tmp_path)
@@ -476,7 +476,7 @@ def test_a_config_by_which_peft_would_compute_something_else_is_refused(
 
 
 def uneven(ladder: RankLadder) -> RankLadder:
-    """On rungs where modules differ in rank, and some have none."""
+    """A ladder on whose rungs modules differ in rank, and some have rank 0."""
     ranks = {name: (0, min(index, m.rank), m.rank) for index, (name, m) in enumerate(ladder.modules.items())}
     return replace(ladder.with_ranks(ranks), rung_divergence=(0.5, 0.1, 0.0))
 
@@ -512,7 +512,7 @@ def test_an_equal_rank_needs_no_pattern(tmp_path: Path, share: float) -> None:
         assert torch.allclose(b @ a, module.up[:, :k] @ module.down[:k], atol=1e-5)
 
 
-def test_a_truncation_says_what_it_loses() -> None:
+def test_a_truncation_reports_its_loss() -> None:
     ladder = uneven(RankLadder.from_peft(adapter("llama")))
     half = truncate(ladder, ladder.rung_ranks[1] / ladder.rung_ranks[-1])
     assert half.kl == 0.1
@@ -532,7 +532,7 @@ def test_an_impossible_share_is_refused(share: float) -> None:
 
 
 def write_format_1(ladder: RankLadder, folder: Path) -> None:
-    """What earlier releases wrote."""
+    """Write a ladder of format 1, as earlier releases did."""
     tensors = {f"saved_modules/{name}": tensor for name, tensor in ladder.saved_modules.items()}
     for name, module in ladder.modules.items():
         parts = {"up": module.up, "down": module.down, "sigma": module.sigma}
@@ -582,7 +582,7 @@ def test_a_damaged_ladder_of_format_1_is_refused(tmp_path: Path) -> None:
         RankLadder.load(tmp_path)
 
 
-def test_a_policy_beside_a_plain_adapter_is_taken(tmp_path: Path) -> None:
+def test_a_policy_in_the_folder_of_a_plain_adapter_is_used(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, torch.randn(4, 6), torch.randn(5, 4))
     (folder / "chunkwise_config.json").write_text(ChunkWiseConfig.preset("compact").to_json())
     assert RankLadder.load(folder).policy == ChunkWiseConfig.preset("compact")

@@ -1,4 +1,4 @@
-"""The `lossless` preset is unmerged PEFT, token for token, whatever is asked of `generate`."""
+"""The `lossless` preset generates the tokens of unmerged PEFT, with every option of `generate`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def attached(
     return ChunkWiseModel(build(architecture, **changes), adapter(architecture, kind), LOSSLESS, fast)
 
 
-def assert_same_generation(model: ChunkWiseModel, rival: Any, base: Any, inputs: dict[str, Tensor]) -> None:
+def assert_same_generation(model: ChunkWiseModel, reference: Any, base: Any, inputs: dict[str, Tensor]) -> None:
     tokens, logits = greedy(model, inputs, NEW_TOKENS)
-    expected_tokens, expected_logits = greedy(rival, inputs, NEW_TOKENS)
+    expected_tokens, expected_logits = greedy(reference, inputs, NEW_TOKENS)
     _, base_logits = greedy(base, inputs, 1)
     assert (base_logits[:, 0] - expected_logits[:, 0]).abs().max() > 0.5, "the adapter is too weak to prove anything"
     assert torch.equal(tokens, expected_tokens)
@@ -63,10 +63,10 @@ def test_a_forward_pass_matches_peft(architecture: str) -> None:
 def test_lossless_bfloat16_is_as_close_to_float32_as_peft_is() -> None:
     inputs = prompts((24,))
     exact = peft_model("llama")(**inputs).logits
-    rival = (peft_model("llama").bfloat16()(**inputs).logits.float() - exact).abs().mean()
+    peft = (peft_model("llama").bfloat16()(**inputs).logits.float() - exact).abs().mean()
     model = ChunkWiseModel(build("llama").bfloat16(), adapter("llama"), LOSSLESS)
     ours = (model(**inputs).logits.float() - exact).abs().mean()
-    assert 0 < ours < 1.5 * rival
+    assert 0 < ours < 1.5 * peft
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_lossless_bfloat16_is_as_close_to_float32_as_peft_is() -> None:
 def test_generation_option_gives_the_tokens_of_peft(options: dict[str, Any]) -> None:
     inputs = prompts()
     if "prefill_chunk_size" in options:
-        inputs = prompts((16, 16))  # transformers refuses to chunk a prefill with padding in some releases
+        inputs = prompts((16, 16))  # some releases of transformers refuse to chunk a prefill with padding
     options = {"max_new_tokens": 24, "do_sample": False, **options}
     outputs = []
     for model in (attached(), peft_model("llama")):
@@ -98,7 +98,7 @@ def test_generation_option_gives_the_tokens_of_peft(options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("masked", [True, False], ids=["with a mask", "without a mask"])
-def test_padding_is_understood_as_transformers_does(side: str, masked: bool) -> None:
+def test_padding_has_the_meaning_it_has_in_transformers(side: str, masked: bool) -> None:
     inputs = {name: tensor if side == "left" else tensor.flip(1) for name, tensor in prompts().items()}
     if not masked:
         inputs.pop("attention_mask")
@@ -128,7 +128,7 @@ def test_a_streamer_gets_every_token_in_order() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("preset", ["lossless", "balanced"])
-def test_adapters_of_one_batch_do_not_touch_each_other(architecture: str, preset: str) -> None:
+def test_adapters_of_one_batch_do_not_change_each_other(architecture: str, preset: str) -> None:
     config = ChunkWiseConfig.preset(preset)
     folders = {"first": adapter(architecture), "second": adapter(architecture, seed=2)}
     names = ["second", "__base__", "first", "second"]
@@ -146,14 +146,14 @@ def test_adapters_of_one_batch_do_not_touch_each_other(architecture: str, preset
     assert len({tuple(row) for row in tokens.tolist()}) == len(names)
 
 
-def test_an_adapter_that_replaces_the_head_leaves_other_sequences_their_own() -> None:
+def test_an_adapter_that_replaces_the_head_does_not_change_other_sequences() -> None:
     folders = {"plain": adapter("llama"), "head": adapter("llama", "saved_head")}
     model = ChunkWiseModel(build("llama"), folders, LOSSLESS)
     inputs = prompts()
     _, logits = greedy(model, inputs, 8, adapter_names=["head", "__base__", "plain"])
-    rivals = peft_model("llama", "saved_head"), build("llama"), peft_model("llama")
-    for row, rival in enumerate(rivals):
-        assert (logits[row] - greedy(rival, inputs, 8)[1][row]).abs().max() < TOLERANCE
+    references = peft_model("llama", "saved_head"), build("llama"), peft_model("llama")
+    for row, reference in enumerate(references):
+        assert (logits[row] - greedy(reference, inputs, 8)[1][row]).abs().max() < TOLERANCE
 
 
 def test_the_base_name_runs_the_base_model() -> None:
@@ -196,7 +196,7 @@ def test_lossless_keeps_every_direction_and_every_byte() -> None:
     model.generate(**prompts(), max_new_tokens=8, do_sample=False)
     trace = model.trace
     assert trace is not None
-    # The cache keeps room for the tokens to come: 16 slots, of 11 + 7 + 16 in all.
+    # The cache has room for more tokens: 16 slots, in addition to 11 + 7.
     assert trace.kv_bytes * 18 == trace.kv_bytes_full * (11 + 1 + 16)
     full = model.ladders["default"].rung_ranks[-1]
     assert [len(sequence.ranks) for sequence in trace.sequences] == [5 + 7, 11 + 7, 8 + 7]

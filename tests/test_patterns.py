@@ -1,4 +1,4 @@
-"""rank_pattern and alpha_pattern mean what they mean in PEFT, and no key can hang the reader."""
+"""rank_pattern and alpha_pattern have the same meaning as in PEFT, and no key can hang the reader."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ MODULES = [f"model.layers.{layer}.{block}" for layer in range(24) for block in (
         [re.escape(name) for name in MODULES[1:]],
     ],
 )
-def test_keys_as_users_write_them(keys: list[str]) -> None:
+def test_usual_keys(keys: list[str]) -> None:
     patterns = {key: order for order, key in enumerate(keys)}
     ours = ModulePatterns(patterns, "file: field")
     assert [ours.get(name, "default") for name in MODULES] == [value_of_peft(patterns, name) for name in MODULES]
@@ -119,7 +119,7 @@ def test_no_key_takes_long(patterns: dict[str, int]) -> None:
         ours = ModulePatterns(patterns, "file: field")
         for name in names:
             ours.get(name, 0)
-    assert time.process_time() - start < 20  # 5 seconds, and room for slow machines
+    assert time.process_time() - start < 20  # 5 seconds, with a margin for slow machines
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Data, metrics and evaluations agree with references and with cases worked by hand."""
+"""Data, metrics and evaluations agree with reference implementations and with examples computed by hand."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_e2e_gathers_the_references_of_a_meaning(tmp_path: Path) -> None:
     ]
 
 
-def test_answers_need_not_be_known(tmp_path: Path) -> None:
+def test_examples_may_have_no_answer(tmp_path: Path) -> None:
     file = tmp_path / "e2e.csv"
     for content in ("mr\nname[A]\n", "mr,ref\nname[A],\n", "mr,ref\nname[A]\n", "\ufeffmr,ref\nname[A], \n"):
         file.write_text(content)
@@ -85,14 +85,14 @@ def test_answers_need_not_be_known(tmp_path: Path) -> None:
     assert example.references == ()
 
 
-def test_a_reference_may_hold_any_letters(tmp_path: Path) -> None:
+def test_a_reference_may_contain_any_characters(tmp_path: Path) -> None:
     file = tmp_path / "e2e.csv"
     file.write_text('mr,ref\nname[A],"One,\ntwo\u2028three."\n')
     assert data.e2e(str(file)) == [Example("name[A] ->", ("One,\ntwo\u2028three.",))]
 
 
 @pytest.mark.parametrize(
-    ("read", "content", "told"),
+    ("read", "content", "message"),
     [
         (data.squad, "{}", "data: Field required"),
         (data.squad, "no json", "JSON"),
@@ -110,18 +110,18 @@ def test_a_reference_may_hold_any_letters(tmp_path: Path) -> None:
         (data.e2e, f"mr,ref\nname[A],{'x' * 200_000}\n", "after line"),
     ],
 )
-def test_a_file_of_another_kind_is_refused_by_name_and_place(
-    tmp_path: Path, read: Any, content: str, told: str
+def test_a_file_of_another_kind_is_refused_by_name_and_line_or_field(
+    tmp_path: Path, read: Any, content: str, message: str
 ) -> None:
     file = tmp_path / "other"
     file.write_text(content)
     with pytest.raises(ChunkWiseError, match="other") as error:
         read(str(file))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), longest=st.integers(2, 40))
-def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int], longest: int) -> None:
+def test_every_packed_block_begins_with_another_example(lengths: list[int], longest: int) -> None:
     class Letters:
         eos_token_id = 1
 
@@ -132,15 +132,15 @@ def test_every_packed_block_begins_with_an_example_of_its_own(lengths: list[int]
     ids, scored, block = data.packed(examples, Letters(), longest)
     of_answers = {ord(" "), ord("x"), ord("y"), Letters.eos_token_id}
     follows = [(token in of_answers) == said for token, said in zip(ids[1:], scored, strict=False)]
-    assert all(right for i, right in enumerate(follows, 1) if i % block), "answers alone count"
+    assert all(right for i, right in enumerate(follows, 1) if i % block), "only answers are scored"
     assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
     starts = [chr(first) for first in ids[::block]]
-    assert starts[::2] == starts[1::2], "what tells about each other stays together"
+    assert starts[::2] == starts[1::2], "examples of a topic stay together"
     assert sorted(starts) == sorted(2 * [example.prompt[0] for example in examples])
 
 
 @pytest.fixture(scope="module")
-def respondent() -> Any:
+def e2e_answers() -> Any:
     """A generator of answers with the embedded E2E adapter, and its tokenizer."""
     base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
@@ -148,15 +148,15 @@ def respondent() -> Any:
     return AnswerGenerator(base, ladder, tokenizer, batch=2), tokenizer
 
 
-UNKNOWN = [Example(f"name[{name}], area[riverside] ->", ()) for name in ("Aldhaven", "The Vaults", "Zizzi")]
+UNANSWERED = [Example(f"name[{name}], area[riverside] ->", ()) for name in ("Aldhaven", "The Vaults", "Zizzi")]
 
 
-def test_an_adapter_answers_as_peft_does(respondent: Any) -> None:
-    answer, tokenizer = respondent
+def test_an_adapter_generates_the_same_answers_as_in_peft(e2e_answers: Any) -> None:
+    answer, tokenizer = e2e_answers
     base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
     full = PeftModel.from_pretrained(base, str(embedded.ADAPTERS["e2e"]))
-    found = answer(UNKNOWN)
-    assert sorted(one.prompt for one in found) == sorted(one.prompt for one in UNKNOWN)
+    found = answer(UNANSWERED)
+    assert sorted(one.prompt for one in found) == sorted(one.prompt for one in UNANSWERED)
     for one in found:
         prompt = tokenizer(one.prompt, return_tensors="pt")
         ids = full.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
@@ -164,8 +164,8 @@ def test_an_adapter_answers_as_peft_does(respondent: Any) -> None:
         assert one.references == (said.strip(),)
 
 
-def test_calibration_generates_missing_answers_with_the_adapter(respondent: Any, tmp_path: Path) -> None:
-    answer, tokenizer = respondent
+def test_calibration_generates_missing_answers_with_the_adapter(e2e_answers: Any, tmp_path: Path) -> None:
+    answer, tokenizer = e2e_answers
     file = tmp_path / "e2e.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
     ids, scored, length = calibration_tokens("e2e", str(file), tokenizer, 512, answer)
@@ -175,20 +175,20 @@ def test_calibration_generates_missing_answers_with_the_adapter(respondent: Any,
     assert scored is not None and len(ids) == len(scored) == 2 * length
 
 
-def test_answers_that_do_not_end_are_left_out(respondent: Any, tmp_path: Path) -> None:
-    answer, tokenizer = respondent
+def test_answers_that_do_not_end_are_left_out(e2e_answers: Any, tmp_path: Path) -> None:
+    answer, tokenizer = e2e_answers
     file = tmp_path / "e2e.csv"
     file.write_text("mr\nname[Aldhaven]\n")
     with pytest.raises(ChunkWiseError, match="within 64 tokens"):
         calibration_tokens("e2e", str(file), tokenizer, 512, replace(answer, new_tokens=3))
 
 
-def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(respondent: Any) -> None:
-    answer, tokenizer = respondent
+def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(e2e_answers: Any) -> None:
+    answer, tokenizer = e2e_answers
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     with pytest.raises(ChunkWiseError, match="eos_token"):
-        replace(answer, tokenizer=endless)(UNKNOWN)
+        replace(answer, tokenizer=endless)(UNANSWERED)
 
 
 @pytest.mark.parametrize("name", ["e2e", "e2e-nested"])
@@ -208,7 +208,7 @@ def test_answers_to_train_on_are_greedy_and_follow_the_ladders_policy(name: str,
             assert answer == tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_no_answers_leave_the_file_as_it_was(tmp_path: Path) -> None:
+def test_without_answers_the_file_does_not_change(tmp_path: Path) -> None:
     file = tmp_path / "answers.csv"
     file.write_text("mr\n")
     with pytest.raises(SystemExit, match="none of 0 prompts"):
@@ -223,14 +223,14 @@ def test_training_refuses_rows_without_an_answer(tmp_path: Path) -> None:
         adapters.e2e(file, base=embedded.BASE, out=tmp_path / "out")
 
 
-def test_several_adapters_answer_by_the_mean_of_their_distributions(respondent: Any) -> None:
-    answer, tokenizer = respondent
+def test_several_adapters_answer_with_the_mean_of_their_distributions(e2e_answers: Any) -> None:
+    answer, tokenizer = e2e_answers
     base = answer.base
     names = ("e2e", "e2e-nested")
     peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(embedded.ADAPTERS[name])) for name in names]
     ladders = {name: RankLadder.from_peft(embedded.ADAPTERS[name]) for name in names}
-    found = AnswerGenerator(base, ladders, tokenizer, batch=2)(UNKNOWN)
-    assert len(found) == len(UNKNOWN)
+    found = AnswerGenerator(base, ladders, tokenizer, batch=2)(UNANSWERED)
+    assert len(found) == len(UNANSWERED)
     for one in found:
         ids = tokenizer(one.prompt, return_tensors="pt").input_ids
         begin = ids.shape[1]
@@ -241,11 +241,11 @@ def test_several_adapters_answer_by_the_mean_of_their_distributions(respondent: 
         assert one.references == (tokenizer.decode(ids[0, begin:-1]).strip(),)
 
 
-def test_recombined_meanings_are_new_and_of_known_values() -> None:
+def test_recombined_meanings_are_new_and_have_known_values() -> None:
     known = ["name[A], area[north]", "name[B, C], area[south], food[D]"]
     found = recombined(known, 100)
     slots = {slot for meaning in known for slot in slots_of(meaning)}
-    assert len(set(found)) == len(found) == 2 * 2 * 2 - len(known), "all that there are"
+    assert len(set(found)) == len(found) == 2 * 2 * 2 - len(known), "all possible new meanings"
     assert not set(found) & set(known)
     assert all(set(slots_of(meaning)) <= slots for meaning in found)
     assert recombined(known, 3) == found[:3]
@@ -253,7 +253,7 @@ def test_recombined_meanings_are_new_and_of_known_values() -> None:
         recombined(["hello world"], 1)
 
 
-def test_recombined_meanings_can_have_names_of_another_text() -> None:
+def test_recombined_meanings_can_have_names_from_another_text() -> None:
     known = ["name[A], area[north]", "name[B, C], area[south], food[D]"]
     slots = [slot for meaning in recombined(known, 100, names=["Karsund"]) for slot in slots_of(meaning)]
     assert {value for name, value in slots if name == "name"} == {"A", "B, C", "Karsund"}
@@ -268,20 +268,20 @@ def test_recombined_meanings_can_have_names_of_another_text() -> None:
     ("answer", "exact", "f1"),
     [
         ("1889", 100, 100),
-        ("In  1889!", 100, 100),  # case, punctuation and space do not count
-        ("the 1889", 100, 100),  # nor do articles
-        ("built in 1889", 0, 80),  # 2 of 3 words right, 2 of 2 found
+        ("In  1889!", 100, 100),  # case, punctuation and spaces are ignored
+        ("the 1889", 100, 100),  # articles are ignored
+        ("built in 1889", 0, 80),  # 2 of 3 words are right, 2 of 2 are found
         ("1890", 0, 0),
         ("", 0, 0),
     ],
 )
-def test_exact_match_and_f1_are_squads_own(answer: str, exact: float, f1: float) -> None:
+def test_exact_match_and_f1_equal_those_of_squad(answer: str, exact: float, f1: float) -> None:
     scores = exact_match_and_f1([answer], [Example("", ("1889", "in 1889"))]).points()
     assert scores["exact match"].value == pytest.approx(exact)
     assert scores["F1"].value == pytest.approx(f1)
 
 
-def test_bleu_takes_the_best_of_unequally_many_references() -> None:
+def test_bleu_accepts_different_numbers_of_references() -> None:
     examples = [Example("", ("one two three four five", "six seven eight nine ten")), Example("", ("a b c d e f",))]
     perfect = bleu(["six seven eight nine ten", "a b c d e f"], examples).points()["BLEU"]
     assert perfect.value == pytest.approx(100)
@@ -295,7 +295,7 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=12).m
 
 
 @given(cases=st.lists(st.tuples(WORDS, st.lists(WORDS.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=6))
-def test_bleu_is_sacrebleus(cases: list[tuple[str, list[str]]]) -> None:
+def test_bleu_equals_that_of_sacrebleu(cases: list[tuple[str, list[str]]]) -> None:
     answers, references = zip(*cases, strict=True)
     corpus = BLEU().corpus_score(answers, list(zip_longest(*references)))
     examples = [Example("", tuple(of_one)) for of_one in references]
@@ -314,7 +314,7 @@ def test_differences_to_full_rank_are_paired(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1000))
-def test_a_bootstrap_interval_is_about_as_wide_as_theory_says(seed: int) -> None:
+def test_a_bootstrap_interval_is_about_as_wide_as_in_theory(seed: int) -> None:
     pieces = np.random.default_rng(seed).normal(3, 2, (400, 1))
     found = bootstrap(pieces)
     assert found.value == pytest.approx(pieces.mean())
@@ -340,7 +340,7 @@ def test_no_token_is_scored_twice_or_left_out_between_windows(tokens: int, lengt
 
 
 @given(rows=st.integers(1, 4), tokens=st.integers(1, 200), seed=st.integers(0, 1000))
-def test_segments_leave_no_token_out_of_the_mean(rows: int, tokens: int, seed: int) -> None:
+def test_the_mean_over_segments_includes_every_token(rows: int, tokens: int, seed: int) -> None:
     values = np.random.default_rng(seed).exponential(size=(rows, tokens))
     pieces = segments(values)
     assert pieces[:, 1].sum() == values.size
@@ -352,12 +352,12 @@ def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary() -> None:
     uniform = Method(FULL, build("llama"), {}, lambda w: ScoredWindows(torch.zeros(*w.shape, 50).log_softmax(-1), 1.0))
     (result,), _ = evaluate_text([uniform], windows, 20, len)
     assert result.perplexity.value == pytest.approx(50, rel=1e-5)
-    assert result.perplexity_per_word == pytest.approx(50, rel=1e-5)  # as many words as tokens
+    assert result.perplexity_per_word == pytest.approx(50, rel=1e-5)  # every token is one word
     assert (result.kl.value, result.increase.value) == (0, 0)
 
 
 @given(seed=st.integers(0, 1000), budget=st.floats(1, 8))
-def test_the_cheapest_choice_keeps_its_budget_and_beats_one_for_all(seed: int, budget: float) -> None:
+def test_the_cheapest_choice_keeps_its_budget_and_beats_one_rank_for_all(seed: int, budget: float) -> None:
     ranks = np.arange(9.0)
     hardness = np.random.default_rng(seed).exponential(size=300)
     costs = hardness[:, None] * np.exp(-0.5 * ranks)
@@ -377,7 +377,7 @@ def results() -> dict[str, TextResult]:
     return {one.name: one for one in evaluate_text(methods, tokens[:96].view(4, 24), 24, len)[0]}
 
 
-def test_lossless_and_peft_again_are_full_rank(results: dict[str, TextResult]) -> None:
+def test_lossless_and_a_second_peft_equal_full_rank(results: dict[str, TextResult]) -> None:
     for name in ("ChunkWise lossless", "again"):
         assert results[name].kl.value == pytest.approx(0, abs=1e-6)
         assert results[name].mean_rank == 8
@@ -411,7 +411,7 @@ def test_only_methods_that_can_generate_are_timed(results: dict[str, TextResult]
     }
 
 
-def test_no_method_is_timed_at_its_first_generation(respondent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_generation_of_a_method_is_not_timed(e2e_answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     generate = Method.generate
 
@@ -420,9 +420,9 @@ def test_no_method_is_timed_at_its_first_generation(respondent: Any, monkeypatch
         return generate(method, inputs, **options)
 
     monkeypatch.setattr(Method, "generate", note)
-    answer, tokenizer = respondent
+    answer, tokenizer = e2e_answers
     methods = Comparison(answer.base, embedded.ADAPTERS["e2e"]).methods(MethodSelection(["lossless"]))
-    examples = [replace(one, references=("It is a pub.",)) for one in UNKNOWN]
+    examples = [replace(one, references=("It is a pub.",)) for one in UNANSWERED]
     evaluate_answers(methods, examples, tokenizer, bleu, new_tokens=4)
     evaluate_text(methods, torch.randint(2, 100, (1, 8)), 8, len)
     for method in methods:
@@ -488,7 +488,7 @@ def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
     assert code == 1 and "have no answer to score against" in err and "name[Aldhaven] ->" in err
 
 
-def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
+def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "squad.json"
     file.write_text(json.dumps(SQUAD))
     arguments = ("--data", file, "--baselines", "svd", "--presets", "lossless", "--json", tmp_path / "r.json")
@@ -503,7 +503,7 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("eval", "--task", "chess", "--data", "x"), "wikitext, squad, e2e"),
         (("eval", "--task", "e2e", "--data", "no/such"), "no/such"),
@@ -539,7 +539,7 @@ def test_eval_answers_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--task", "squad", "--text", "x", "-o", "x", "--mean-rank", "50%"), "--adapter"),
     ],
 )
-def test_a_refusal_is_one_clear_line(run: Any, arguments: tuple[str, ...], told: str) -> None:
+def test_an_error_is_one_clear_line(run: Any, arguments: tuple[str, ...], message: str) -> None:
     code, _, err = run(*arguments)
-    assert code == 1 and told in err
+    assert code == 1 and message in err
     assert len(err.strip().splitlines()) == 1

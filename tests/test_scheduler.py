@@ -1,4 +1,4 @@
-"""The five components and the scheduler: streaming, causal, and within the bounds that their docstrings give."""
+"""The five components and the scheduler work in streaming, are causal and keep the bounds of their docstrings."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_any_split_of_the_tokens_gives_the_same_plan(
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @given(data=st.data(), stream=tokens_and_entropies)
-def test_later_tokens_change_nothing_earlier(
+def test_later_tokens_do_not_change_earlier_plans(
     config: ChunkWiseConfig, data: st.DataObject, stream: list[tuple[int, float | None]]
 ) -> None:
     kept = data.draw(st.integers(0, len(stream)))
@@ -138,7 +138,7 @@ def test_lossless_gives_every_token_the_full_rank_and_decides_nothing(stream: li
     assert all(decision.action == "keep" and decision.duplicate_similarity is None for decision in decisions)
 
 
-def test_a_step_without_tokens_changes_nothing() -> None:
+def test_a_step_without_tokens_changes_no_later_plan() -> None:
     scheduler = RuntimeScheduler(LIVELY, RUNG_RANKS, VOCABULARY)
     plan = scheduler.step([])
     assert plan.weights.shape == (0, len(RUNG_RANKS))
@@ -149,7 +149,7 @@ def test_a_step_without_tokens_changes_nothing() -> None:
 
 
 def slow_scores(config: ComplexityConfig, tokens: Sequence[int], entropies: Sequence[float | None]) -> list[float]:
-    """Every signal from its definition, over the whole past."""
+    """The scores by the definition of every signal, computed from the whole past."""
 
     def age(position: int, length: int) -> float:
         ngram = tokens[position - length + 1 : position + 1]
@@ -198,7 +198,7 @@ def test_an_entropy_out_of_range_stays_a_score_in_range(entropy: float) -> None:
     assert 0 <= TokenComplexityEstimator(ComplexityConfig(), VOCABULARY).update([1], [entropy])[0] <= 1
 
 
-def test_an_unknown_entropy_is_left_out_and_not_taken_for_zero() -> None:
+def test_an_unknown_entropy_is_left_out_and_does_not_count_as_zero() -> None:
     only_entropy = ComplexityConfig(entropy=1, novelty=0, attention=0, position=0)
     assert TokenComplexityEstimator(only_entropy, VOCABULARY).update([1, 1], [None, 0.0]) == [0.5, 0.0]
     unknown = TokenComplexityEstimator(ComplexityConfig(), VOCABULARY).update([1], [None])
@@ -222,7 +222,7 @@ def test_the_estimators_memory_is_bounded() -> None:
 
 @pytest.fixture
 def every_third_token() -> Iterator[str]:
-    """The name of a signal that somebody else registered: every third token is hard."""
+    """The name of a registered signal by which every third token is hard."""
 
     @register_signal("every_third_token")
     @dataclass
@@ -313,7 +313,7 @@ def test_hard_tokens_stay_within_the_budget_at_any_time(config: ChunkingConfig, 
 
 
 @given(config=chunkings(), stream=scores)
-def test_a_level_says_how_many_thresholds_the_mean_has_passed_unless_the_budget_forbids_the_last(
+def test_a_level_is_the_number_of_passed_thresholds_unless_the_budget_forbids_the_last(
     config: ChunkingConfig, stream: list[float]
 ) -> None:
     for chunk in AdaptiveChunker(config).update(stream):
@@ -329,7 +329,7 @@ def test_the_budget_binds_when_every_token_is_hard() -> None:
 
 
 @given(wobble=st.lists(st.floats(-0.049, 0.049), min_size=1, max_size=100), threshold=st.sampled_from([0.3, 0.5, 0.7]))
-def test_a_mean_that_wobbles_within_the_hysteresis_never_cuts_early(wobble: list[float], threshold: float) -> None:
+def test_a_mean_that_varies_within_the_hysteresis_never_cuts_early(wobble: list[float], threshold: float) -> None:
     config = ChunkingConfig(thresholds=(threshold,), hysteresis=0.05, memory=1, min_length=1, max_length=16)
     chunks = AdaptiveChunker(config).update([threshold + w for w in wobble])
     assert {chunk.start for chunk in chunks} == set(range(0, len(wobble), 16))
@@ -368,7 +368,7 @@ def test_the_selector_takes_the_rung_nearest_to_the_share(ranks: list[float], sh
     window=st.integers(0, 5),
     selections=st.lists(st.builds(Selection, st.integers(0, 4), st.floats(0, 2)), min_size=1, max_size=8),
 )
-def test_weights_are_two_rungs_at_most_and_fade_evenly(
+def test_weights_use_at_most_two_rungs_and_fade_evenly(
     data: st.DataObject, window: int, selections: list[Selection]
 ) -> None:
     composer = BoundarySafeComposer(CompositionConfig(window=window), rungs=5)
@@ -392,9 +392,7 @@ def test_weights_are_two_rungs_at_most_and_fade_evenly(
 
 
 @given(stream=tokens_and_entropies, sinks=st.integers(0, 12))
-def test_sinks_are_never_touched_and_no_decision_looks_ahead(
-    stream: list[tuple[int, float | None]], sinks: int
-) -> None:
+def test_decisions_never_change_sinks_or_later_tokens(stream: list[tuple[int, float | None]], sinks: int) -> None:
     config = LIVELY.model_copy(update={"kv_cache": LIVELY.kv_cache.model_copy(update={"sinks": sinks})})
     scheduler = RuntimeScheduler(config, RUNG_RANKS, VOCABULARY)
     for position, (token, entropy) in enumerate(stream):
@@ -403,7 +401,7 @@ def test_sinks_are_never_touched_and_no_decision_looks_ahead(
 
 
 @given(stream=tokens_and_entropies)
-def test_every_chunk_gets_its_levels_policy_once_and_expires_at_its_age(
+def test_every_chunk_gets_the_policy_of_its_level_once_and_expires_at_its_age(
     stream: list[tuple[int, float | None]],
 ) -> None:
     scheduler = RuntimeScheduler(LIVELY, RUNG_RANKS, VOCABULARY)

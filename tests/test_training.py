@@ -90,7 +90,7 @@ def test_a_trained_adapter_is_its_own_teacher_and_needs_no_labels(tmp_path: Path
     begin(nested, model)
     ids = torch.randint(2, VOCABULARY, (3, 24))
     losses = [nested.loss(model(input_ids=ids), labels).item() for labels in (ids, ids.flip(1))]
-    assert losses == pytest.approx([0, 0], abs=1e-5)  # at full rank it says what it said
+    assert losses == pytest.approx([0, 0], abs=1e-5)  # full rank still equals the given ladder
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -131,7 +131,7 @@ def test_sequences_run_on_the_policys_rungs_shifted_by_at_most_one() -> None:
     assert (nested._rungs[~nested._nested] == 8).all() and 0 < nested._nested.sum() < 16
     learned = POLICY.model_copy(update={"complexity": ComplexityConfig(learned=True)})
     for impossible in ({"policy": POLICY}, {"policy": learned, "ladder": ladder}):
-        with pytest.raises(ConfigError, match="give that ladder"):
+        with pytest.raises(ConfigError, match="fitted to"):
             NestedRank(**impossible)
 
 
@@ -160,7 +160,7 @@ def test_nested_training_keeps_low_rungs_closer_to_full_rank_than_ordinary_train
     ladder, ids = RankLadder.from_peft(adapter("llama")), torch.stack([Texts()[i]["input_ids"] for i in range(8)])
 
     def distance(model: PeftModel) -> float:
-        """KL of rank 4 from rank 8 in the layers' own directions."""
+        """KL divergence, in nats per token, of the first 4 directions of every layer from all 8."""
         logs = []
         for rank in (8, 4):
             hooks = [
@@ -175,13 +175,13 @@ def test_nested_training_keeps_low_rungs_closer_to_full_rank_than_ordinary_train
         return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
     ordinary, nested = new_model(), new_model()
-    train(ordinary, NestedRank(ladder), tmp_path, 1, rate=0.0)  # begins at the same directions
+    train(ordinary, NestedRank(ladder), tmp_path, 1, rate=0.0)  # copies the ladder's directions
     train(ordinary, None, tmp_path, 40)
     train(nested, NestedRank(ladder), tmp_path, 40)
     assert distance(nested) < 0.8 * distance(ordinary)
 
 
-def test_the_trained_ladder_is_the_trained_adapter_in_its_own_directions(tmp_path: Path) -> None:
+def test_the_trained_ladder_equals_the_trained_adapter_and_keeps_its_directions(tmp_path: Path) -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     model, nested = new_model(), NestedRank(ladder)
     train(model, nested, tmp_path / "run", 3)
@@ -213,12 +213,12 @@ def test_growing_keeps_the_smaller_adapter_unchanged(tmp_path: Path) -> None:
     for name, module in grown.modules.items():
         before = smaller.modules[name]
         assert torch.allclose(module.up[:, :8] @ module.down[:8], before.up @ before.down, atol=1e-6)
-        assert module.up[:, 8:].norm() > 0  # the others learned
+        assert module.up[:, 8:].norm() > 0  # the other directions have learned
 
 
 @pytest.mark.parametrize(
-    ("rank", "kind", "told"), [(8, "plain", "no lower rank of a layer of rank 8"), (16, "one_layer", "LoRA layers")]
+    ("rank", "kind", "message"), [(8, "plain", "adapter of a lower rank"), (16, "one_layer", "LoRA layers")]
 )
-def test_an_adapter_that_does_not_fit_the_model_cannot_grow(tmp_path: Path, rank: int, kind: str, told: str) -> None:
-    with pytest.raises(LadderError, match=told):
+def test_an_adapter_that_does_not_fit_the_model_cannot_grow(tmp_path: Path, rank: int, kind: str, message: str) -> None:
+    with pytest.raises(LadderError, match=message):
         train(new_model(rank), GrowRank(adapter("llama", kind)), tmp_path, 1)

@@ -1,4 +1,4 @@
-"""The Triton kernels compute the gate form, and read and write nothing else. Without a GPU, in Triton's interpreter."""
+"""The Triton kernels compute the gate form and read no other data. Without a GPU, they run in the interpreter."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ RANKS = [0, 1, 3, 16, 17, 40, 64]
 
 
 def factors(rank: int, inputs: int, width: int, rungs: int, dtype: torch.dtype = torch.float32) -> Directions:
-    """Random directions, on rungs that rise to the full rank."""
+    """Random directions, with rungs whose ranks rise to the full rank."""
     ranks = sorted(torch.randint(rank + 1, (rungs - 1,)).tolist())
     down, up = torch.randn(rank, inputs) / inputs**0.5, torch.randn(width, rank) / max(rank, 1) ** 0.5
     return Directions(down.to(DEVICE, dtype), up.to(DEVICE, dtype), (*ranks, rank))
 
 
 def batch(kinds: list[str], slots: int, rungs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's slot and weights over the rungs, by what it is to be."""
+    """Slots (tokens,) and weights over the rungs (tokens, rungs) for tokens of the given kinds."""
     rng = np.random.default_rng(0)
     of_tokens, weights = rng.integers(0, slots, len(kinds)), np.zeros((len(kinds), rungs), np.float32)
     for token, kind in enumerate(kinds):
@@ -56,7 +56,7 @@ def batch(kinds: list[str], slots: int, rungs: int) -> tuple[np.ndarray, np.ndar
 
 
 def gate_form(y: Tensor, x: Tensor, table: AdapterTable, slots: np.ndarray, weights: np.ndarray) -> Tensor:
-    """What the kernels must add up to, token by token in float64."""
+    """The expected result, computed token by token in float64."""
     y = y.double()
     for token, slot in enumerate(slots.tolist()):
         for i, pair in enumerate(table.factors[slot] if slot >= 0 else []):
@@ -71,7 +71,7 @@ def gate_form(y: Tensor, x: Tensor, table: AdapterTable, slots: np.ndarray, weig
 
 
 def assert_close(result: Tensor, expected: Tensor) -> None:
-    """Within rounding of the result's own precision."""
+    """Check that the difference is within rounding in the result's dtype."""
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[result.dtype]
     atol = tolerance * float(expected.abs().max()) if expected.numel() else 0.0
     assert torch.allclose(result.double(), expected, rtol=tolerance, atol=atol)
@@ -146,7 +146,7 @@ def test_blocks_hold_each_token_of_an_adapter_once(slots: list[int], rungs: int,
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Every address that a kernel has read, for tests in the interpreter."""
+    """The addresses that kernels read, for tests in the interpreter."""
     if DEVICE == "cuda":
         pytest.skip("a GPU does not tell what it reads")
     from triton.runtime.interpreter import InterpreterBuilder
@@ -202,25 +202,25 @@ def test_directions_above_the_highest_rung_are_never_read(top: int, dtype: torch
     assert torch.equal(y, before) == (top == 0)
 
 
-def test_a_block_reads_no_further_than_its_own_highest_rung() -> None:
+def test_a_block_reads_directions_only_up_to_its_highest_rung() -> None:
     one = factors(40, 64, 48, 2)._replace(ranks=(8, 40))
     one.down[8:] = torch.nan
     table = AdapterTable.of([[one]], device=DEVICE, dtype=torch.float32)
-    high = np.arange(32) % 2  # 16 tokens of each rung: two blocks, whatever their order in the batch
+    high = np.arange(32) % 2  # 16 tokens on each rung: two blocks, for any order in the batch
     x, y = torch.randn(32, 64, device=DEVICE), torch.randn(32, 48, device=DEVICE)
     table.add(y, x, scheduled(np.zeros(32, int), np.eye(2)[high], table))
     assert y[high == 0].isfinite().all()
     assert y[high == 1].isnan().all()
 
 
-def test_what_belongs_to_no_adapter_stays_as_it_is_to_the_bit() -> None:
+def test_outputs_without_an_adapter_do_not_change_by_a_bit() -> None:
     table = AdapterTable(
         20, [Columns(40, 30), Columns(5, 10)], slots=2, max_rank=8, rungs=1, device=DEVICE, dtype=torch.float32
     )
     table.set(1, [factors(8, 20, 30, 1), factors(3, 20, 10, 1)])
     x, wide = torch.randn(5, 20, device=DEVICE), torch.randn(9, 100, device=DEVICE)
     x[[0, 4]] = torch.nan  # tokens without an adapter are not read either
-    y, before = wide[2:7, 7:97], wide.clone()  # rows further apart than they are long
+    y, before = wide[2:7, 7:97], wide.clone()  # with gaps between the rows
     slots = np.array([-1, 1, 0, 1])
     schedule = scheduled(slots, np.ones((4, 1)), table, tokens=5)
     table.add(y, x, schedule)
@@ -231,7 +231,7 @@ def test_what_belongs_to_no_adapter_stays_as_it_is_to_the_bit() -> None:
     assert_close(y[:4], gate_form(before[2:6, 7:97], x[:4], table, slots, np.ones((4, 1), np.float32)))
 
 
-def test_a_schedule_forgets_the_pass_before() -> None:
+def test_a_schedule_keeps_nothing_of_the_previous_pass() -> None:
     table = AdapterTable.of([[factors(4, 32, 16, 1)], [factors(7, 32, 16, 1)]], device=DEVICE, dtype=torch.float32)
     schedule = Schedule(40, 2, 1, DEVICE)
     x = torch.randn(40, 32, device=DEVICE)
@@ -310,7 +310,7 @@ def test_a_captured_pass_follows_its_schedule_and_its_table() -> None:
         assert_close(y, gate_form(torch.zeros_like(y), x, table, slots, weights))
 
 
-def test_tables_and_schedules_refuse_what_does_not_fit() -> None:
+def test_tables_and_schedules_refuse_arguments_that_do_not_fit() -> None:
     def table(**changes: Any) -> AdapterTable:
         usual = {"slots": 2, "max_rank": 8, "rungs": 2, "device": DEVICE, "dtype": torch.float32}
         return AdapterTable(32, [Columns(0, 16)], **(usual | changes))
@@ -383,7 +383,7 @@ for tiles in FEW._replace(splits=2), MANY:
 """
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+def test_the_kernels_compile_for_a_gpu_without_having_one() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""With Triton, layers add what they add without it. On a GPU if one is there, or else in Triton's interpreter."""
+"""The Triton backend adds the same as plain products. Without a GPU, it runs in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LAYERS = {
     "qkv": (40, [Columns(0, 48), Columns(48, 16), Columns(70, 16)]),
     "down": (72, [Columns(0, 40)]),
 }
-"""Inputs and columns; outputs 64 to 70 of the first belong to no module."""
+"""Inputs and columns of every layer. Outputs 64 to 70 of the first layer belong to no module."""
 RANKS = {"a": 3, "b": 17, "c": 40}
 RUNGS = {"a": 1, "b": 4, "c": 9}
 
 
 def adapter(rank: int, rungs: int, seed: int = 0) -> dict[str, list[LadderModule | None]]:
-    """Random modules of up to this rank, some of them missing."""
+    """Random modules of at most this rank by layer; some layers have no module."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
     def module(inputs: int, outputs: int, own: int) -> LadderModule:
@@ -50,8 +50,8 @@ def adapter(rank: int, rungs: int, seed: int = 0) -> dict[str, list[LadderModule
     return modules if seed % 2 else modules | {"down": [module(inputs_down, o.width, rank)]}
 
 
-class Way:
-    """A backend over the layers, and the pass that it runs."""
+class BackendRun:
+    """A backend with the layers, and the pass that it runs."""
 
     def __init__(self, backend: AnyBackend) -> None:
         self.backend = backend
@@ -61,24 +61,24 @@ class Way:
         self.prepared = self.backend.prepare(plan)
 
     def added(self, layer: str, y: Tensor, x: Tensor) -> Tensor:
-        """y with the product added; rows past the pass's are padding."""
+        """y with the adapter product added. Rows after those of the pass are padding."""
         y, tokens = y.clone(), self.prepared.plan.tokens
         self.backend.apply(self.layers[layer], y[:tokens], x[:tokens], self.prepared)
         return y
 
 
-def both(dtype: torch.dtype = torch.float32, adapters: int = 3) -> tuple[Way, Way]:
-    """Triton and plain products over the same layers, without adapters."""
-    return Way(TritonBackend(DEVICE, dtype, Limits(64, adapters))), Way(TorchBackend(DEVICE, dtype))
+def both(dtype: torch.dtype = torch.float32, adapters: int = 3) -> tuple[BackendRun, BackendRun]:
+    """The Triton backend and the plain backend with the same layers, without adapters."""
+    return BackendRun(TritonBackend(DEVICE, dtype, Limits(64, adapters))), BackendRun(TorchBackend(DEVICE, dtype))
 
 
-def assert_same(ways: tuple[Way, ...], rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Both add the same in every layer; gives what."""
+def assert_same(pair: tuple[BackendRun, ...], rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Check that both backends add the same in every layer; returns what they add."""
     results = []
     for layer, (inputs, columns) in LAYERS.items():
         x = torch.randn(rows, inputs).to(DEVICE, dtype)
         y = torch.randn(rows, columns[-1].offset + columns[-1].width).to(DEVICE, dtype)
-        result, expected = (way.added(layer, y, x) for way in ways)
+        result, expected = (each.added(layer, y, x) for each in pair)
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
         assert torch.allclose(result.float(), expected.float(), rtol=tolerance, atol=10 * tolerance)
         results.append((result - y).flatten())
@@ -111,10 +111,10 @@ def weights_of(kinds: list[str], rungs: int, rng: np.random.Generator) -> np.nda
 def test_a_mixed_pass_adds_what_products_add(
     gain: float, dtype: torch.dtype, tokens: list[tuple[str, str]], padding: int, alike: bool, seed: int
 ) -> None:
-    ways = both(dtype)
+    pair = both(dtype)
     for name, rank in RANKS.items():
-        for way in ways:
-            way.backend.load(name, adapter(rank, RUNGS[name], rank))
+        for each in pair:
+            each.backend.load(name, adapter(rank, RUNGS[name], rank))
     rng, segments = np.random.default_rng(seed), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouping, "GROUPING_GAIN", gain)
@@ -124,49 +124,49 @@ def test_a_mixed_pass_adds_what_products_add(
                 weights = weights_of(["whole" if alike else tokens[row][1] for row in rows], rungs, rng)
                 ranks = np.linspace(0, RANKS[name], rungs)
                 segments += segments_of(name, weights, ranks, None if len(rows) == len(tokens) else rows)
-    planned(ways, segments, len(tokens))
+    planned(pair, segments, len(tokens))
     torch.manual_seed(seed)
-    assert_same(ways, len(tokens) + padding, dtype)
+    assert_same(pair, len(tokens) + padding, dtype)
 
 
-def test_a_planner_s_passes_add_what_products_add() -> None:
-    ways = both()
+def test_passes_of_a_planner_add_what_products_add() -> None:
+    pair = both()
     planner = BatchPlanner(50)
     for name, config in [("a", "lossless"), ("b", "balanced"), ("c", "compact")]:
         ranks = np.linspace(0, RANKS[name], RUNGS[name])
         info = AdapterInfo(name, name, ranks, ranks.astype(int))
         planner.open(f"request of {name}", SequencePlanner(info, ChunkWiseConfig.preset(config), 50, [1, 2]))
-        for way in ways:
-            way.backend.load(name, adapter(RANKS[name], RUNGS[name]))
+        for each in pair:
+            each.backend.load(name, adapter(RANKS[name], RUNGS[name]))
     position, rng = 0, np.random.default_rng(0)
     for count in (12, 1, 1, 1):  # a prompt, then decode
         names = ["request of a", "base", "request of b", "request of c"]
         ids = rng.integers(0, 50, (4, count)).tolist()
         plan = planner.plan([Span(name, position, count) for name in names], lambda ids=ids: ids)
-        for way in ways:
-            way.plan(plan)
-        assert assert_same(ways, 4 * count).any()
+        for each in pair:
+            each.plan(plan)
+        assert assert_same(pair, 4 * count).any()
         position += count
 
 
-def planned(ways: tuple[Way, ...], segments: list[Segment], tokens: int) -> None:
+def planned(pair: tuple[BackendRun, ...], segments: list[Segment], tokens: int) -> None:
     plan = PassPlan(tuple(segments), 1, tokens)
-    for way in ways:
-        way.plan(plan)
+    for each in pair:
+        each.plan(plan)
 
 
-def test_adapters_come_and_go() -> None:
-    ways = triton, _ = both(adapters=2)
+def test_adapters_can_be_loaded_and_unloaded() -> None:
+    pair = triton, _ = both(adapters=2)
     segments = [Segment(name, 0, None, np.array([row])) for row, name in enumerate(["a", "b", "c"])]
     plan = PassPlan(tuple(segments), 1, 4)
 
     def put(name: str, seed: int = 0) -> None:
-        for way in ways:
-            way.backend.load(name, adapter(5, 1, seed))
+        for each in pair:
+            each.backend.load(name, adapter(5, 1, seed))
 
     def drop(name: str) -> None:
-        for way in ways:
-            way.backend.unload(name)
+        for each in pair:
+            each.backend.unload(name)
 
     empty = {name: layer.table.nbytes for name, layer in triton.backend.layers.items()}
     for change in [
@@ -180,16 +180,16 @@ def test_adapters_come_and_go() -> None:
         lambda: put("a", 6),
     ]:
         change()
-        for way in ways:
-            way.plan(plan)  # the same plan, as from a planner whose plans are constant
-        assert assert_same(ways, 4).any()
-        assert triton.backend.adapters == ways[1].backend.adapters
+        for each in pair:
+            each.plan(plan)  # the same plan object, as from a planner with constant plans
+        assert assert_same(pair, 4).any()
+        assert triton.backend.adapters == pair[1].backend.adapters
     drop("a")
     drop("c")
     assert {name: layer.table.nbytes for name, layer in triton.backend.layers.items()} == empty
-    for way in ways:
-        way.plan(plan)
-    assert not assert_same(ways, 4).any()
+    for each in pair:
+        each.plan(plan)
+    assert not assert_same(pair, 4).any()
 
 
 def test_an_adapter_takes_memory_of_its_own_rank() -> None:
@@ -205,22 +205,22 @@ def test_an_adapter_takes_memory_of_its_own_rank() -> None:
 
 
 @pytest.mark.parametrize(("rank", "rungs"), [(FIRST_RANK + 1, 2), (4 * FIRST_RANK, 2), (8, FIRST_RUNGS + 1), (80, 70)])
-def test_an_adapter_may_outgrow_the_others(rank: int, rungs: int) -> None:
-    ways = both()
+def test_an_adapter_may_be_larger_than_the_others(rank: int, rungs: int) -> None:
+    pair = both()
     for name, its_rank, its_rungs in [("a", 3, 2), ("b", rank, rungs), ("c", 7, 5)]:
-        for way in ways:
-            way.backend.load(name, adapter(its_rank, its_rungs))
+        for each in pair:
+            each.backend.load(name, adapter(its_rank, its_rungs))
         segments = [
             Segment("a", 1, None, np.array([1])),
             Segment("b", rungs - 1, None, np.array([2])),
             Segment("b", 1, None, np.array([3])),
             Segment("c", 4, None, np.array([4])),
         ]
-        planned(ways, segments[: {"a": 1, "b": 3, "c": 4}[name]], 5)
-        assert assert_same(ways, 5).any()
+        planned(pair, segments[: {"a": 1, "b": 3, "c": 4}[name]], 5)
+        assert assert_same(pair, 5).any()
 
 
-def test_a_schedule_is_refilled_only_for_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_is_filled_again_only_for_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     triton, _ = both()
     triton.backend.load("a", adapter(3, 1))
     sizes: list[int] = []
@@ -239,23 +239,23 @@ def test_a_schedule_is_refilled_only_for_another_plan(monkeypatch: pytest.Monkey
 
 
 def test_a_pass_without_segments_adds_nothing() -> None:
-    ways = both()
-    for way in ways:
-        way.backend.load("a", adapter(3, 1))
-    planned(ways, [Segment("a", 0)], 3)
-    assert assert_same(ways, 3).any()
-    planned(ways, [], 3)
-    assert not assert_same(ways, 3).any()
+    pair = both()
+    for each in pair:
+        each.backend.load("a", adapter(3, 1))
+    planned(pair, [Segment("a", 0)], 3)
+    assert assert_same(pair, 3).any()
+    planned(pair, [], 3)
+    assert not assert_same(pair, 3).any()
 
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_a_layer_may_compute_in_another_type(x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
-    ways = both(torch.bfloat16)
-    for way in ways:
-        way.backend.load("a", adapter(3, 1))
-    planned(ways, [Segment("a", 0)], 3)
+def test_a_layer_may_compute_in_another_dtype(x_dtype: torch.dtype, y_dtype: torch.dtype) -> None:
+    pair = both(torch.bfloat16)
+    for each in pair:
+        each.backend.load("a", adapter(3, 1))
+    planned(pair, [Segment("a", 0)], 3)
     x, y = torch.randn(72, 4).T.to(DEVICE, x_dtype), torch.randn(4, 40).to(DEVICE, y_dtype)
-    result, expected = (way.added("down", y, x) for way in ways)
+    result, expected = (each.added("down", y, x) for each in pair)
     assert torch.equal(result[3], y[3]), "padding"
     assert not torch.equal(result, y)
     assert torch.allclose(result, expected, atol=0.05)

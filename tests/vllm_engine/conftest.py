@@ -1,4 +1,4 @@
-"""Engines of vLLM that the tests share: in this process with the plug-in, in another one without."""
+"""vLLM engines that the tests share: with the plug-in in this process, without it in another process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder needs vLLM."""
+    """Mark all tests in this folder: they need vLLM."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.vllm)
@@ -60,14 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _triton_as_it_is() -> Iterator[None]:
-    """vLLM and its processes are not to run in Triton's interpreter, as the kernels' own tests may."""
+    """Make vLLM and its processes run without Triton's interpreter, which tests of the kernels may have chosen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
 
 
 class Engine:
-    """An engine of vLLM, and what was planned in it."""
+    """A vLLM engine, and the plans of its requests."""
 
     def __init__(self, **options: Any) -> None:
         from vllm import LLM
@@ -78,7 +78,7 @@ class Engine:
         self.planner = self.runner.chunkwise.planner
         self.ids: dict[str, int] = {}
         self.plans: dict[str, SequencePlanner] = {}
-        """Of every request that has ended, by the id given to it."""
+        """The plan of every request that has ended, by the request's id."""
         close = self.planner.close
 
         def remember(requests: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ class Engine:
         return LoRARequest(f"adapter-{number}", number, str(path))
 
     def params(self, tokens: int, **extra: Any) -> Any:
-        """Greedy sampling of so many tokens; `extra` are the request's extra arguments."""
+        """Parameters for greedy sampling of `tokens` tokens. `extra` are the request's extra arguments."""
         from vllm import SamplingParams
 
         return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra or None)
@@ -120,12 +120,12 @@ class Engine:
         )
 
     def step(self) -> dict[str, list[int]]:
-        """One pass; gives the requests that it finished."""
+        """Run one pass; returns the new tokens of the requests that it finished."""
         outputs = self.llm.llm_engine.step()
         return {one.request_id: list(one.outputs[0].token_ids) for one in outputs if one.finished}
 
     def run(self) -> dict[str, list[int]]:
-        """Passes until nothing is left to do."""
+        """Run passes until all requests have ended; returns their new tokens."""
         finished: dict[str, list[int]] = {}
         while self.llm.llm_engine.has_unfinished_requests():
             finished |= self.step()
@@ -133,12 +133,12 @@ class Engine:
         return finished
 
     def settle(self) -> None:
-        """vLLM tells workers of the last requests' end in one more pass."""
+        """Run the pass in which vLLM tells its workers that the last requests have ended."""
         while self.core.scheduler.has_finished_requests():
             self.core.step()
 
     def close(self) -> None:
-        """Make room for another engine."""
+        """Free the memory of this engine, so that another one can start."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         del self.llm, self.core, self.runner, self.planner
@@ -147,7 +147,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def new_engine() -> Iterator[Callable[..., Engine]]:
-    """Make an engine, closing the one before it."""
+    """A function that makes an engine and closes the one before it."""
     engines: list[Engine] = []
 
     def make(**options: Any) -> Engine:
@@ -184,9 +184,9 @@ print("\\n" + json.dumps([list(one.outputs[0].token_ids) for one in outputs]))
 
 
 def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int = 64) -> list[list[int]]:
-    """What vLLM's own LoRA gives, in a process whose plug-in is switched off.
+    """New tokens of vLLM's own LoRA, in a process whose plug-in is switched off.
 
-    It has more slots than adapters, since on a CPU a request without an adapter gets what the last slot holds.
+    It has more slots than adapters, because on a CPU a request without an adapter runs the last slot.
     """
     done = subprocess.run(
         [sys.executable, "-c", OWN_LORA],

@@ -1,4 +1,4 @@
-"""Compiled and sharded models give the tokens of plain ones."""
+"""Compiled and sharded models generate the tokens of plain ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def plain(new_engine: Callable[..., Engine]) -> dict[str, list[int]]:
-    """What a plain engine gives to a mixed batch."""
+    """The tokens of an engine without compilation for a mixed batch."""
     return balanced(new_engine())
 
 
@@ -56,7 +56,7 @@ def test_no_plan_is_compiled_in(
 
 
 def test_two_ranks_give_the_tokens_of_one(plain: dict[str, list[int]], tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"  # a file, since workers start by importing it
+    script = tmp_path / "sharded.py"  # a file, because workers import it when they start
     script.write_text(SHARDED)
     done = subprocess.run(
         [sys.executable, str(script)],

@@ -1,4 +1,4 @@
-"""What vLLM gives with ladders is what it gives with its own LoRA, and what the transformers engine gives."""
+"""vLLM with ladders generates the tokens of vLLM's own LoRA and of the transformers engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_plan_is_that_of_the_transformers_engine(
         config = ChunkWiseConfig.preset(preset)
         ids = AutoTokenizer.from_pretrained(embedded.BASE)(prompt).input_ids
         tokens = ids + given[f"{preset}{number}"]
-        # The transformers engine runs the very tokens that vLLM gave, one by one after the prompt.
+        # The transformers engine runs the tokens that vLLM generated, one by one after the prompt.
         with transformers_model.stream(
             prompt_columns=len(ids), adapter_names=Path(adapter).name, chunkwise_config=config
         ) as session:

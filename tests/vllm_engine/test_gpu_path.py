@@ -1,4 +1,4 @@
-"""What layers add on a GPU gives the tokens of what they add elsewhere. Without a GPU, in Triton's interpreter."""
+"""The Triton backend gives vLLM the tokens of plain products. Without a GPU, it runs in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plug-in refuses, leaves alone and switches off, and the memory it takes."""
+"""What the plug-in refuses, does not change and switches off, and how much memory it needs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_an_unknown_version_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_version_is_refused_and_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = patched_names(), messages(monkeypatch)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr("vllm.__version__", "0.99.0+cpu")
@@ -50,7 +50,7 @@ def test_an_unknown_version_is_refused_and_left_alone(monkeypatch: pytest.Monkey
     assert "knows vLLM 0.32.0, not 0.99.0, and leaves it as it is" in seen[0]
 
 
-def test_a_vllm_without_a_part_that_is_needed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_that_lacks_a_needed_class_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = patched_names(), messages(monkeypatch)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.delattr("vllm.v1.core.kv_cache_utils._gen_prompt_embeds_extra_hash_keys")
@@ -70,7 +70,7 @@ def test_a_second_call_changes_nothing(engine: Engine) -> None:
     assert patched_names() == before
 
 
-def test_the_switch_leaves_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch_keeps_vllm_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     before = patched_names()
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setenv("CHUNKWISE_VLLM", "0")
@@ -91,7 +91,7 @@ def test_the_switch_leaves_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"use_v2_model_runner": True}, "Model Runner V2"),
     ],
 )
-def test_what_ladders_cannot_run_with_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
+def test_options_that_ladders_do_not_support_are_refused_by_name(changes: dict[str, Any], says: str) -> None:
     config: Any = SimpleNamespace(
         lora_config=SimpleNamespace(fully_sharded_loras=False, enable_tower_connector_lora=False),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False),
@@ -191,7 +191,7 @@ def test_a_ladder_of_another_base_is_refused_by_name_and_shape(engine: Engine, t
     assert engine.greedy(PROMPTS[:1], [WIKI], 4)
 
 
-def test_what_vllms_cache_cannot_do_is_said_once_per_ladder(
+def test_kv_decisions_that_vllm_cannot_carry_out_are_reported_once_per_ladder(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = messages(monkeypatch)
@@ -211,7 +211,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     for request in requests:
         engine.llm.llm_engine.add_lora(request)
     loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
-    held = {  # by storage, so that what a layer shares with its loaded ladder counts once
+    held = {  # by storage, because a layer and its loaded ladder share some
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for layer in manager.layers.values()
         for of_adapter in layer.layer.products.factors.values()
@@ -239,7 +239,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     assert not manager.backend.adapters & {str(one.lora_int_id) for one in requests}
 
 
-def test_a_check_is_made_anew_only_when_files_change(tmp_path: Path) -> None:
+def test_files_are_checked_again_only_when_they_change(tmp_path: Path) -> None:
     loading._check.cache_clear()
     server = settings.Choice()
     for _ in range(2):
@@ -247,8 +247,8 @@ def test_a_check_is_made_anew_only_when_files_change(tmp_path: Path) -> None:
     assert loading._check.cache_info()[:2] == (1, 1)
 
 
-def test_without_lora_vllm_is_as_before(new_engine: Callable[..., Engine]) -> None:
-    """Last, since it takes the module's engine's place."""
+def test_without_lora_vllm_does_not_change(new_engine: Callable[..., Engine]) -> None:
+    """The last test, because it replaces the engine of this module."""
     from vllm import LLM, SamplingParams
 
     expected = new_engine().greedy(PROMPTS, [None] * 4, 16)

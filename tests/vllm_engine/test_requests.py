@@ -1,4 +1,4 @@
-"""Overrides, the prefix cache, pieces, preemption, abort: whatever vLLM does with a request, its plan stays its own."""
+"""A request keeps its own plan under overrides, prefix caching, chunked prefill, preemption and abort."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_override_without_an_adapter_is_refused(engine: Engine) -> None:
         engine.greedy(PROMPTS[:1], [None], 4, chunkwise_preset="balanced")
 
 
-def test_a_damaged_ladder_is_refused_and_the_engine_lives(engine: Engine, tmp_path: Path) -> None:
+def test_a_damaged_ladder_is_refused_and_the_engine_continues(engine: Engine, tmp_path: Path) -> None:
     RankLadder.from_peft(WIKI).save_pretrained(tmp_path)
     tensors = next(tmp_path.glob("*.safetensors"))
     tensors.write_bytes(tensors.read_bytes()[:-100])
@@ -77,7 +77,7 @@ def test_the_policy_of_a_ladder_is_its_default(engine: Engine, tmp_path: Path) -
 
 
 def cached_tokens(engine: Engine, prompt: Any, tokens: int = 4, **extra: Any) -> tuple[int, list[int]]:
-    """How many prompt tokens were found in the prefix cache, and what was generated."""
+    """The number of prompt tokens that were found in the prefix cache, and the generated tokens."""
     output = engine.llm.generate(
         prompt, engine.params(tokens, **extra), lora_request=engine.adapter(WIKI), use_tqdm=False
     )[0]
@@ -85,7 +85,7 @@ def cached_tokens(engine: Engine, prompt: Any, tokens: int = 4, **extra: Any) ->
 
 
 @pytest.mark.parametrize("first", ["lossless", "balanced"])
-def test_kv_of_one_plan_is_not_found_by_another(engine: Engine, first: str) -> None:
+def test_a_plan_does_not_use_the_kv_of_another_plan(engine: Engine, first: str) -> None:
     engine.llm.reset_prefix_cache()
     second = {"lossless": "balanced", "balanced": "lossless"}[first]
     expected = cached_tokens(engine, LONG, chunkwise_preset=first)
@@ -97,7 +97,7 @@ def test_kv_of_one_plan_is_not_found_by_another(engine: Engine, first: str) -> N
 
 
 @pytest.mark.parametrize(("preset", "is_shared"), [("lossless", True), ("balanced", False)])
-def test_kv_of_generated_tokens_is_shared_only_if_no_entropy_made_it(
+def test_kv_of_generated_tokens_is_shared_only_if_it_depends_on_no_entropy(
     engine: Engine, preset: str, is_shared: bool
 ) -> None:
     engine.llm.reset_prefix_cache()
@@ -110,7 +110,7 @@ def test_kv_of_generated_tokens_is_shared_only_if_no_entropy_made_it(
     assert cached_tokens(engine, further, chunkwise_preset=preset) == (0, tokens)
 
 
-def test_a_prefix_found_in_the_cache_is_fed_to_the_scheduler(engine: Engine) -> None:
+def test_the_scheduler_sees_a_prefix_that_was_found_in_the_cache(engine: Engine) -> None:
     engine.llm.reset_prefix_cache()
     for request in ("cold", "warm"):
         engine.add(request, LONG, WIKI, 8, chunkwise_preset="balanced")
@@ -118,7 +118,7 @@ def test_a_prefix_found_in_the_cache_is_fed_to_the_scheduler(engine: Engine) -> 
     assert np.array_equal(engine.plans["cold"].weights, engine.plans["warm"].weights)
 
 
-def test_an_aborted_request_leaves_nothing(engine: Engine) -> None:
+def test_an_aborted_request_leaves_no_plan_behind(engine: Engine) -> None:
     for number in range(4):
         engine.add(f"abort{number}", PROMPTS[number], [WIKI, E2E][number % 2], 64, chunkwise_preset="balanced")
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_an_aborted_request_leaves_nothing(engine: Engine) -> None:
 
 
 @pytest.fixture(scope="module")
-def pressed(new_engine: Callable[..., Engine]) -> Engine:
+def small_engine(new_engine: Callable[..., Engine]) -> Engine:
     """An engine that takes prompts in pieces and runs out of KV space."""
     return new_engine(max_num_batched_tokens=64, num_gpu_blocks_override=24)
 
@@ -148,30 +148,32 @@ def preemptions(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_pieces_and_preemption_leave_plan_and_tokens_alone(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = pressed.llm.get_tokenizer()(LONG).input_ids
+def test_chunked_prefill_and_preemption_do_not_change_plan_or_tokens(
+    small_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = small_engine.llm.get_tokenizer()(LONG).input_ids
     prompts = [{"prompt_token_ids": ids[start : start + 100]} for start in range(0, 80, 10)]
     alone: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        pressed.add(f"alone{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
-        alone |= pressed.run()
-    pressed.llm.reset_prefix_cache()
-    seen = preemptions(pressed, monkeypatch)
+        small_engine.add(f"alone{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
+        alone |= small_engine.run()
+    small_engine.llm.reset_prefix_cache()
+    seen = preemptions(small_engine, monkeypatch)
     for number, prompt in enumerate(prompts):
-        pressed.add(f"together{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
-    together = pressed.run()
+        small_engine.add(f"together{number}", prompt, [WIKI, E2E][number % 2], 60, chunkwise_preset="balanced")
+    together = small_engine.run()
     assert seen
     for number in range(len(prompts)):
         assert together[f"together{number}"] == alone[f"alone{number}"]
-        plans = [pressed.plans[f"{how}{number}"].weights for how in ("alone", "together")]
+        plans = [small_engine.plans[f"{how}{number}"].weights for how in ("alone", "together")]
         assert np.array_equal(*plans)
-    assert len(pressed.planner) == 0
+    assert len(small_engine.planner) == 0
 
 
-def test_soak(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soak(small_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """CHUNKWISE_SOAK gives the number of requests."""
     chance = random.Random(0)
-    ids = pressed.llm.get_tokenizer()(LONG).input_ids
+    ids = small_engine.llm.get_tokenizer()(LONG).input_ids
     kinds = [
         ({"prompt_token_ids": ids[start : start + length]}, adapter, tokens)
         for start, length, adapter, tokens in [
@@ -183,9 +185,9 @@ def test_soak(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
             (90, 110, WIKI, 8),
         ]
     ]
-    expected = [pressed.greedy([prompt], [adapter], tokens)[0] for prompt, adapter, tokens in kinds]
-    pressed.llm.reset_prefix_cache()
-    seen = preemptions(pressed, monkeypatch)
+    expected = [small_engine.greedy([prompt], [adapter], tokens)[0] for prompt, adapter, tokens in kinds]
+    small_engine.llm.reset_prefix_cache()
+    seen = preemptions(small_engine, monkeypatch)
     wanted = int(os.environ.get("CHUNKWISE_SOAK", "60"))
     waiting: dict[str, int] = {}
     given: dict[str, list[int]] = {}
@@ -193,21 +195,21 @@ def test_soak(pressed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     while added < wanted or waiting:
         while added < wanted and len(waiting) < 16:
             kind = chance.randrange(len(kinds))
-            pressed.add(f"soak{added}", *kinds[kind])
+            small_engine.add(f"soak{added}", *kinds[kind])
             waiting[f"soak{added}"] = kind
             added += 1
         if chance.random() < 0.03:
             victim = chance.choice(list(waiting))
-            pressed.llm.llm_engine.abort_request([victim])
+            small_engine.llm.llm_engine.abort_request([victim])
             del waiting[victim]
             aborted += 1
-        for request, tokens in pressed.step().items():
+        for request, tokens in small_engine.step().items():
             assert tokens == expected[waiting.pop(request)]
             given[request] = tokens
-    pressed.settle()
+    small_engine.settle()
     assert aborted and seen and len(given) + aborted == wanted
-    assert len(pressed.planner) == 0
-    assert not pressed.runner.requests
+    assert len(small_engine.planner) == 0
+    assert not small_engine.runner.requests
 
 
 def test_the_salt_of_a_plan_reading_entropies_is_private() -> None:

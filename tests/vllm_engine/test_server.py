@@ -1,4 +1,4 @@
-"""Over HTTP, as users run it: several processes, the `openai` client, metrics."""
+"""The server over HTTP, as users run it: several processes, the `openai` client, metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def example() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def url(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    os.environ.pop(metrics.FOLDER, None)  # that of engines in this process
+    os.environ.pop(metrics.FOLDER, None)  # the setting of engines in this process
     with example.server(tmp_path_factory.mktemp("server"), ["--enforce-eager"]) as address:
         yield address
 
@@ -83,5 +83,5 @@ def test_the_endpoint_shows_ranks_rungs_and_time_per_adapter(
     ladder = RankLadder.from_peft(embedded.ADAPTERS["wiki"])
     numbers = sum(module.cost * module.rank for module in ladder.modules.values())
     assert after['chunkwise:adapter_bytes{adapter="wiki"}'] == 4 * numbers
-    ask(client, "base")  # a pass in which the workers hear of what has ended
+    ask(client, "base")  # in one more pass the workers learn which requests have ended
     assert example.metrics(url)["chunkwise:schedulers"] == 0
