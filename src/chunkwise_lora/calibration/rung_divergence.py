@@ -1,4 +1,4 @@
-"""The loss of every rung of a ladder when all tokens run on it."""
+"""The divergence of every rung of a ladder from full rank, with all tokens on that rung."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def rung_divergence(
         model: A model with the ladder loaded under `DEFAULT`.
         batches: The text, in batches of one pass each.
         reference: Name of the loaded ladder whose full rank is the reference; by default the ladder itself.
-        same_full_rank: Whether the full rank of the two computes the same function. Then its divergence is 0 by
-            definition and is not measured.
+        same_full_rank: Whether the ladder and the reference compute the same function at full rank. If they do, the
+            divergence of full rank is 0 and is not measured.
 
     Returns:
         (rungs,) nats per scored token, for `RankLadder.rung_divergence`.
