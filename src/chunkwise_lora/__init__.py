@@ -30,7 +30,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {"ChunkWiseModel": "chunkwise_lora.engines.transformers", "RankLadder": "chunkwise_lora.ladder"}
-"""Names that need PyTorch or an engine, which take seconds to import, and their modules."""
+"""Names that are imported on first use, and their modules: PyTorch and engines take seconds to import."""
 
 
 def __getattr__(name: str) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class ChunkWiseError(Exception):
-    """Any refusal of this package.
+    """Base class of the errors that this package raises.
 
-    Whatever a message quotes, from files or from the command line, it stays harmless on a terminal: characters that
-    are not printable are escaped, line breaks aside.
+    A message may quote text from files or from the command line. Characters that are not printable are escaped, except
+    line breaks, so a message cannot control the terminal that shows it.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -15,7 +15,7 @@ class ChunkWiseError(Exception):
 
 
 class ConfigError(ChunkWiseError):
-    """A knob has an impossible value."""
+    """A setting has an impossible value."""
 
 
 class LadderError(ChunkWiseError):
@@ -23,18 +23,18 @@ class LadderError(ChunkWiseError):
 
 
 class EngineError(ChunkWiseError):
-    """A model, a ladder and a call do not fit together."""
+    """A model, a ladder and the arguments of a call do not fit together, or are not supported."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, without its advice on further lines."""
+    """Return the first line of another library's error message, without the advice on later lines."""
     return str(error).partition("\n")[0]
 
 
 def escaped(text: str) -> str:
-    """`text` with an escape sequence in place of every character that is not printable.
+    """Return `text` with an escape sequence in place of every character that is not printable.
 
-    That covers control characters, terminal sequences, line breaks, overrides of the writing direction and lone
+    These are control characters, terminal sequences, line breaks, overrides of the writing direction and lone
     surrogates.
     """
     if text.isprintable():
@@ -43,7 +43,7 @@ def escaped(text: str) -> str:
 
 
 def shown(value: object, limit: int = 160) -> str:
-    """A string from a file for people to read: on one line, escaped, the middle of a long one left out."""
+    """Return a value from a file as one printable line. If it exceeds `limit` characters, the middle is left out."""
     text = str(value)
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -1,4 +1,4 @@
-"""Reading and writing files so that a failure names the file and never damages it."""
+"""Reads and writes files so that an error names the file, and a failed write does not damage it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chunkwise_lora.errors import ChunkWiseError
 
 
 def read_text(path: Path, error: type[ChunkWiseError]) -> str:
-    """The text of `path`, without a byte order mark; raises `error` naming it when that fails."""
+    """Return the text of `path`, without a byte order mark. If that fails, raise `error`, which names the file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as cause:  # ValueError: not UTF-8, or a NUL in the path
@@ -18,7 +18,12 @@ def read_text(path: Path, error: type[ChunkWiseError]) -> str:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Create `path`, which must not exist, and wait until the disk has it. Its mode is 0666 less the umask."""
+    """Create the file `path` with mode 0666 minus the umask, and wait until it is on the disk.
+
+    Raises:
+        FileExistsError: `path` exists.
+        OSError: The file cannot be written.
+    """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
@@ -27,12 +32,13 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def write_atomically(path: Path, content: bytes, error: type[ChunkWiseError] = ChunkWiseError) -> None:
-    """Write beside `path`, then rename over it: an interrupted write leaves the old file whole.
+    """Write a temporary file in the folder of `path`, then rename it to `path`.
 
-    A new file has the mode 0666 less the umask; a file that is replaced keeps its mode. A device or a pipe, such as
-    `/dev/stdout`, is written to as it is. A symbolic link stays one: the file it points to is replaced.
+    An interrupted write leaves the old file unchanged. A new file has the mode 0666 minus the umask; a replaced file
+    keeps its mode. A device or a pipe, such as `/dev/stdout`, is written to directly. If `path` is a symbolic link, the
+    file that it points to is replaced.
 
-    Raises `error` naming the path when it cannot be written.
+    If writing fails, `error` is raised, which names the path.
     """
     try:
         if path.exists() and not path.is_file():

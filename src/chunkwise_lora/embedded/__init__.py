@@ -14,19 +14,19 @@ BASE = _HERE / "base"
 """A Llama of 5.5 million parameters, trained on public-domain books."""
 
 ADAPTERS = {path.name: path for path in sorted((_HERE / "adapters").glob("*"))}
-"""PEFT adapters for it by name: `wiki` (encyclopedia text) and `e2e` (restaurant facts to a sentence), and,
-made for half of their rank, the calibrated ladders `wiki-nested` and `e2e-nested`, which are PEFT adapters, too."""
+"""Folders of the adapters of this base model, by name. `wiki` (encyclopedia text) and `e2e` (a sentence from facts
+about a restaurant) are PEFT adapters. `wiki-nested` and `e2e-nested` are ladders, calibrated for half of the rank."""
 
 HELD_TEXT = _HERE / "held_text.txt"
-"""A text that nothing here was trained on, in the style of `wiki`'s."""
+"""A text in the style of the `wiki` data. Neither the base model nor an adapter was trained on it."""
 
 
 def find(name: str) -> str | Path:
-    """The folder of the embedded adapter of this name. A folder and a name such as owner/name are returned unchanged.
+    """Return the folder of the embedded adapter `name`. A path, or a hub name (owner/name), is returned unchanged.
 
     Raises:
-        LadderError: The name is a single word, but no embedded adapter and no folder. It is refused at once, because a
-            hub would need seconds to say that it does not know a mistyped name.
+        LadderError: The name is a single word, but neither an embedded adapter nor a folder. A hub would need seconds
+            to answer that it does not know a mistyped name, so the hub is not asked.
     """
     if name in ADAPTERS:
         return ADAPTERS[name]
@@ -35,6 +35,6 @@ def find(name: str) -> str | Path:
     close = get_close_matches(name, ADAPTERS, n=2)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
     raise LadderError(
-        f"{name}: no such folder, and no embedded adapter has this name (they are {', '.join(ADAPTERS)}). {meant}"
+        f"{name}: there is no such folder, and the embedded adapters are {', '.join(ADAPTERS)}. {meant}"
         "Give a folder, an embedded adapter, or owner/name for an adapter on the hub"
     )

@@ -16,11 +16,11 @@ from chunkwise_lora.ladder.module import LadderModule, direction_lengths, even_r
 
 
 def decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
-    """The SVD of scale * b @ a in O((in + out) r^2), on `steps` + 1 even rungs.
+    """Compute the SVD of scale * b @ a in O((in + out) r^2), on `steps` + 1 even rungs.
 
     Args:
-        b: (out, r)
-        a: (r, in)
+        b: (out, r), PEFT's lora_B.
+        a: (r, in), PEFT's lora_A.
         scale: The adapter's scale s.
         steps: Number of rungs above rank 0.
     """
@@ -32,26 +32,26 @@ def decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
 
 
 def as_trained(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:
-    """The directions of scale * b @ a as they are, in their order; arguments as for `decompose`."""
+    """Keep the directions of scale * b @ a in their order. The arguments are those of `decompose`."""
     up, down = (scale * b.double()).float(), a.float().contiguous()
     sigma = direction_lengths(up, down)
     return LadderModule(up, down, sigma, even_ranks(len(sigma), steps))
 
 
 def reweight(module: LadderModule, moment: Tensor, output: Tensor | None = None) -> LadderModule:
-    """The directions of up @ down that truncate best for given inputs and, optionally, given outputs.
+    """Rotate the basis of a module so that it truncates best for given inputs and, optionally, given outputs.
 
     Args:
         module: The module to rebuild; its product stays the same at full rank.
         moment: (r, r) second moment E[z z^T] of z = down @ x.
-        output: (r, r) second moment E[q q^T] of the gradient q = up^T d log p / dy. Without it, or where it is all
-            zero, all errors of the output count alike.
+        output: (r, r) second moment E[q q^T] of the gradient q = up^T d log p / dy. Without it, or if it is all
+            zeros, all errors of the output have the same weight.
     """
     g_half, g_inverse_half = _roots(moment)
     if output is not None and output.any():
         s_half, s_inverse_half = _roots(output)
         back = module.up.double() @ s_inverse_half
-    else:  # an error counts by its length, and up = q r with an orthonormal q
+    else:  # the weight of an error is its length, and up = q r with an orthonormal q
         back, s_half = torch.linalg.qr(module.up.double())
     u, sigma, v = torch.linalg.svd(s_half @ g_half, full_matrices=False)
     up, down = back @ u, sigma[:, None] * (v @ g_inverse_half @ module.down.double())
@@ -59,9 +59,9 @@ def reweight(module: LadderModule, moment: Tensor, output: Tensor | None = None)
 
 
 def _roots(moment: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """The square root of a second moment and its inverse, in float64.
+    """Return the square root of a second moment and its inverse, in float64.
 
-    The ridge, relative to the mean of the diagonal, keeps directions finite that the data never used.
+    The ridge, relative to the mean of the diagonal, keeps directions finite that the data do not use.
     """
     g = moment.double()
     g = g + ridge * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype)
@@ -73,13 +73,13 @@ def _roots(moment: Tensor, ridge: float = 1e-4) -> tuple[Tensor, Tensor]:
 def sort_by_importance(
     modules: Mapping[str, LadderModule], importance: Mapping[str, Tensor], steps: int
 ) -> dict[str, LadderModule]:
-    """The same directions, the most important first, on rungs that spend their budget where it matters most.
+    """Sort the directions by importance, and choose rungs that hold the most important directions for their cost.
 
     Args:
         modules: The modules by name.
         importance: Per module (r,): what each direction contributes, such as the KL divergence of switching it off.
-        steps: Number of rungs above rank 0. Rung i holds the directions of all modules that contribute most for their
-            cost, as many as i / `steps` of the whole cost pays for.
+        steps: Number of rungs above rank 0. Rung i holds the directions with the highest importance per cost, over all
+            modules, up to i / `steps` of the total cost.
 
     Raises:
         LadderError: The importance is not given for exactly these modules, or not finite.
@@ -89,7 +89,7 @@ def sort_by_importance(
     ordered, per_cost, costs = {}, [], []
     for name, module in modules.items():
         if importance[name].shape != (module.rank,) or not importance[name].isfinite().all():
-            raise LadderError(f"{name}: its importance must be {module.rank} finite numbers; gather it anew")
+            raise LadderError(f"{name}: its importance must be {module.rank} finite numbers; measure it again")
         order = importance[name].argsort(descending=True, stable=True)
         sigma = importance[name][order].clamp_min(0).sqrt().float()
         up, down = module.up[:, order].contiguous(), module.down[order].contiguous()

@@ -1,6 +1,6 @@
-"""What every ladder and adapter must fulfil, whoever wrote it. Each check raises a `LadderError` that says what to do.
+"""Checks that every ladder and adapter must pass. Each raises a `LadderError` that says what to do.
 
-`where` names what is checked in the message: a file and the tensor or field in it, or a module.
+`where` names in the message what is checked: a file and the tensor or field in it, or a module.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from chunkwise_lora.errors import LadderError, shown
 
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What a ladder is stored in."""
+"""Dtypes in which a ladder can be stored."""
 
 LARGEST = 1e16
-"""Bound on the Frobenius norms of up, of down and of their product's upper bound |up| |down|.
+"""Bound on the Frobenius norms |up| and |down| and on |up| |down|, which is a bound on the norm of the product.
 
 float32 ends at 3.4e38. With this bound the squares of singular values (1e32) can be summed over a million directions,
 and up @ down @ x stays finite for every x below 1e22. Trained adapters have norms below 1e4.
@@ -26,8 +26,8 @@ and up @ down @ x stays finite for every x below 1e22. Trained adapters have nor
 MOST_RUNGS = 256
 """Bound on the rungs of a ladder.
 
-A plan holds one weight per token and rung, and a module one row of gates per rung. Calibration makes at most 65 rungs;
-rungs closer than 1/256 of the full rank cannot be told apart.
+A plan holds one weight per token and rung, and a module holds one row of gates per rung. Calibration makes at most 65
+rungs; rungs closer than 1/256 of the full rank cannot be told apart.
 """
 
 LONGEST_NAME = 512
@@ -38,18 +38,18 @@ DEEPEST_NAME = 64
 
 
 def check_name(where: str, name: str) -> None:
-    """A module or parameter name is printable and of bounded length."""
+    """Check that the name of a module or parameter is printable and of bounded length."""
     if not name or not name.isprintable() or len(name) > LONGEST_NAME or name.count(".") >= DEEPEST_NAME:
         raise LadderError(
             f"{where}: '{shown(name)}' is not the name of a module or parameter (printable, at most {LONGEST_NAME} "
-            f"characters and {DEEPEST_NAME} parts); save the adapter anew from its model"
+            f"characters and {DEEPEST_NAME} parts); save the adapter again from its model"
         )
 
 
 def check_tensor(
     where: str, tensor: Tensor, shape: Sequence[int | None] | None = None, dtypes: Sequence[torch.dtype] = STORED_DTYPES
 ) -> None:
-    """A tensor has one of `dtypes`, the shape (None: any size), no empty dimension and only finite numbers."""
+    """Check that a tensor has one of `dtypes`, `shape` (None: any size), no empty dimension and only finite numbers."""
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LadderError(f"{where} has dtype {tensor.dtype}; save it in one of {names}")
@@ -63,46 +63,48 @@ def check_tensor(
         len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True))
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise LadderError(f"{where} has shape {sizes}, not [{wanted}]; save it anew")
-    low, high = tensor.aminmax()  # one pass, no copy; NaN wins
+        raise LadderError(f"{where} has shape {sizes}, not [{wanted}]; save it again")
+    low, high = tensor.aminmax()  # one pass without a copy; NaN propagates
     if not (low.isfinite() and high.isfinite()):
-        raise LadderError(f"{where} holds NaN or infinity; train or export the adapter anew")
+        raise LadderError(f"{where} holds NaN or infinity; train or export the adapter again")
 
 
 def check_factors(where: str, up: Tensor, down: Tensor, scale: float = 1.0) -> None:
-    """scale * up @ down, up (out, r) and down (r, in), and every sum on the way to it, stay far from overflow.
+    """Check that scale * up @ down, for up (out, r) and down (r, in), and all sums in it stay far from overflow.
 
-    So that up can be stored with the scale or without it, a scale below 1 is not counted.
+    A scale below 1 counts as 1, because up may also be stored without the scale.
     """
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
         raise LadderError(
             f"{where}: the factors have shapes {tuple(up.shape)} and {tuple(down.shape)}, not (out, r) and (r, in); "
-            "save the adapter anew"
+            "save the adapter again"
         )
     norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in (up, down)]
     norms[0] *= max(1.0, abs(scale))
     if not max(*norms, norms[0] * norms[1]) <= LARGEST:  # NaN and infinity are refused, too
         raise LadderError(
             f"{where}: the factors have norms {norms[0]:.3g} (with the scale) and {norms[1]:.3g}; each, and their "
-            f"product, must be at most {LARGEST:g} to compute in float32; train or scale the adapter anew"
+            f"product, must be at most {LARGEST:g} to compute in float32; train or scale the adapter again"
         )
 
 
 def check_sigma(where: str, sigma: Tensor, rank: int) -> None:
-    """What the directions contribute: (rank,) numbers from 0, whose squares can be summed."""
+    """Check that sigma holds (rank,) numbers that are not negative and whose squares can be summed."""
     check_tensor(where, sigma, (rank,), (torch.float32,))
     low, high = sigma.aminmax()
     if low < 0 or high > LARGEST:
-        raise LadderError(f"{where} must lie from 0 to {LARGEST:g}, not {low:.3g} to {high:.3g}; build the ladder anew")
+        raise LadderError(
+            f"{where} must lie from 0 to {LARGEST:g}, not {low:.3g} to {high:.3g}; build the ladder again"
+        )
 
 
 def check_ranks(where: str, ranks: Sequence[int], rank: int) -> None:
-    """A module's rank on each rung: whole numbers from 0, not falling, the last one the full rank `rank`."""
+    """Check a module's rank on each rung: whole numbers from 0 that never fall; the last one is `rank`."""
     if not 1 <= len(ranks) <= MOST_RUNGS:
         raise LadderError(f"{where}: {len(ranks)} rungs, not 1 to {MOST_RUNGS}; build the ladder with fewer rungs")
     whole = all(type(k) is int for k in ranks)
     if not whole or ranks[0] < 0 or ranks[-1] != rank or any(a > b for a, b in pairwise(ranks)):
         raise LadderError(
             f"{where}: ranks {shown(list(ranks))} must rise from at least 0 to the full rank {rank}; "
-            "build the ladder anew"
+            "build the ladder again"
         )

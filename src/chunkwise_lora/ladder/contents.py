@@ -1,4 +1,4 @@
-"""What a ladder holds, and the checks that all of it fits together."""
+"""What a ladder holds, and the check that its parts fit together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Build = Literal["svd", "as-trained", "data-aware", "calibrated"]
 
 @dataclass(frozen=True)
 class LadderContents:
-    """The contents of a ladder. `RankLadder` adds how ladders are built, changed, read and written.
+    """The contents of a ladder. `RankLadder` adds methods that build, change, read and write ladders.
 
     A rung names a rank for every module. All modules have the same number of rungs, the lowest first.
     """
@@ -32,7 +32,7 @@ class LadderContents:
     build: Build = "svd"
     """How the directions were found."""
     saved_modules: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameters that the adapter replaces whole (PEFT's `modules_to_save`), by parameter name."""
+    """Parameters that the adapter replaces (PEFT's `modules_to_save`), by parameter name."""
     learned: LearnedComplexity | None = None
     """What calibration learned about which tokens need rank."""
     policy: ChunkWiseConfig | None = None

@@ -1,13 +1,13 @@
-"""Reads and writes ladders of format 2: a PEFT adapter folder with `chunkwise.json` beside the adapter's files.
+"""Reads and writes ladders of format 2: a PEFT adapter folder with `chunkwise.json` next to the adapter's files.
 
 | file | content |
 |---|---|
 | `adapter_config.json`, `adapter_model.safetensors` | the ladder at full rank, as PEFT stores an adapter |
 | `chunkwise.json` | format version, SHA-256 of the other files, build, base model, rungs as ranks per module, policy |
-| `chunkwise.safetensors` | only where there is something learned: importance of the directions, complexity of tokens |
+| `chunkwise.safetensors` | only if there is something learned: importance of the directions, complexity of tokens |
 
-`chunkwise.safetensors` holds `sigma/<module>` only where the importance of directions is not their length, which is the
-case after calibration and for data-aware builds. Otherwise sigma is computed from the factors when a ladder is read;
+`chunkwise.safetensors` holds `sigma/<module>` only if the importance of directions is not their length: after
+calibration and for data-aware builds. Otherwise sigma is computed from the factors when a ladder is read;
 for factors in bfloat16 or float16 it may then differ by their rounding.
 """
 
@@ -61,15 +61,15 @@ class _Manifest(BaseModel):
 
 
 def is_format_2(folder: str | Path) -> bool:
-    """Whether a ladder of format 2 was saved in the folder."""
+    """Return whether the folder holds a ladder of format 2."""
     return os.path.lexists(os.path.join(folder, LADDER_NAME))
 
 
 def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
-    """The content of a ladder's files, by file name, that of the weights last.
+    """Return the content of a ladder's files by file name. The weights come last.
 
     Raises:
-        LadderError: A text of the ladder cannot be written as UTF-8.
+        LadderError: The name of the base model cannot be written as UTF-8.
     """
     files: dict[str, bytes] = {}
     extra = {} if _sigma_is_length(ladder) else {f"{SIGMA}{name}": m.sigma for name, m in ladder.modules.items()}
@@ -91,7 +91,7 @@ def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
 
 
 def _dump(manifest: dict[str, Any]) -> str:
-    """JSON with one line per field, and one per module."""
+    """Return JSON with one line per field, and one line per module."""
     lines = []
     for key, value in manifest.items():
         if key == "ranks":
@@ -113,10 +113,10 @@ def _sigma_is_length(ladder: LadderContents) -> bool:
 
 
 def owned_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that a ladder of either format or a PEFT adapter consists of.
+    """Return the names of the files of a ladder, of either format, or of a PEFT adapter in a folder.
 
-    A new ladder replaces these. All other files of the folder belong to somebody else. Without the first ones, the
-    others are refused, so they may be removed in this order.
+    A new ladder replaces these files and no others. They may be removed in this order: without the first ones, the
+    others are refused when they are read.
     """
     return [WEIGHTS_NAME, *format_v1.owned_files(folder), LEARNED_NAME, CONFIG_NAME, LADDER_NAME]
 
@@ -127,7 +127,7 @@ def read(folder: Path) -> LadderContents:
     All files are read into memory and checked against the SHA-256 in the manifest before they are used.
 
     Raises:
-        LadderError: A file is missing, cut off, altered, or not what a ladder holds.
+        LadderError: A file is missing, cut off, altered, or does not belong to a ladder.
         ConfigError: The policy is damaged.
     """
     manifest, files = read_folder(folder, lambda: _read_files(folder), self_checking=True)
@@ -135,7 +135,9 @@ def read(folder: Path) -> LadderContents:
     tensors = parse_tensors(files[WEIGHTS_NAME], folder / WEIGHTS_NAME)
     extra = parse_tensors(files[LEARNED_NAME], folder / LEARNED_NAME) if LEARNED_NAME in files else {}
     if unknown := [name for name in extra if not name.startswith((SIGMA, LEARNED))]:
-        raise LadderError(f"{folder / LEARNED_NAME}: {unknown[0]!r} has no place in a ladder; build the ladder anew")
+        raise LadderError(
+            f"{folder / LEARNED_NAME}: {unknown[0]!r} is not a tensor of a ladder; build the ladder again"
+        )
     try:
         modules = {name: _module(name, ranks, tensors, extra) for name, ranks in manifest.ranks.items()}
         if unknown := [name for name in tensors if not name.startswith(PREFIX) or "lora_" in name]:
@@ -151,28 +153,28 @@ def read(folder: Path) -> LadderContents:
             None if manifest.rung_divergence is None else tuple(manifest.rung_divergence),
         )
     except LadderError as error:
-        raise LadderError(f"{path}: does not fit the other files ({error}); build the ladder anew") from None
+        raise LadderError(f"{path}: does not fit the other files ({error}); build the ladder again") from None
     if ladder.fingerprint != manifest.base_model.fingerprint:
-        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
+        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder again")
     _check_config(files[CONFIG_NAME], ladder, folder / CONFIG_NAME)
     return ladder
 
 
 def _read_files(folder: Path) -> tuple[_Manifest, dict[str, bytes]]:
-    """The manifest, and the content of the files that it names, which is what it says."""
+    """Return the manifest, and the content of the files that it names, after a check of their SHA-256."""
     path = folder / LADDER_NAME
     manifest = _read_manifest(read_file(path, LARGEST_JSON), path)
     needed = {CONFIG_NAME, WEIGHTS_NAME}
     if not needed <= manifest.files.keys() <= needed | {LEARNED_NAME}:
         raise LadderError(
             f"{path}: files must name {CONFIG_NAME}, {WEIGHTS_NAME} and, if at all, {LEARNED_NAME}, and nothing else; "
-            "build the ladder anew"
+            "build the ladder again"
         )
     return manifest, {name: _read_file(folder / name, digest) for name, digest in manifest.files.items()}
 
 
 def _module(name: str, ranks: list[int], tensors: dict[str, Tensor], extra: Mapping[str, Tensor]) -> LadderModule:
-    """Take one module out of the tensors."""
+    """Take the factors of one module out of `tensors`, and return the module."""
     try:
         down, up = (tensors.pop(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
     except KeyError as error:
@@ -185,7 +187,7 @@ def _check_config(content: bytes, ladder: LadderContents, path: Path) -> None:
     found, expected = parse_json(content, path), peft_config(ladder)
     if differing := [name for name in MEANING if found.get(name) != expected[name]]:
         raise LadderError(
-            f"{path}: {', '.join(differing)} do not fit the ladder in {LADDER_NAME}; build the ladder anew"
+            f"{path}: {', '.join(differing)} do not fit the ladder in {LADDER_NAME}; build the ladder again"
         )
 
 
@@ -193,7 +195,7 @@ def _read_file(path: Path, digest: str) -> bytes:
     content = read_file(path)
     if hashlib.sha256(content).hexdigest() != digest:
         raise LadderError(
-            f"{path}: was cut off or altered (its SHA-256 is not the one in {LADDER_NAME}); build the ladder anew, or "
+            f"{path}: was cut off or altered (its SHA-256 is not the one in {LADDER_NAME}); build the ladder again, or "
             f"remove {LADDER_NAME} to use the folder as a plain PEFT adapter"
         )
     return content
@@ -208,25 +210,25 @@ def _read_manifest(content: bytes, path: Path) -> _Manifest:
         if where == "format_version" and "input" in problem:
             raise LadderError(
                 f"{path}: format_version is {problem['input']!r}, this release reads {FORMAT_VERSION}; build the "
-                "ladder anew, or use the release that wrote it"
+                "ladder again, or use the release that wrote it"
             ) from None
-        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder anew") from None
+        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder again") from None
 
 
 def write(ladder: LadderContents, folder: Path) -> None:
-    """Write a ladder to `folder`, all files at once; see `whole_folder`.
+    """Write a ladder to `folder`, all files in one step; see `whole_folder`.
 
     Raises:
-        LadderError: It cannot be written.
+        LadderError: The folder cannot be written.
     """
     _write(folder, ladder_files(ladder))
 
 
 def write_adapter(ladder: LadderContents, folder: Path) -> None:
-    """Write a ladder at full rank to `folder`, as a plain PEFT adapter and nothing else, all files at once.
+    """Write a ladder at full rank to `folder`, as a plain PEFT adapter, all files in one step.
 
     Raises:
-        LadderError: It cannot be written.
+        LadderError: The folder cannot be written.
     """
     _write(folder, peft_files(ladder))
 

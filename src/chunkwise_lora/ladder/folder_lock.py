@@ -1,4 +1,4 @@
-"""Locks on folders. They end with the process that holds them, however it ends, and leave no file behind."""
+"""Locks on folders. The system releases a lock when its process ends, even if it is killed. There are no lock files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: without locks
+except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 PATIENCE = 60.0
@@ -19,7 +19,7 @@ PATIENCE = 60.0
 
 
 class OpenFolder:
-    """A folder held open, so that it can be locked and told from another folder that took its place.
+    """An open folder, which can be locked and distinguished from another folder that took its place.
 
     Raises:
         OSError: There is no folder at `path`.
@@ -33,13 +33,13 @@ class OpenFolder:
         self._changed = self._last_change()
 
     def _last_change(self) -> int:
-        """When an entry of the folder last came, went or was replaced."""
+        """Time in nanoseconds when an entry of the folder was last added, removed or replaced."""
         return (os.stat(self.path) if self._handle is None else os.fstat(self._handle)).st_mtime_ns
 
     def lock(self, shared: bool = False) -> bool | None:
-        """Lock the folder if no other holder did: whether it worked, or None where the file system has no locks.
+        """Try to lock the folder. Returns whether it worked, or None if the file system has no locks.
 
-        Any number of holders may share it, but not with one that does not share.
+        Any number of holders can have a shared lock at a time. A lock that is not shared excludes all others.
         """
         if self._handle is None:
             return None
@@ -52,7 +52,7 @@ class OpenFolder:
         return True
 
     def is_in_place(self) -> bool:
-        """Whether the folder still is what its path names."""
+        """Return whether the path still names this folder."""
         if self._handle is None:
             return True
         try:
@@ -61,9 +61,9 @@ class OpenFolder:
             return False
 
     def is_unchanged(self) -> bool:
-        """Whether it is in place, and no entry came, went or was replaced since it was opened.
+        """Return whether it is in place, and no entry was added, removed or replaced since it was opened.
 
-        Times have a grain of some milliseconds, so two changes right after each other may look like one.
+        File times have a resolution of some milliseconds, so two changes in quick succession may look like one.
         """
         try:
             return self.is_in_place() and self._last_change() == self._changed
@@ -71,7 +71,7 @@ class OpenFolder:
             return False
 
     def sync(self) -> None:
-        """Wait until the disk has the folder's entries."""
+        """Wait until the folder's entries are on the disk."""
         if self._handle is not None:
             os.fsync(self._handle)
 
@@ -86,7 +86,7 @@ class OpenFolder:
 
 @contextmanager
 def locked_folder(path: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold the folder that `path` names alone, as far as the file system has locks.
+    """Hold a lock that excludes all others on the folder that `path` names, if the file system has locks.
 
     Raises:
         TimeoutError: Another process held it for `patience` seconds.
@@ -105,4 +105,4 @@ def locked_folder(path: Path, patience: float = PATIENCE) -> Iterator[None]:
         waited = time.monotonic() - start
         if waited > patience:
             raise TimeoutError(f"another process has been writing it for {patience:.0f} seconds")
-        time.sleep(random.uniform(1e-4, 5e-4) if waited < 2 else 5e-3)  # short, since all who wait have equal chances
+        time.sleep(random.uniform(1e-4, 5e-4) if waited < 2 else 5e-3)  # short, because waiting processes form no queue

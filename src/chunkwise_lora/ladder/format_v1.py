@@ -44,7 +44,7 @@ class _Manifest(BaseModel):
 
 
 def is_format_1(folder: str | Path) -> bool:
-    """Whether a ladder of format 1 was saved in the folder."""
+    """Return whether the folder holds a ladder of format 1."""
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
@@ -53,21 +53,21 @@ def read(folder: Path) -> LadderContents:
 
     Raises:
         LadderError: A file is missing, cut off or altered.
-        ConfigError: The policy beside the ladder is damaged.
+        ConfigError: The policy is damaged.
     """
     path = folder / MANIFEST_NAME
     manifest = _read_manifest(path)
     if manifest.format_version != 1:
         raise LadderError(
             f"{path}: format_version is {manifest.format_version}, but a {MANIFEST_NAME} has format 1; build the "
-            "ladder anew"
+            "ladder again"
         )
     tensors_path = folder / manifest.tensors
     content = read_file(tensors_path)
     if hashlib.sha256(content).hexdigest() != manifest.sha256:
         raise LadderError(
             f"{tensors_path}: was cut off or altered (its SHA-256 is not the one in {MANIFEST_NAME}); build the "
-            "ladder anew"
+            "ladder again"
         )
     tensors = parse_tensors(content, tensors_path)
     try:
@@ -83,25 +83,25 @@ def read(folder: Path) -> LadderContents:
             if name.startswith(SAVED)
         }
         if unknown := [name for name in tensors if not name.startswith((SAVED, LEARNED))]:
-            raise LadderError(f"{unknown[0]} has no place in a ladder")
+            raise LadderError(f"{unknown[0]} is not a tensor of a ladder")
         policy = read_policy(folder)
         base = manifest.base_model
         ladder = LadderContents(modules, base.name_or_path, manifest.build, saved, read_learned(tensors), policy)
     except KeyError as error:
-        raise LadderError(f"{tensors_path}: lacks the tensor {error}; build the ladder anew") from None
+        raise LadderError(f"{tensors_path}: lacks the tensor {error}; build the ladder again") from None
     except LadderError as error:
         raise LadderError(f"{folder}: {MANIFEST_NAME} and {tensors_path.name} do not fit together ({error})") from None
     if ladder.fingerprint != base.fingerprint:
-        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder anew")
+        raise LadderError(f"{path}: base_model.fingerprint is not that of the tensors; build the ladder again")
     return ladder
 
 
 def read_policy(folder: str | Path) -> ChunkWiseConfig | None:
-    """The policy in `chunkwise_config.json`, or None where there is no such file.
+    """Return the policy in `chunkwise_config.json`, or None if there is no such file.
 
     Raises:
         LadderError: The file cannot be read.
-        ConfigError: It holds no policy.
+        ConfigError: It does not hold a policy.
     """
     path = Path(folder) / POLICY_NAME
     if not os.path.lexists(path):
@@ -110,10 +110,10 @@ def read_policy(folder: str | Path) -> ChunkWiseConfig | None:
 
 
 def parse_policy(values: dict[str, Any], where: str) -> ChunkWiseConfig:
-    """The policy that JSON holds. `where` names file and field in errors.
+    """Return the policy in parsed JSON. `where` names file and field in errors.
 
     Raises:
-        ConfigError: A value is impossible, or a name unknown.
+        ConfigError: A value is impossible, or a name is unknown.
     """
     try:
         return ChunkWiseConfig.model_validate(values)
@@ -122,9 +122,9 @@ def parse_policy(values: dict[str, Any], where: str) -> ChunkWiseConfig:
 
 
 def owned_files(folder: Path) -> list[str]:
-    """Names of the files in a folder that a ladder of format 1 consists of, in the order in which they may be removed.
+    """Return the names of the files of a ladder of format 1, in the order in which they may be removed.
 
-    The tensors are known by their name in the manifest, so the manifest goes last.
+    The manifest comes last, because it names the file of the tensors.
     """
     try:
         return [_read_manifest(folder / MANIFEST_NAME).tensors, POLICY_NAME, MANIFEST_NAME]
@@ -139,4 +139,4 @@ def _read_manifest(path: Path) -> _Manifest:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "file"
-        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder anew") from None
+        raise LadderError(f"{path}: {where}: {problem['msg']}; build the ladder again") from None

@@ -21,8 +21,8 @@ class LadderModule:
     down: Tensor
     """(r, in)"""
     sigma: Tensor
-    """(r,) float32: what each direction contributes, in the norm that the build minimises. Falling, unless the build is
-    `as-trained`."""
+    """(r,) float32: what each direction contributes, in the norm that the build minimises. In falling order, unless the
+    build is `as-trained`."""
     ranks: tuple[int, ...]
     """The module's rank on each rung. Ranks never fall from one rung to the next, and the last one is r."""
 
@@ -37,7 +37,7 @@ class LadderModule:
         return self.up.shape[0] + self.down.shape[1]
 
     def balanced(self) -> tuple[Tensor, Tensor]:
-        """New up (out, r) and down (r, in) in float32, where both sides of a direction have the same length.
+        """Return new up (out, r) and down (r, in) in float32, where both sides of a direction have the same length.
 
         This is a good start for training.
         """
@@ -46,7 +46,7 @@ class LadderModule:
         return up / balance, down * balance[:, None]
 
     def to(self, dtype: torch.dtype) -> LadderModule:
-        """The module with factors in `dtype`.
+        """Return the module with factors in `dtype`.
 
         float16 has a narrow range. For it, a power of two moves from the larger to the smaller side of each direction
         first, which changes no product.
@@ -63,22 +63,22 @@ class LadderModule:
         return self.up.abs().amax(0), self.down.abs().amax(1)
 
     def gate_table(self) -> Tensor:
-        """(rungs, r) float32 of ones and zeros: the gates of each rung."""
+        """Return (rungs, r) float32 ones and zeros: the gates of each rung."""
         return (torch.arange(self.rank) < torch.tensor(self.ranks)[:, None]).float()
 
     def energy(self, k: int) -> float:
-        """Share of the squared singular values that the first k directions hold, from 0 to 1."""
+        """Return the share of the squared sigma that the first k directions hold, from 0 to 1."""
         total = float(self.sigma.double().square().sum())
         return float(self.sigma[:k].double().square().sum()) / total if total else 1.0
 
     def check(self, name: str) -> None:
         """Check shapes, types and ranks of the module called `name`.
 
-        The rank may be above min(in, out): the build `as-trained` keeps the directions of an adapter that has more of
-        them than its modules have inputs.
+        The rank may be above min(in, out): the build `as-trained` keeps all directions of an adapter, even if they
+        are more than the module's inputs.
 
         Raises:
-            LadderError: The parts do not fit together.
+            LadderError: The tensors and ranks do not fit together.
         """
         shapes = [tuple(t.shape) for t in (self.up, self.down, self.sigma)]
         if [len(shape) for shape in shapes] != [2, 2, 1] or not shapes[0][1] == shapes[1][0] == shapes[2][0]:
@@ -87,17 +87,17 @@ class LadderModule:
             raise LadderError(f"{name}: up and down are {shapes[:2]}; a module needs inputs, outputs and a direction")
         floating = self.up.is_floating_point() and self.down.is_floating_point()
         if not floating or not self.sigma.isfinite().all():
-            raise LadderError(f"{name}: up and down must be floating-point, sigma finite; build the ladder anew")
+            raise LadderError(f"{name}: up and down must be floating-point, sigma finite; build the ladder again")
         check_ranks(name, self.ranks, self.rank)
 
 
 def even_ranks(rank: int, steps: int) -> tuple[int, ...]:
-    """Ranks of one module on `steps` + 1 rungs, spread evenly from 0 to `rank`."""
+    """Return ranks of one module on `steps` + 1 rungs, spread evenly from 0 to `rank`."""
     return tuple(round(step * rank / steps) for step in range(steps + 1))
 
 
 def direction_lengths(up: Tensor, down: Tensor) -> Tensor:
-    """(r,) float32: the Frobenius norm of each direction's own product, |up column| x |down row|.
+    """Return (r,) float32: the Frobenius norm of each direction's product, |up column| x |down row|.
 
     For a plain SVD these are the singular values.
     """
@@ -105,7 +105,7 @@ def direction_lengths(up: Tensor, down: Tensor) -> Tensor:
 
 
 def checked_module(name: str, up: Tensor, down: Tensor, sigma: Tensor | None, ranks: Sequence[int]) -> LadderModule:
-    """A module from the tensors of a file. Without `sigma`, it is computed from the factors.
+    """Check the tensors of a file and return them as a module. Without `sigma`, it is computed from the factors.
 
     Raises:
         LadderError: The tensors have a wrong dtype or shape, hold NaN, infinity or numbers too large to compute with,
@@ -121,7 +121,7 @@ def checked_module(name: str, up: Tensor, down: Tensor, sigma: Tensor | None, ra
 
 
 def checked_parameter(name: str, value: Tensor) -> Tensor:
-    """A replaced parameter from a file.
+    """Check a replaced parameter from a file and return it.
 
     Raises:
         LadderError: It has a wrong dtype, or holds NaN or infinity.

@@ -1,13 +1,13 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: a value for every module whose name fits a regular expression.
+"""PEFT's `rank_pattern` and `alpha_pattern`: a value for every module whose name matches a regular expression.
 
 PEFT gives a module the value of the first key for which `re.match(rf"(.*\\.)?({key})$", name)` succeeds. Keys come from
-files of strangers, and Python's `re` takes exponential time for some of them. So keys are matched here without
-backtracking, with the same outcome and in bounded time:
+files of unknown origin, and Python's `re` takes exponential time for some of them. Therefore keys are matched here
+without backtracking, with the same result and in bounded time:
 
-- a key of plain characters and dots (a dot stands for any character) is looked up;
+- a key of plain characters and dots (a dot matches any character) is looked up;
 - any other key becomes a nondeterministic automaton that is run on the set of its states (Thompson, "Regular Expression
-  Search Algorithm", 1968). Groups, alternatives, classes, repeats and anchors can be expressed so. Look-around and
-  back-references cannot, and are refused.
+  Search Algorithm", 1968). This covers groups, alternatives, classes, repeats and anchors. An automaton cannot express
+  look-around and back-references, so these are refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class ModulePatterns:
         try:
             parsed = _parser.parse(key)
             if parsed.state.flags & ~re.UNICODE:
-                raise re.error("flags are allowed at the start only")  # and PEFT puts a prefix before the key
+                raise re.error("flags are allowed at the start only")  # PEFT puts a prefix before the key
             self._automaton.add(order, list(parsed))
         except _UnboundedError as error:
             raise LadderError(
@@ -80,7 +80,7 @@ class ModulePatterns:
             ) from None
 
     def get(self, name: str, default: Any) -> Any:
-        """The value of the module called `name`, or `default` if no key fits.
+        """Return the value of the module called `name`, or `default` if no key matches.
 
         Raises:
             LadderError: Matching takes too many steps.
@@ -89,7 +89,7 @@ class ModulePatterns:
         self._spend(steps)
         first = min([*found, *self._fitting_plain(name)], default=None)
         if first is None:
-            return self._patterns.get(name, default)  # PEFT's rule: a key that is a name but does not match itself
+            return self._patterns.get(name, default)  # as in PEFT: the name itself may be a key
         return self._values[first]
 
     def _fitting_plain(self, name: str) -> Iterator[int]:
@@ -115,17 +115,17 @@ class ModulePatterns:
 
 
 class _Shape(NamedTuple):
-    """What plain keys have in common that can be looked up together."""
+    """What plain keys that are looked up together have in common."""
 
     length: int
     anchored: bool
     """The key starts with ^."""
     wild: tuple[int, ...]
-    """Where any character fits."""
+    """Places at which any character fits."""
 
     @classmethod
     def of(cls, key: str) -> tuple[_Shape, str]:
-        """A plain key's shape, and the key without ^ and backslashes."""
+        """Return a plain key's shape, and the key without ^ and backslashes."""
         characters = re.findall(r"\\?.", key.removeprefix("^"))
         wild = tuple(place for place, character in enumerate(characters) if character == ".")
         return cls(len(characters), key.startswith("^"), wild), "".join(character[-1] for character in characters)
@@ -137,14 +137,14 @@ class _UnboundedError(Exception):
 
 class _State(NamedTuple):
     takes: Callable[[str], bool] | None
-    """Which characters lead from here to `follows`; None: no character is needed."""
+    """Whether a character leads from here to `follows`; None: no character is needed."""
     follows: tuple[int, ...]
     only: str = ""
-    """"start" or "end": `follows` can be reached only there."""
+    """If not empty, `follows` can be reached only at this place of the name: "start" or "end"."""
 
 
 class _Automaton:
-    """Finds the keys that fit the end of a name, from the name's start or from after a dot."""
+    """Finds the keys that match a name, or the part of the name after one of its dots."""
 
     def __init__(self) -> None:
         self._states: list[_State] = []
@@ -158,14 +158,14 @@ class _Automaton:
         """Add the key whose parsed expression is `items`.
 
         Raises:
-            _UnboundedError: It is too large, or uses what no automaton can do.
+            _UnboundedError: It is too large, or an automaton cannot express it.
         """
         end = self._add(_State(None, ()))
         self._keys[end] = order
         self._starts.append(self._sequence(items, end))
 
     def run(self, name: str, most: int) -> tuple[list[int], int]:
-        """The orders of the keys that fit, and the steps that this took; stops soon after `most` steps."""
+        """Return the orders of the keys that match, and the number of steps. It stops soon after `most` steps."""
         if not self._starts:
             return [], 0
         active, steps = self._reach(set(self._starts), "start" if name else "start end")
@@ -174,7 +174,7 @@ class _Automaton:
             steps += 1
             if following is None:
                 following, visited = self._step(active, character)
-                steps += 4 * visited  # a step that is remembered costs much less
+                steps += 4 * visited  # the next time, the step is looked up
                 self._steps[active, character] = following
             active = following
             if steps > most:
@@ -192,7 +192,7 @@ class _Automaton:
         return following, len(active) + visited
 
     def _reach(self, states: AbstractSet[int], place: str) -> tuple[frozenset[int], int]:
-        """All states that can be reached from `states` without a character, and how many those are."""
+        """Return all states that can be reached from `states` without a character, and their number."""
         found, stack = set(states), list(states)
         while stack:
             state = self._states[stack.pop()]
@@ -214,7 +214,7 @@ class _Automaton:
             raise _UnboundedError("it is too large")
 
     def _sequence(self, items: Sequence[Any], end: int) -> int:
-        """The state from which `items` lead to the state `end`."""
+        """Add states for `items`, and return the state from which they lead to the state `end`."""
         for kind, value in reversed(items):
             end = self._item(kind, value, end)
         return end
@@ -227,7 +227,7 @@ class _Automaton:
             return self._sequence(value[3], end)
         if kind is sre.BRANCH:
             return self._add(_State(None, tuple(self._sequence(branch, end) for branch in value[1])))
-        if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):  # greedy or not decides what is matched, not whether
+        if kind in (sre.MAX_REPEAT, sre.MIN_REPEAT):  # greedy or lazy changes what matches, not whether
             least, most, body = value
             return self._repeat(least, most, body, end)
         if kind is sre.AT and value in (sre.AT_BEGINNING, sre.AT_BEGINNING_STRING):
@@ -264,7 +264,7 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 def _characters(kind: Any, value: Any) -> Callable[[str], bool]:
-    """Which characters one item of an expression takes."""
+    """Return whether one item of an expression matches a character, as a function."""
     if kind is sre.LITERAL:
         return chr(value).__eq__
     if kind is sre.NOT_LITERAL:
@@ -272,8 +272,8 @@ def _characters(kind: Any, value: Any) -> Callable[[str], bool]:
     if kind is sre.ANY:
         return "\n".__ne__
     negated = value[0][0] is sre.NEGATE
-    ranges = [(one, one) if what is sre.LITERAL else one for what, one in value if what in (sre.LITERAL, sre.RANGE)]
-    categories = [_CATEGORIES[one] for what, one in value if what is sre.CATEGORY]
+    ranges = [(item, item) if tag is sre.LITERAL else item for tag, item in value if tag in (sre.LITERAL, sre.RANGE)]
+    categories = [_CATEGORIES[item] for tag, item in value if tag is sre.CATEGORY]
 
     @cache
     def takes(character: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a PEFT LoRA adapter from disk: what it holds, or why it is refused."""
+"""Reads PEFT LoRA adapters from a folder or the hub, and refuses what is not plain LoRA."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from torch import Tensor
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.checks import check_factors, check_name, check_tensor
 from chunkwise_lora.ladder.patterns import ModulePatterns
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.whole_folder import read_folder
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
 UNSUPPORTED_FIELDS = {
@@ -38,10 +37,10 @@ UNSUPPORTED_FIELDS = {
     "target_parameters": "LoRA on bare parameters (fused experts)",
     "trainable_token_indices": "trainable tokens",
 }
-"""Fields of `LoraConfig` whose adapters are more than s B A beside a linear module."""
+"""Fields of `LoraConfig` with which an adapter is more than the product s B A of a linear module, and their names."""
 
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them."""
+"""Initialisations that do not change the base weights. PiSSA, OLoRA, CorDA, LoftQ and others change them."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,7 +56,7 @@ MOST_SAVED = 1000
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.(?=base_model\.)"
 )
-"""What torch.compile, FSDP, activation checkpointing and DDP put into the names of parameters."""
+"""Matches what torch.compile, FSDP, activation checkpointing and DDP add to the names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,16 @@ class PeftAdapter:
     factors: dict[str, tuple[Tensor, Tensor, float]]
     """Per module: lora_A (r, in), lora_B (out, r) and the scale s."""
     saved_modules: dict[str, Tensor]
-    """Parameters replaced whole, by their name in the base model."""
+    """Parameters that the adapter replaces (PEFT's `modules_to_save`), by their name in the base model."""
     base_model: str | None
+    """Name or path of the base model, as the adapter states it."""
 
     @classmethod
     def load(cls, adapter: str | Path, revision: str | None = None) -> PeftAdapter:
-        """Read a folder or a name on the hub.
+        """Read an adapter from a folder, or by its name on the hub.
 
         Raises:
-            LadderError: Missing or damaged files, pickled weights, or anything but plain LoRA.
+            LadderError: A file is missing or damaged, the weights are pickled, or the adapter is not plain LoRA.
         """
         raw_config, config_path, raw_weights, weights_path = read_folder(
             Path(adapter), lambda: _read_files(adapter, revision), self_checking=False
@@ -106,22 +106,20 @@ def _read_files(adapter: str | Path, revision: str | None) -> tuple[bytes, Path,
 
 def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
     if not str(adapter):
-        raise LadderError(
-            "the adapter's folder is an empty text; give the folder of a PEFT adapter, or a name on the hub"
-        )
+        raise LadderError("the adapter's path is empty; give the folder of a PEFT adapter, or a name on the hub")
     folder = Path(adapter)
-    if os.path.isdir(folder):  # unlike Path's, never an error
+    if os.path.isdir(folder):  # Path.is_dir can raise
         config, weights, pickled = (folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME))
         if _is_missing(config):
             inside = sorted(shown(path.parent.name) for path in islice(folder.glob(f"*/{CONFIG_NAME}"), 5))
-            where = f"; adapters lie in its folders {', '.join(inside)}, give one of these" if inside else ""
+            where = f"; its folders {', '.join(inside)} hold adapters, give one of these" if inside else ""
             raise LadderError(f"{folder}: no {CONFIG_NAME} here{where or '; give the folder of a PEFT adapter'}")
         if _is_missing(weights):
             why = (
-                f"{PICKLE_NAME} is a pickle, which can run code when loaded; save the adapter anew with "
+                f"{PICKLE_NAME} is a pickle, which can run code when loaded; save the adapter again with "
                 "save_pretrained(..., safe_serialization=True)"
                 if pickled.exists()
-                else f"no {WEIGHTS_NAME} here; save the adapter anew"
+                else f"no {WEIGHTS_NAME} here; save the adapter again"
             )
             raise LadderError(f"{folder}: {why}")
         return config, weights
@@ -139,7 +137,7 @@ def _locate(adapter: str | Path, revision: str | None) -> tuple[Path, Path]:
 
 
 def _is_missing(path: Path) -> bool:
-    """Whether there is nothing at all; what is there and cannot be read is refused when it is read."""
+    """Whether nothing exists at `path`. A file that exists but cannot be read is refused when it is read."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -205,16 +203,16 @@ def _short(value: object) -> str:
 def _split(
     tensors: dict[str, Tensor], config: dict[str, Any], path: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sort the tensors of an adapter file into the LoRA factors "A" and "B" of each module, and replaced parameters."""
+    """Split the tensors of an adapter file into the LoRA factors "A" and "B" of each module and replaced parameters."""
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = WRAPPERS.sub("", key).removeprefix("base_model.model.")
-        # Some tools leave the adapter's name behind lora_A.
+        # Some tools keep the adapter's name after lora_A.
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", name):
             if match[2] in sides.setdefault(match[1], {}):
                 raise LadderError(
-                    f"{path}: {match[1]}.lora_{match[2]} is there twice; export one adapter alone into a file"
+                    f"{path}: {match[1]}.lora_{match[2]} appears twice; export only one adapter into the file"
                 )
             sides[match[1]][match[2]] = tensor
             continue
@@ -222,9 +220,9 @@ def _split(
             continue  # PEFT adds the base's own parameters where it adapts an output head
         module, _, parameter = name.replace(".modules_to_save", "").rpartition(".")
         if "lora_" in name or not module or not _is_saved(module, config):
-            raise LadderError(f"{path}: {key} is no part of a plain LoRA adapter on linear modules; not supported")
+            raise LadderError(f"{path}: {key} is not part of a plain LoRA adapter on linear modules; not supported")
         if f"{module}.{parameter}" in saved:
-            raise LadderError(f"{path}: {module}.{parameter} is there twice; export one adapter alone into a file")
+            raise LadderError(f"{path}: {module}.{parameter} appears twice; export only one adapter into the file")
         saved[f"{module}.{parameter}"] = _single(f"{path}: {key}", tensor)
     if not sides:
         raise LadderError(f"{path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes")
@@ -232,7 +230,7 @@ def _split(
 
 
 def _single(where: str, tensor: Tensor) -> Tensor:
-    """float64 as float32, the widest that a ladder stores."""
+    """Convert float64 to float32, the widest dtype that a ladder stores."""
     if tensor.dtype == torch.float64:
         tensor = tensor.float()
         check_tensor(f"{where}, in float32,", tensor)
@@ -240,23 +238,23 @@ def _single(where: str, tensor: Tensor) -> Tensor:
 
 
 def _is_saved(module: str, config: dict[str, Any]) -> bool:
-    """PEFT's rule for modules_to_save: a name, or the end of one, with all that the module holds."""
+    """Whether modules_to_save names the module, the end of its name, or a module that contains it (PEFT's rule)."""
     names = config.get("modules_to_save") or ()
     # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
     return any(f"{name}." in f"{module}." for name in names) or bool(names and config.get("ensure_weight_tying"))
 
 
 def _factors(where: str, pair: dict[str, Tensor], rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B of one module, checked."""
+    """Check lora_A and lora_B of one module and return them."""
     if set(pair) != {"A", "B"}:
-        raise LadderError(f"{where} lacks lora_{'B' if 'A' in pair else 'A'}; export the adapter anew")
+        raise LadderError(f"{where} lacks lora_{'B' if 'A' in pair else 'A'}; export the adapter again")
     a, b = pair["A"], pair["B"]
     if a.ndim != 2 or b.ndim != 2:
-        raise LadderError(f"{where} is no linear module (lora_A has {a.ndim} dimensions); not supported")
+        raise LadderError(f"{where} is not a linear module (lora_A has {a.ndim} dimensions); not supported")
     if a.shape[0] != rank or b.shape[1] != rank:
         raise LadderError(
             f"{where} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but {CONFIG_NAME} says rank {rank}; "
-            "correct r or rank_pattern there, or export the adapter anew"
+            "correct r or rank_pattern there, or export the adapter again"
         )
     check_factors(where, b, a, scale)
     return a, b

@@ -1,7 +1,7 @@
-"""A ladder as the two files of a plain PEFT adapter, in singular basis.
+"""Converts a ladder to the two files of a plain PEFT adapter, in singular basis.
 
 lora_A is `down`, lora_B is `up`, and lora_alpha is r for every module, so the scale is 1. PEFT, vLLM and other programs
-that read PEFT adapters run these files at full rank and know nothing of ladders.
+that read PEFT adapters run these files at full rank without support for ladders.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ MEANING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use
 
 
 def peft_files(ladder: LadderContents) -> dict[str, bytes]:
-    """The content of `adapter_config.json` and `adapter_model.safetensors` by file name."""
+    """Return the content of `adapter_config.json` and `adapter_model.safetensors` by file name.
+
+    Raises:
+        LadderError: The name of the base model cannot be written as UTF-8.
+    """
     return {
         CONFIG_NAME: (json.dumps(peft_config(ladder), indent=2) + "\n").encode(),
         WEIGHTS_NAME: to_bytes(peft_tensors(ladder)),
@@ -34,7 +38,7 @@ def peft_files(ladder: LadderContents) -> dict[str, bytes]:
 
 
 def peft_config(ladder: LadderContents) -> dict[str, Any]:
-    """The fields of `adapter_config.json`. Modules of less than the highest rank are in `rank_pattern`."""
+    """Return the fields of `adapter_config.json`. Modules whose rank is not the highest are in `rank_pattern`."""
     try:
         (ladder.base_model or "").encode()
     except UnicodeEncodeError:
@@ -66,7 +70,7 @@ def peft_config(ladder: LadderContents) -> dict[str, Any]:
 
 
 def peft_tensors(ladder: LadderContents) -> dict[str, Tensor]:
-    """The tensors of `adapter_model.safetensors`, named as PEFT names them."""
+    """Return the tensors of `adapter_model.safetensors` by the names that PEFT gives them."""
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in ladder.saved_modules.items()}
     for name, module in ladder.modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.down
@@ -75,15 +79,15 @@ def peft_tensors(ladder: LadderContents) -> dict[str, Tensor]:
 
 
 def _pattern(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
-    """PEFT's rank_pattern: each key is a regular expression for the end of a name, and the first that fits is taken."""
-    ragged = {name for name, own in ranks.items() if own != rank}
+    """Return PEFT's rank_pattern. A key is a regular expression for the end of a name; the first match counts."""
+    ragged = {name for name, module_rank in ranks.items() if module_rank != rank}
     listed = ragged | {name for name in ranks if any(end in ragged for end in _ends(name))}
     longest_first = sorted(listed, key=lambda name: (-name.count("."), name))
     return {name if re.fullmatch(r"[\w.]+", name) else re.escape(name): ranks[name] for name in longest_first}
 
 
 def _ends(name: str) -> Iterable[str]:
-    """What follows each dot of a name."""
+    """The ends of a name that begin after one of its dots."""
     return (name[dot.end() :] for dot in re.finditer(r"\.", name))
 
 

@@ -22,13 +22,13 @@ from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.truncation import truncate
 
 RUNGS = 8
-"""Steps of a ladder above rank 0, unless an adapter's rank is lower."""
+"""Number of rungs above rank 0, unless the adapter's rank is lower."""
 
 
 def is_ladder(path: str | Path) -> bool:
-    """Whether a ladder, of format 1 or 2, was saved in the folder."""
+    """Return whether the folder holds a ladder, of format 1 or 2."""
     if not str(path):
-        return False  # not the current folder
+        return False  # an empty path must not mean the current folder
     return folder.is_format_2(path) or format_v1.is_format_1(path)
 
 
@@ -38,27 +38,28 @@ class RankLadder(LadderContents):
 
     @classmethod
     def load(cls, path: str | Path) -> RankLadder:
-        """A saved ladder if `path` is the folder of one, or else the plain SVD ladder of the PEFT adapter there.
+        """Load the ladder in the folder `path`, or build the plain SVD ladder of the PEFT adapter there or on the hub.
 
         Raises:
-            LadderError: There is neither, or it cannot be read.
+            LadderError: There is neither a ladder nor a PEFT adapter, or it cannot be read.
+            ConfigError: The policy is damaged.
         """
         if is_ladder(path):
             try:
                 return cls.from_pretrained(path)
             except LadderError:
                 if is_ladder(path):
-                    raise  # else a writer has put a plain adapter there meanwhile
+                    raise  # otherwise a writer has just put a plain adapter there
         plain = replace(cls.from_peft(path), policy=format_v1.read_policy(path))
         return cls.from_pretrained(path) if is_ladder(path) else plain  # a writer may have put a ladder there
 
     @classmethod
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
-        """Build the plain SVD ladder of a PEFT LoRA adapter: a folder, or a name on the hub.
+        """Build the plain SVD ladder of a PEFT LoRA adapter, given by its folder or its name on the hub.
 
-        The ladder is float32 whatever the adapter's dtype, so that full rank equals the adapter; see `to`.
-        With `as_trained` the directions stay those of the adapter, in its order. Use this for an adapter whose first
-        directions were trained to stand alone.
+        The ladder is in float32 for every dtype of the adapter, so that full rank equals the adapter; see `to`.
+        With `as_trained`, the directions are those of the adapter, in its order. Use this for an adapter whose first
+        directions were trained to work without the others.
 
         Raises:
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
@@ -70,15 +71,15 @@ class RankLadder(LadderContents):
         for name, (a, b, scale) in source.factors.items():
             modules[name] = build(b, a, scale, steps)
             if not all(t.isfinite().all() for t in (modules[name].up, modules[name].down, modules[name].sigma)):
-                raise LadderError(f"{adapter}: {name} has weights beyond the range of float32; train the adapter anew")
+                raise LadderError(f"{adapter}: {name} has weights beyond the range of float32; train the adapter again")
         how = "as-trained" if as_trained else "svd"
         return cls(modules, source.base_model, how, source.saved_modules)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RankLadder:
-        """Read a ladder that `save_pretrained` wrote, with its policy. Ladders of format 1 are read, too.
+        """Read a ladder that `save_pretrained` wrote, with its policy. It reads ladders of format 1, too.
 
-        The tensors are read into memory: the files may be replaced or cut off while the ladder is in use.
+        The tensors are read into memory, so the files may be replaced or cut off while the ladder is in use.
 
         Raises:
             LadderError: A file is missing, cut off or altered.
@@ -86,7 +87,7 @@ class RankLadder(LadderContents):
         """
         old = format_v1.is_format_1(path) and not folder.is_format_2(path)
         contents = (format_v1 if old else folder).read(Path(path))
-        return cls(**{one.name: getattr(contents, one.name) for one in fields(contents)})
+        return cls(**{field.name: getattr(contents, field.name) for field in fields(contents)})
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the ladder to the folder `path`.
@@ -94,26 +95,26 @@ class RankLadder(LadderContents):
         The folder is a PEFT adapter folder: `peft.PeftModel.from_pretrained(base, path)` loads the ladder at full rank.
 
         Raises:
-            LadderError: It cannot be written.
+            LadderError: The folder cannot be written.
         """
         folder.write(self, Path(path))
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the ladder at full rank to the folder `path` as a plain PEFT adapter.
 
-        The folder holds no rungs, no policy and nothing learned. Any program that reads PEFT adapters can run it. Use
-        `truncated` first for a lower rank.
+        The folder then holds no rungs, no policy and nothing learned. Any program that reads PEFT adapters can run it.
+        Use `truncated` first for a lower rank.
 
         Raises:
-            LadderError: It cannot be written.
+            LadderError: The folder cannot be written.
         """
         folder.write_adapter(self, Path(path))
 
     def truncated(self, share: float) -> RankLadder:
-        """The highest rung whose rank is at most `share` of the full rank, as a ladder that has only this rung.
+        """Return the highest rung whose rank is at most `share` of the full rank, as a ladder of only this rung.
 
-        Modules that have rank 0 there are left out. `save_adapter` writes it as a plain PEFT adapter, with a rank per
-        module where they differ. See `ladder.truncate` for what it loses.
+        Modules that have rank 0 on it are left out. `save_adapter` writes it as a plain PEFT adapter, with a rank per
+        module if the ranks differ. `ladder.truncate` also tells what is lost.
 
         Raises:
             LadderError: The share is not above 0 and at most 1.
@@ -121,33 +122,36 @@ class RankLadder(LadderContents):
         return truncate(self, share).ladder
 
     def truncated_equally(self, share: float) -> RankLadder:
-        """As `truncated`, but every module has the same rank, for programs that know one rank only.
+        """Do the same as `truncated`, but with one rank for all modules, for programs that support only one rank.
 
-        This loses more than `truncated` at the same cost wherever calibration gave modules different ranks.
+        At the same cost, this loses more than `truncated` if calibration gave modules different ranks.
+
+        Raises:
+            LadderError: The share is not above 0 and at most 1.
         """
         return truncate(self, share, one_rank=True).ladder
 
     def data_aware(self, moments: Mapping[str, Tensor], outputs: Mapping[str, Tensor] | None = None) -> RankLadder:
-        """The ladder that truncates best on real inputs: minimal E||dW x - dW_k x||^2 for every k at once.
+        """Rotate the basis so that it truncates best on real inputs: minimal E||dW x - dW_k x||^2 for every k at once.
 
         Full rank computes the same function as before.
 
         Args:
             moments: By module: the (r, r) second moment E[z z^T] of z = down @ x over a calibration text. Modules
-                without moments, or whose moments are all zero, keep their plain SVD.
-            outputs: By module: the (r, r) second moment E[q q^T] of q = up^T d log p / dy. With it, an error counts as
-                much as it moves the next-token distribution: E[(q^T e)^2] for independent z and q, as in K-FAC
+                without a moment, or with one that is all zeros, keep their plain SVD.
+            outputs: By module: the (r, r) second moment E[q q^T] of q = up^T d log p / dy. With it, the weight of
+                an error is its effect on the next-token distribution: E[(q^T e)^2] for independent z and q, as in K-FAC
                 (Martens and Grosse, arXiv 1503.05671).
 
         Raises:
-            LadderError: A moment is of no module of this ladder, has another shape, or is not finite.
+            LadderError: A moment belongs to no module of this ladder, has another shape, or is not finite.
         """
         for name, moment in (*moments.items(), *(outputs or {}).items()):
             if name not in self.modules:
                 raise LadderError(f"moments given for {name}, which this ladder does not hold")
             rank = self.modules[name].rank
             if moment.shape != (rank, rank) or not moment.isfinite().all():
-                raise LadderError(f"{name}: its moment must be ({rank}, {rank}) finite numbers; gather it anew")
+                raise LadderError(f"{name}: its moment must be ({rank}, {rank}) finite numbers; compute it again")
         modules = {
             name: algebra.reweight(module, moments[name], (outputs or {}).get(name))
             if name in moments and moments[name].any()
@@ -157,14 +161,14 @@ class RankLadder(LadderContents):
         return self._changed(modules=modules, build="data-aware")
 
     def sorted_by(self, importance: Mapping[str, Tensor], steps: int) -> RankLadder:
-        """The same directions, the most important first, on rungs that spend their budget where it matters most.
+        """Sort the directions by importance, and choose rungs that hold the most important directions for their cost.
 
         Full rank computes the same function as before.
 
         Args:
             importance: Per module (r,): what each direction contributes, such as the KL divergence of switching it off.
-            steps: Number of rungs above rank 0. Rung i holds the directions of all modules that contribute most for
-                their cost, as many as i / `steps` of the whole cost pays for.
+            steps: Number of rungs above rank 0. Rung i holds the directions with the highest importance per cost,
+                over all modules, up to i / `steps` of the total cost.
 
         Raises:
             LadderError: The importance is not given for exactly the ladder's modules, or not finite.
@@ -173,10 +177,10 @@ class RankLadder(LadderContents):
         return self._changed(modules=modules, build="calibrated")
 
     def with_ranks(self, ranks: Mapping[str, Sequence[int]]) -> RankLadder:
-        """The same directions on other rungs: `ranks` gives every module its rank on each rung.
+        """Return the same directions on other rungs: `ranks` gives every module its rank on each rung.
 
         Raises:
-            LadderError: The ranks are not those of exactly the ladder's modules, or impossible.
+            LadderError: The ranks are not given for exactly the ladder's modules, or are impossible.
         """
         if set(ranks) != set(self.modules):
             raise LadderError("with_ranks needs the ranks of exactly the ladder's modules")
@@ -184,18 +188,18 @@ class RankLadder(LadderContents):
         return self._changed(modules=modules)
 
     def with_modules(self, modules: Mapping[str, LadderModule]) -> RankLadder:
-        """A ladder of other directions, without what calibration learned, measured and fitted for the old ones."""
+        """Return a ladder of other directions, without the results of calibration for the old ones."""
         return self._changed(modules=modules, learned=None, policy=None)
 
     def _changed(self, **changes: Any) -> RankLadder:
-        """A ladder on other rungs, for which no divergence was measured."""
+        """Return a changed ladder, without the divergence that was measured for the old rungs."""
         return replace(self, rung_divergence=None, **changes)
 
     def to(self, dtype: torch.dtype) -> RankLadder:
-        """The same ladder with factors in `dtype`: half the bytes in bfloat16 or float16, and no longer lossless.
+        """Return the ladder with factors in `dtype`: bfloat16 and float16 take half the bytes, and are not lossless.
 
         Raises:
-            LadderError: The dtype is none of float32, bfloat16 and float16, or too small for the factors.
+            LadderError: The dtype is not float32, bfloat16 or float16, or its range is too small for the factors.
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise LadderError(f"a ladder is stored in float32, bfloat16 or float16, not in {dtype}")

@@ -1,4 +1,4 @@
-"""Renames that Python's `os` lacks: exchange two paths, and rename without replacing. Atomic, where the system can."""
+"""Two operations that Python's `os` lacks: exchange two paths in one step, and rename without replacing."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ RENAME_SWAP, RENAME_EXCL = 2, 4
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Exchange what two paths name, in one step: no program ever finds one of them missing.
+    """Exchange two files or folders in one step, so that no program finds one of the paths missing.
 
     Raises:
-        OSError: ENOSYS, EINVAL or EOPNOTSUPP where the system or file system cannot do it; else as rename(2).
+        OSError: With ENOSYS, EINVAL or EOPNOTSUPP if the system or file system cannot do it; otherwise as rename(2).
     """
     _rename(first, second, linux=RENAME_EXCHANGE, mac=RENAME_SWAP)
 
 
 def rename_new(old: Path, new: Path) -> None:
-    """Rename, but replace nothing.
+    """Rename `old` to `new`, but do not replace an existing file or folder.
 
-    Where the system cannot do this in one step, it looks first and then renames.
+    If the system cannot do this in one step, the function first checks that `new` does not exist, and then renames.
 
     Raises:
-        FileExistsError: There is something at `new`.
+        FileExistsError: `new` exists.
         OSError: As rename(2).
     """
     try:
@@ -56,7 +56,7 @@ def _rename(old: Path, new: Path, linux: int, mac: int) -> None:
 
 @cache
 def _system_call() -> Callable[[bytes, bytes, int], int] | None:
-    """(old, new, flags) -> 0, or not 0 where it fails; None where the system has no such call."""
+    """Return a function (old, new, flags) -> 0 if it works, or None if the system has no such call."""
     if sys.platform == "win32":
         return None
     library = ctypes.CDLL(None, use_errno=True)

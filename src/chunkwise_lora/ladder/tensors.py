@@ -1,4 +1,4 @@
-"""The tensors of a ladder's files: as bytes, and what was learned by name."""
+"""Converts tensors to the bytes of a safetensors file, and learned values to named tensors and back."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ LEARNED = "learned/"
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a safetensors file."""
+    """Return the content of a safetensors file that holds `tensors`."""
     seen: set[int] = set()
-    own = {}
+    stored = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        # safetensors refuses two tensors of one storage, as those of tied modules are.
-        own[name] = tensor.contiguous().clone() if storage in seen else tensor.contiguous()
+        # safetensors refuses tensors that share storage, such as those of tied modules.
+        stored[name] = tensor.contiguous().clone() if storage in seen else tensor.contiguous()
         seen.add(storage)
-    return save(own, {"format": "pt"})
+    return save(stored, {"format": "pt"})
 
 
 def learned_tensors(learned: LearnedComplexity) -> dict[str, Tensor]:
-    """What calibration learned, as float32 tensors by name."""
+    """Return what calibration learned as float32 tensors by name."""
     return {
-        f"{LEARNED}{one.name}": torch.from_numpy(np.asarray(getattr(learned, one.name), np.float32))
-        for one in fields(LearnedComplexity)
+        f"{LEARNED}{field.name}": torch.from_numpy(np.asarray(getattr(learned, field.name), np.float32))
+        for field in fields(LearnedComplexity)
     }
 
 
 def read_learned(tensors: Mapping[str, Tensor]) -> LearnedComplexity | None:
-    """What calibration learned, from the tensors that `learned_tensors` named; None if there are none of them.
+    """Return what calibration learned, from the tensors that `learned_tensors` named, or None if there are none.
 
     Raises:
-        LadderError: One is missing, or has a wrong shape or values.
+        LadderError: A tensor is missing, or has a wrong dtype, shape or value.
     """
     learned = {name.removeprefix(LEARNED): tensor for name, tensor in tensors.items() if name.startswith(LEARNED)}
     if not learned:
         return None
-    wanted = {one.name for one in fields(LearnedComplexity)}
+    wanted = {field.name for field in fields(LearnedComplexity)}
     if learned.keys() != wanted:
         raise LadderError(
-            f"{LEARNED} must hold {', '.join(sorted(wanted))}, not {shown(', '.join(sorted(learned)))}; calibrate anew"
+            f"{LEARNED} must hold {', '.join(sorted(wanted))}, not {shown(', '.join(sorted(learned)))}; calibrate again"
         )
     for name, tensor in learned.items():
-        if tensor.numel() or name in ("weights", "means"):  # a table of no tokens is one that knows none
+        if tensor.numel() or name in ("weights", "means"):  # a table of token ids may be empty
             check_tensor(f"{LEARNED}{name}", tensor, (len(SIGNALS) if name in ("weights", "means") else None,))
     return LearnedComplexity(**{name: tensor.float().reshape(-1).numpy() for name, tensor in learned.items()})

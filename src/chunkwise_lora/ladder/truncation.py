@@ -1,4 +1,4 @@
-"""One rung of a ladder as a ladder of its own, and what it loses."""
+"""Cuts a ladder to one of its rungs, and tells what is lost."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Ladder = TypeVar("Ladder", bound=LadderContents)
 
 @dataclass(frozen=True)
 class Truncation(Generic[Ladder]):
-    """A truncated ladder, and what it loses."""
+    """A truncated ladder, and what was lost."""
 
     ladder: Ladder
-    """Its full rank is the chosen rung, which is its only one. Modules that have rank 0 there are left out."""
+    """A ladder whose only rung is the chosen one. Modules that have rank 0 on it are left out."""
     kl: float | None
     """KL divergence from full rank, nats per token, as calibration measured it; None if it did not."""
     energy_kept: float
@@ -29,16 +29,16 @@ class Truncation(Generic[Ladder]):
 
 
 def truncate(ladder: Ladder, share: float, one_rank: bool = False) -> Truncation[Ladder]:
-    """Cut a ladder off at one rung.
+    """Cut a ladder to one rung.
 
     The result has no policy, and nothing learned or measured: every token runs on its only rung.
 
     Args:
-        ladder: What to cut.
-        share: Of the full rank, above 0 and at most 1. The highest rung whose rank is at most this share is taken, or
-            else the lowest rung above rank 0.
+        ladder: The ladder to cut.
+        share: Share of the full rank, above 0 and at most 1. The highest rung whose rank is at most this share is
+            taken; if there is none, the lowest rung above rank 0.
         one_rank: Give every module the same rank instead, the highest whole number that is at most `share` of the full
-            rank, and at least 1. Modules of a lower rank are filled up with zeros. This is for programs that cannot
+            rank, and at least 1. Modules of a lower rank are padded with zeros. This is for programs that cannot
             run an adapter whose modules differ in rank.
 
     Raises:
@@ -66,13 +66,13 @@ def truncate(ladder: Ladder, share: float, one_rank: bool = False) -> Truncation
 
 
 def _cut(module: LadderModule, rank: int) -> LadderModule:
-    """The first `rank` directions of a module, as its only rung."""
+    """Keep the first `rank` directions of a module, as its only rung."""
     up, down = module.up[:, :rank].contiguous(), module.down[:rank].contiguous()
     return replace(module, up=up, down=down, sigma=module.sigma[:rank], ranks=(rank,))
 
 
 def _filled(module: LadderModule, rank: int) -> LadderModule:
-    """The same product with zero directions up to `rank`."""
+    """Add directions of zeros up to `rank`, which do not change the product."""
     more = rank - module.rank
     up, down = pad(module.up, (0, more)), pad(module.down, (0, 0, 0, more))
     return replace(module, up=up, down=down, sigma=pad(module.sigma, (0, more)), ranks=(rank,))

@@ -1,16 +1,17 @@
-"""Writes the files of a folder all at once, and reads a folder beside a writer.
+"""Replaces the files of a folder in one step, and reads a folder that other processes may write.
 
-A writer makes a new folder beside the old one, `.NAME.<token>.chunkwise-tmp`, and then exchanges the two in one step
-(Linux: renameat2, macOS: renamex_np). So, whenever the writer is killed, the folder holds the old files or the new
-ones. What a killed writer leaves beside the folder, the next writer removes; locks tell it that the writer is dead.
+A writer creates a new folder, `.NAME.<token>.chunkwise-tmp`, next to the old one, and then exchanges the two in one
+step (Linux: renameat2, macOS: renamex_np). If the writer is killed at any time, the folder holds the old files or the
+new ones. The next writer removes the temporary folder of a killed writer, which it recognises by the missing
+lock.
 
-Files and folders that are not ours move along: files as hard links before the exchange, the rest by renaming after it.
-If a writer is killed in between, the next writer moves them. They are never deleted.
+Files and folders that are not ours move to the new folder: files as hard links before the exchange, the others by a
+rename after it. If a writer is killed in between, the next writer moves them. They are never deleted.
 
 Some folders cannot be exchanged: the current folder of the process, a mount point, a folder whose parent is not
-writable, a folder on Windows or on a file system such as NFS. Their files are replaced one by one, the most important
-one is removed first and comes back last. Then a writer that is killed while it does this leaves files that are refused
-when read. They are never a mixture that loads. Readers wait for the writer as far as the file system has locks.
+writable, a folder on Windows or on a file system such as NFS. Their files are replaced one by one. The most important
+file is removed first and written last. If a writer is killed in between, the remaining files are refused when they are
+read; a mixture of old and new files never loads. Readers wait for the writer if the file system has locks.
 """
 
 from __future__ import annotations
@@ -38,40 +39,41 @@ SUFFIX = ".chunkwise-tmp"
 TOKEN = r"[0-9a-f]{16}"
 STAGED = re.compile(rf"\.staged\.{TOKEN}{re.escape(SUFFIX)}")
 TRIES = 1000
-"""Times that a step is tried again because another process came between."""
+"""How often a step is tried again after another process has interfered."""
 
 CANNOT_EXCHANGE = {
     getattr(errno, name)
     for name in ("ENOSYS", "EINVAL", "EOPNOTSUPP", "EXDEV", "EBUSY", "EPERM", "EACCES", "EROFS")
     if hasattr(errno, name)
 }
+"""Error numbers that mean that a folder cannot be exchanged."""
 
 Owned = Callable[[Path], Sequence[str]]
-"""The names of the files in a folder that are ours, in the order in which they may be removed."""
+"""Returns the names of the files in a folder that are ours, in the order in which they may be removed."""
 
 Read = TypeVar("Read")
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], owned: Owned) -> None:
-    """Replace our files in `folder` by `files`, all at once; the module's docstring says what this guarantees.
+    """Replace our files in `folder` by `files` in one step; the module's docstring describes the guarantees.
 
-    New files have the mode 0666 less the umask, a new folder 0777 less the umask. A folder that is replaced keeps its
-    mode, and a symbolic link to a folder stays one.
+    New files have the mode 0666 minus the umask, a new folder 0777 minus the umask. A replaced folder keeps its mode.
+    If `folder` is a symbolic link, the folder that it points to is replaced.
 
     Args:
-        folder: Made where it does not exist, with its parents.
-        files: Contents by file name. The last one is the one without which the others are of no use.
-        owned: Tells which files of a folder are ours and may be removed, the most important one first.
+        folder: The folder to write. It is created with its parents if it does not exist.
+        files: Contents by file name. The last one is the most important one, without which the others are refused.
+        owned: Returns which files of a folder are ours and may be removed, the most important one first.
 
     Raises:
-        OSError: The files cannot be written. The old ones are still there.
+        OSError: The files cannot be written. The old files are still there.
     """
     target = Path(os.path.realpath(folder))
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
         remove_leftovers(target, owned)
         if _is_current(target):
-            _write_in_place(target, files, owned)  # else programs such as a shell would stay in the old folder
+            _write_in_place(target, files, owned)  # after an exchange, a shell would stay in the old folder
             return
     try:
         staging, lock = _new_staging(target)
@@ -86,7 +88,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], owned: Owned) -> None
         lock.sync()
         exchanged = _put_in_place(staging, target, files, owned)
     finally:
-        with suppress(OSError):  # what is still there, the next writer removes
+        with suppress(OSError):  # the next writer removes what is left
             _dispose(staging, target, owned)
         lock.close()
     if not exchanged:
@@ -94,36 +96,38 @@ def write_folder(folder: Path, files: Mapping[str, bytes], owned: Owned) -> None
 
 
 def read_folder(folder: Path, read: Callable[[], Read], self_checking: bool) -> Read:
-    """What `read` returns, from one state of the folder, while others may write it.
+    """Call `read` and return its result, which comes from one state of the folder even if others write it.
 
-    A reader that comes between two writers keeps the second one waiting until it is done, so `read` should only read.
+    Writers wait until `read` is done, so `read` should only read the files and not process them.
 
     Args:
-        folder: What `read` reads from. It need not exist.
-        read: Reads the files. It is called again where a writer came between.
+        folder: The folder that `read` reads. It need not exist.
+        read: Reads the files. It is called again if a writer has interfered.
         self_checking: Whether `read` itself refuses files that do not belong together.
 
     Raises:
-        ChunkWiseError: `read` raised it, and no writer came between.
-        LadderError: A writer did not come to an end.
+        ChunkWiseError: `read` raised it, and no writer has interfered.
+        LadderError: Writers interfered for too long.
     """
     end = time.monotonic() + PATIENCE
     while True:
         before = _opened(folder)
         # While a reader holds this lock, no writer exchanges the folder or changes it in place.
-        alone = before is not None and before.lock(shared=True) is True and before.is_in_place()
+        locked = before is not None and before.lock(shared=True) is True and before.is_in_place()
         try:
             result = read()
-            if self_checking or alone or _undisturbed(before, folder):
+            if self_checking or locked or _undisturbed(before, folder):
                 return result
         except ChunkWiseError:
-            if alone or _undisturbed(before, folder):
+            if locked or _undisturbed(before, folder):
                 raise
         finally:
             if before is not None:
                 before.close()
         if time.monotonic() > end:
-            raise LadderError(f"{folder}: has been written for {PATIENCE:.0f} seconds; read it again later")
+            raise LadderError(
+                f"{folder}: other processes have been writing it for {PATIENCE:.0f} seconds; try again later"
+            )
         time.sleep(random.uniform(1e-4, 1e-3))
 
 
@@ -135,7 +139,7 @@ def _opened(folder: Path) -> OpenFolder | None:
 
 
 def _undisturbed(before: OpenFolder | None, folder: Path) -> bool:
-    """Whether the folder is what it was, and not written in place, as far as this can be seen without a lock."""
+    """Whether no writer has changed the folder since, as far as this can be seen without a lock."""
     if before is None:
         return not os.path.isdir(folder)
     with suppress(OSError):
@@ -144,12 +148,12 @@ def _undisturbed(before: OpenFolder | None, folder: Path) -> bool:
 
 
 def remove_leftovers(target: Path, owned: Owned) -> None:
-    """Remove what killed writers of the folder left beside it, and give back what was not theirs."""
+    """Remove the temporary folders of killed writers. Their files that are not ours move to `target`."""
     ours = re.compile(re.escape(_prefix(target)) + TOKEN + re.escape(SUFFIX))
     with os.scandir(target.parent) as entries:
         leftovers = [Path(entry.path) for entry in entries if ours.fullmatch(entry.name)]
     for path in leftovers:
-        with suppress(OSError):  # a live writer took it away meanwhile, or it is not ours to remove
+        with suppress(OSError):  # its writer has just moved it, or we may not remove it
             leftover = OpenFolder(path)
             try:
                 if leftover.lock() and leftover.is_in_place():
@@ -166,7 +170,7 @@ def _prefix(target: Path) -> str:
 
 
 def _new_staging(target: Path) -> tuple[Path, OpenFolder]:
-    """A new, locked folder beside the target."""
+    """Create a temporary folder next to the target, and lock it."""
     for _ in range(TRIES):
         path = target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}{SUFFIX}")
         os.mkdir(path)
@@ -177,11 +181,11 @@ def _new_staging(target: Path) -> tuple[Path, OpenFolder]:
         if folder.lock() is not False and folder.is_in_place():
             return path, folder
         folder.close()
-    raise TimeoutError("no folder could be made beside it")
+    raise TimeoutError("no temporary folder can be created next to it")
 
 
 def _put_in_place(staging: Path, target: Path, files: Mapping[str, bytes], owned: Owned) -> bool:
-    """Make `staging` the target; whether the file system can do it."""
+    """Move `staging` to the place of `target`. Returns whether the file system can do it."""
     for _ in range(TRIES):
         if not os.path.lexists(target):
             try:
@@ -196,7 +200,7 @@ def _put_in_place(staging: Path, target: Path, files: Mapping[str, bytes], owned
         with suppress(FileNotFoundError), locked_folder(target):
             return _exchange(staging, target, files, owned)
         time.sleep(0.001)  # somebody removed the target
-    raise TimeoutError("it appears and disappears all the time")
+    raise TimeoutError("other processes create and remove it all the time")
 
 
 def _is_current(folder: Path) -> bool:
@@ -231,7 +235,7 @@ def _exchange(staging: Path, target: Path, files: Mapping[str, bytes], owned: Ow
         if error.errno not in CANNOT_EXCHANGE:
             raise
         return False
-    with suppress(OSError):  # what is still there, the next writer removes
+    with suppress(OSError):  # the next writer removes what is left
         _give_back_all(staging, target, owned(staging))
         _sync(target.parent)
         _dispose(staging, target, owned)
@@ -239,7 +243,7 @@ def _exchange(staging: Path, target: Path, files: Mapping[str, bytes], owned: Ow
 
 
 def _dispose(old: Path, target: Path, owned: Owned) -> None:
-    """Remove a folder beside the target. What in it is not ours moves into the target."""
+    """Remove a temporary or replaced folder. Its files that are not ours move to `target`."""
     if not os.path.isdir(old):
         return
     for _ in range(TRIES):
@@ -254,7 +258,7 @@ def _dispose(old: Path, target: Path, owned: Owned) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            continue  # something came into it meanwhile
+            continue  # another process has just added a file
         return
 
 
@@ -268,7 +272,7 @@ def _give_back_all(old: Path, target: Path, ours: Sequence[str]) -> None:
 
 
 def _give_back(path: Path, place: Path) -> None:
-    """Move `path` to `place`, or beside it if something else is there."""
+    """Move `path` to `place`, or to another name next to it if `place` is taken."""
     state = os.lstat(path)
     if os.path.lexists(place) and os.path.samestat(state, os.lstat(place)):
         _unlink(path)  # a hard link: it is in its place already
@@ -282,7 +286,7 @@ def _give_back(path: Path, place: Path) -> None:
 
 
 def _write_in_place(target: Path, files: Mapping[str, bytes], owned: Owned) -> None:
-    """Replace the files one by one, while no other writer does."""
+    """Replace the files one by one, with the folder locked."""
     with locked_folder(target):
         _refuse_folders(target, files)
         for entry in _entries(target):

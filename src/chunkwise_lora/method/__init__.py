@@ -1,1 +1,1 @@
-"""The paper's method, pure: arrays in, arrays out. It knows no model and no engine."""
+"""The method of the paper (arXiv 2601.21109) as computations on arrays, independent of models and engines."""

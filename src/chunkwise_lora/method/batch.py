@@ -1,4 +1,4 @@
-"""Planning of forward passes over many sequences: one `SequencePlanner` per sequence, one `PassPlan` per pass."""
+"""Plans forward passes over many sequences: one `SequencePlanner` per sequence, one `PassPlan` per pass."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlan
 
 @dataclass
 class Usage:
-    """What ran of one adapter in a pass."""
+    """How much of one adapter ran in a pass."""
 
     name: str
+    """Name of the adapter, as users call it."""
     tokens: np.ndarray
-    """(rungs,) tokens by their highest rung."""
+    """(rungs,) number of tokens by their highest rung."""
     rank: float
     """Sum of the tokens' ranks."""
     seconds: float = 0.0
-    """Time spent in planning."""
+    """Seconds spent on planning."""
 
     @classmethod
     def of(cls, adapter: AdapterInfo, weights: np.ndarray) -> Usage:
-        """That of tokens with these weights (tokens, rungs)."""
-        rungs = np.bincount(highest_rungs(weights), minlength=weights.shape[1])
-        return cls(adapter.name, rungs, float(ranks_of(weights, adapter.rung_ranks).sum()))
+        """Return the usage of an adapter by tokens with `weights` (tokens, rungs)."""
+        counts = np.bincount(highest_rungs(weights), minlength=weights.shape[1])
+        return cls(adapter.name, counts, float(ranks_of(weights, adapter.rung_ranks).sum()))
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,21 @@ class Span:
     """The tokens of one sequence in a pass: `count` from position `start` on."""
 
     sequence: Hashable
+    """Key of the sequence."""
     start: int
     count: int
     columns: np.ndarray | None = None
-    """(count,) where the tokens stand in their row of the pass; None where they fill it, without padding."""
+    """(count,) column of each token in its row of the pass. None: the tokens fill the row without padding."""
 
 
 class BatchPlanner:
-    """Plans forward passes over many sequences. Sequences without an adapter need not be known to it.
+    """Plans forward passes over many sequences. Sequences without an adapter need not be opened.
 
     Args:
-        vocab_size: Of the model, for the entropy signal.
-        feeds_all: Whether sequences whose weights are constant are fed their tokens too, for their chunks and KV
+        vocab_size: Entries of the model's vocabulary, for the entropy signal.
+        feeds_all: Whether sequences with constant weights get their tokens, too, so that they have chunks and KV
             decisions.
-        record: Is told, by adapter key, what every pass runs; None where nobody asks.
+        record: Called for every pass with the key and the usage of each adapter. None: usage is not recorded.
     """
 
     def __init__(
@@ -58,52 +60,56 @@ class BatchPlanner:
         self.vocab_size = vocab_size
         self.record = record
         self.seconds = 0.0
-        """Time spent in planning."""
+        """Seconds spent on planning, over all passes."""
         self._feeds_all = feeds_all
         self._sequences: dict[Hashable, SequencePlanner] = {}
         self._constant: _PlannedPass | None = None
 
     def __len__(self) -> int:
-        """Sequences that are being planned."""
+        """Return the number of open sequences."""
         return len(self._sequences)
 
     def __getitem__(self, sequence: Hashable) -> SequencePlanner:
         return self._sequences[sequence]
 
     def get(self, sequence: Hashable) -> SequencePlanner | None:
-        """The plan of a sequence, None where it is not being planned."""
+        """Return the planner of a sequence, or None if the sequence is not open."""
         return self._sequences.get(sequence)
 
     def open(self, sequence: Hashable, planner: SequencePlanner) -> None:
-        """Begin to plan a sequence, or begin anew."""
+        """Start to plan a sequence by `planner`, which replaces an earlier planner of the same sequence."""
         self._constant = None
         self._sequences[sequence] = planner
 
     def close(self, sequences: Iterable[Hashable]) -> None:
-        """Forget sequences that have ended, in whatever way."""
+        """Remove sequences that have ended. Sequences that are not open are ignored."""
         for sequence in sequences:
             self._sequences.pop(sequence, None)
 
     def reorder(self, sources: Mapping[Hashable, Hashable]) -> None:
-        """Let each sequence become a copy of another one, as a beam search chose."""
+        """Replace every sequence's planner by a copy of its source's planner, as a beam search demands.
+
+        Args:
+            sources: By sequence, the sequence to copy.
+        """
         if any(sequence != source for sequence, source in sources.items()):
-            self._sequences = {one: self._sequences[source].fork() for one, source in sources.items()}
+            self._sequences = {sequence: self._sequences[source].fork() for sequence, source in sources.items()}
 
     def plan(
         self, spans: Sequence[Span], read_ids: Callable[[], Sequence[Sequence[int]]], width: int | None = None
     ) -> PassPlan:
-        """What the pass over `spans` runs.
+        """Plan a forward pass.
 
         Args:
             spans: The sequences of the pass, in order.
-            read_ids: Gives the token ids of each span. It is called only if they are needed, since an engine may have
-                to wait for them.
-            width: Columns of each sequence's row, padding included; None where the spans stand one after the other.
+            read_ids: Returns the token ids of each span. It is called only if they are needed, because an engine may
+                have to wait for the device.
+            width: Columns of each sequence's row, padding included. None: all spans follow one another in one row.
         """
         sequences = [self._sequences.get(span.sequence) for span in spans]
-        is_constant = all(one is None or one.constant_weights is not None for one in sequences)
+        is_constant = all(planner is None or planner.constant_weights is not None for planner in sequences)
         ids = read_ids() if self._feeds_all or not is_constant else None
-        begun = time.perf_counter()  # not before: a device may have been waited for
+        started = time.perf_counter()  # after read_ids, which may wait for a device
         shape = (width, [(span.sequence, span.count) for span in spans])
         if self._constant is not None and self._constant.shape == shape:
             planned = self._constant
@@ -114,7 +120,7 @@ class BatchPlanner:
         else:
             planned = _PlannedPass(shape, *self._planned(spans, sequences, ids, width))
             self._constant = planned if is_constant else None
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         self.seconds += seconds
         for key, usage in planned.usage.items():
             usage.seconds = seconds / len(planned.usage)
@@ -129,7 +135,7 @@ class BatchPlanner:
         ids: Sequence[Sequence[int]] | None,
         width: int | None,
     ) -> tuple[PassPlan, dict[str, Usage]]:
-        of_adapters: dict[str, tuple[AdapterInfo, list[np.ndarray], list[np.ndarray]]] = {}
+        by_adapter: dict[str, tuple[AdapterInfo, list[np.ndarray], list[np.ndarray]]] = {}
         end = 0
         for i, (span, sequence) in enumerate(zip(spans, sequences, strict=True)):
             start, end = end, end + (span.count if width is None else width)
@@ -144,15 +150,15 @@ class BatchPlanner:
                 weights = spread(weights, span.columns, end - start, sequence.padding)
             if sequence.adapter is NO_ADAPTER:
                 continue
-            _, all_weights, rows = of_adapters.setdefault(sequence.adapter.key, (sequence.adapter, [], []))
+            _, all_weights, rows = by_adapter.setdefault(sequence.adapter.key, (sequence.adapter, [], []))
             all_weights.append(weights)
             rows.append(np.arange(start, end))
         segments: list[Segment] = []
         usage: dict[str, Usage] = {}
-        for key, (adapter, all_weights, rows) in of_adapters.items():
+        for key, (adapter, all_weights, rows) in by_adapter.items():
             weights = all_weights[0] if len(all_weights) == 1 else np.concatenate(all_weights)
-            where = None if len(weights) == end else np.concatenate(rows)
-            segments += segments_of(key, weights, adapter.rung_ranks, where)
+            positions = None if len(weights) == end else np.concatenate(rows)
+            segments += segments_of(key, weights, adapter.rung_ranks, positions)
             if self.record is not None:
                 usage[key] = Usage.of(adapter, weights)
         batch, columns = (1, end) if width is None else (len(spans), width)
@@ -161,7 +167,7 @@ class BatchPlanner:
 
 @dataclass(frozen=True)
 class _PlannedPass:
-    """A planned pass; where no plan can change, the next pass over the same sequences runs alike."""
+    """A planned pass. If all its weights are constant, the next pass of the same shape uses it again."""
 
     shape: tuple[int | None, list[tuple[Hashable, int]]]
     plan: PassPlan

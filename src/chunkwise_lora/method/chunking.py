@@ -47,7 +47,7 @@ class AdaptiveChunker:
         return self._chunk
 
     def update(self, scores: Sequence[float]) -> list[Chunk]:
-        """Place the next tokens, given (n,) scores in [0, 1]; return (n,) the chunk, still open, of each token."""
+        """Assign the next tokens, with (n,) scores in [0, 1], to chunks. Returns (n,) each token's chunk."""
         return [self._place(score) for score in scores]
 
     def _place(self, score: float) -> Chunk:
@@ -68,7 +68,7 @@ class AdaptiveChunker:
         thresholds = self.config.thresholds
         risen = chunk.level < len(thresholds) and self._mean > thresholds[chunk.level] + margin
         fallen = chunk.level > 0 and self._mean < thresholds[chunk.level - 1] - margin
-        # Where the budget refuses the highest level, cutting would only give the same level again.
+        # If the budget does not allow the highest level, the next chunk would get the same level again.
         return length >= self.config.min_length and (fallen or (risen and self._affordable_level() > chunk.level))
 
     def _affordable_level(self) -> int:

@@ -21,8 +21,8 @@ class LearnedComplexity:
     """What calibration learned about an adapter: the predicted cost of running a token at a low rank.
 
     The logarithm of a token's cost, relative to the mean cost, is modelled as a sum: one number for the token's id,
-    one number for the id before it, and a weight on each of the paper's four signals. Other registered signals play
-    no part in it.
+    one number for the id before it, and a weight on each of the paper's four signals. Other registered signals are
+    not used.
     """
 
     token: np.ndarray
@@ -36,7 +36,7 @@ class LearnedComplexity:
 
     @classmethod
     def neutral(cls) -> LearnedComplexity:
-        """Return a model that knows nothing: it predicts the mean cost for every token."""
+        """Return a model without learned values: it predicts the mean cost for every token."""
         return cls(np.zeros(0), np.zeros(0), np.zeros(len(SIGNALS)), np.zeros(len(SIGNALS)))
 
     def log_cost(self, token: int, previous: int | None, signals: Sequence[float | None]) -> float:
@@ -45,7 +45,7 @@ class LearnedComplexity:
         Args:
             token: The token's id.
             previous: The id before it, None for the first token.
-            signals: (4,) the values of `SIGNALS`, None where not known.
+            signals: (4,) the values of `SIGNALS`, None where a value is not known.
         """
         cost = float(self.token[token]) if token < len(self.token) else 0.0
         if previous is not None and previous < len(self.previous):
@@ -121,5 +121,5 @@ class TokenComplexityEstimator:
                     raise ConfigError(f"complexity.signals: {name!r} gave {value}; a signal must stay within 0 and 1")
                 weighted += weight * value
                 total += weight
-        # Where nothing is known, the token is neither easy nor hard.
+        # If no signal is known, the token counts as neither easy nor hard.
         return weighted / total if total else 0.5

@@ -1,6 +1,6 @@
-"""Every setting of the method, with its unit, range and source, and the presets made of them.
+"""All settings of the method, with unit, range and source, and the presets.
 
-A setting is declared once, here. The command line and the JSON files take it from this place.
+Every setting is declared here only. The command line and the JSON files use this declaration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 MOST_TOKENS = 10**9
-"""Bound on settings that count tokens: far beyond any context, and within what 32 bits hold."""
+"""Largest value of settings that count tokens. It is far beyond any context, and fits into 32 bits."""
 KVPrecision = Literal["full", "int8"]
 
 
@@ -33,8 +33,8 @@ class StrictConfig(BaseModel):
             return handler(values)
         except ValidationError as error:
             problems = "; ".join(
-                f"{shown('.'.join(map(str, one['loc'])) or 'value')} = {shown(repr(one['input']))}: {one['msg']}"
-                for one in error.errors()[:10]
+                f"{shown('.'.join(map(str, found['loc'])) or 'value')} = {shown(repr(found['input']))}: {found['msg']}"
+                for found in error.errors()[:10]
             )
             raise ConfigError(f"{cls.__name__}: {problems}") from None
 
@@ -50,11 +50,11 @@ class ComplexityConfig(StrictConfig):
     ngram: int = Field(3, ge=1, le=8, description="Longest n-gram that novelty looks at, tokens.")
     window: int = Field(512, ge=1, le=MOST_TOKENS, description="Tokens that novelty and the attention proxy look back.")
     half_life: float = Field(
-        64.0, gt=0, le=MOST_TOKENS, description="The positional prior halves every so many tokens."
+        64.0, gt=0, le=MOST_TOKENS, description="Number of tokens after which the positional prior halves."
     )
     learned: bool = Field(
         False,
-        description="Score by what calibration learned, which a calibrated ladder holds. The weights then have no "
+        description="Score by what calibration learned and stored in the ladder. The weights then have no "
         "effect, except that entropies are computed only if entropy is above 0.",
     )
 
@@ -75,7 +75,7 @@ class ComplexityConfig(StrictConfig):
         return self
 
     def __hash__(self) -> int:
-        return hash(self.model_dump_json())  # a mapping has no hash of its own
+        return hash(self.model_dump_json())  # a mapping is not hashable
 
     @property
     def reads_entropy(self) -> bool:
@@ -239,8 +239,8 @@ class ChunkWiseConfig(StrictConfig):
         """Return the preset `lossless` (full rank, full cache), `balanced` or `compact`.
 
         `balanced` and `compact` are not calibrated: the paper's four signals choose between rungs of similar rank.
-        Alone, these signals choose tokens little better than chance. The presets save time and memory by lower ranks
-        and by the KV policy.
+        On their own, these signals choose tokens hardly better than chance. The presets save time and memory by lower
+        ranks and by the KV policy.
 
         Raises:
             ConfigError: There is no preset of that name.
@@ -264,7 +264,7 @@ class ChunkWiseConfig(StrictConfig):
         """Parse JSON; `where` names its source in errors.
 
         Raises:
-            ConfigError: The text is no JSON, a name is unknown, or a value is impossible.
+            ConfigError: The text is not JSON, a name is unknown, or a value is impossible.
         """
         try:
             return cls.model_validate_json(text)

@@ -1,4 +1,4 @@
-"""Which tokens of a closed chunk leave the KV cache, by the score of a KV policy."""
+"""Decides by the scores of KV policies which tokens of a closed chunk leave the KV cache."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class ChunkStates:
 
 
 def evicted_tokens(decision: KVDecision, states: Sequence[ChunkStates]) -> np.ndarray:
-    """Say which tokens of a closed chunk are to be dropped.
+    """Return which tokens of a closed chunk leave the cache.
 
     Args:
         decision: The decision for the chunk.
         states: One entry per group of layers that have the same shape; usually one.
 
     Returns:
-        (tokens,) bool. A token stays if neither `duplicate_similarity` nor `evict` drops it. Among equal scores, the
-        later token stays.
+        (tokens,) bool, True for a token that is dropped. A token stays if neither `duplicate_similarity` nor `evict`
+        drops it. Among equal scores, the later token stays.
 
     Raises:
         ConfigError: A registered policy returned scores of a wrong shape, or NaN.

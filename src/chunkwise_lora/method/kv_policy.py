@@ -1,6 +1,7 @@
 """Component 5: what happens to a closed chunk's keys and values? (arXiv 2601.21109, KV-cache policy controller)
 
-This module decides. An engine carries the decisions out in its own storage, and names those it cannot.
+This module makes the decisions. An engine carries them out in its own cache, and reports those that it does not
+support.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class KVDecision:
     start: int
     end: int
     action: Literal["keep", "int8", "drop"]
+    """Keep the entries as they are, store them as INT8, or drop them."""
     duplicate_similarity: float | None = None
     """In addition, drop a token whose keys have a cosine above this with the next token's; see `NearDuplicates`."""
     evict: str | None = None
@@ -29,7 +31,7 @@ class KVDecision:
 
     @property
     def scores_tokens(self) -> bool:
-        """Whether carrying out the decision takes the keys, values or queries of the chunk."""
+        """Whether a KV policy must score the tokens, which needs the keys, values or queries of the chunk."""
         return self.duplicate_similarity is not None or self.evict is not None
 
     @property
@@ -42,7 +44,7 @@ class KVCachePolicyController:
     """Decides what happens to the chunks of one sequence.
 
     A chunk gets the policy of its level when it closes. It is dropped `max_age` tokens later. The first `sinks` tokens
-    of a sequence are never touched, since attention returns to them throughout (Xiao et al., arXiv 2309.17453).
+    of a sequence are never changed, because all later tokens attend to them (Xiao et al., arXiv 2309.17453).
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
@@ -50,7 +52,7 @@ class KVCachePolicyController:
         self._expiries: list[tuple[int, int, int]] = []
 
     def close(self, chunk: Chunk) -> KVDecision | None:
-        """Return the decision for a chunk that has just ended; None if it holds nothing but sinks."""
+        """Return the decision for a chunk that has just ended; None if it holds only sinks."""
         assert chunk.end is not None
         start = max(chunk.start, self.config.sinks)
         if start >= chunk.end:

@@ -1,4 +1,4 @@
-"""Names for interchangeable parts, so that a config can choose them and a new part is one file."""
+"""A registry of interchangeable parts: a config chooses a part by its name, and a new part needs only one new file."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Registry(Generic[T]):
         return add
 
     def remove(self, name: str) -> None:
-        """Forget `name`, for example at the end of a test."""
+        """Remove `name`, for example at the end of a test."""
         del self._factories[name]
 
     def check(self, name: str, where: str) -> None:
-        """Refuse a name that is not registered; `where` names the config field in the error.
+        """Check that `name` is registered. `where` names the config field in the error.
 
         Raises:
-            ConfigError: With the registered names.
+            ConfigError: The name is not registered. The message lists the registered names.
         """
         if name not in self._factories:
             raise ConfigError(
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
         return self._factories[name]
 
     def create(self, name: str, settings: Mapping[str, Any] | None = None) -> T:
-        """Make the part called `name`; it gets those of `settings` that its factory has parameters for."""
+        """Create the part `name`. Its factory gets those of `settings` that it has parameters for."""
         factory, known = self.factory(name), self._settings[name]
         return factory(**{key: value for key, value in (settings or {}).items() if key in known})
 

@@ -1,4 +1,4 @@
-"""The runtime scheduler: the paper's five components for one sequence (arXiv 2601.21109). It knows no engine."""
+"""The runtime scheduler: the paper's five components for one sequence (arXiv 2601.21109). It needs no engine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from chunkwise_lora.method.kv_policy import KVCachePolicyController, KVDecision
 from chunkwise_lora.method.plan import Plan, ScheduledChunk
 from chunkwise_lora.method.selection import RankScaleSelector
 
+NOTHING_LEARNED = (
+    "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
+    "adapter, or choose a preset"
+)
+
 
 @dataclass
 class RuntimeScheduler:
     """Plans the tokens of one sequence.
 
-    The way of a token: complexity -> chunk -> rank and scale -> weights over rungs; when a chunk closes, a KV decision.
+    Each token runs through: complexity -> chunk -> rank and scale -> weights over the rungs. A closed chunk gets a KV
+    decision.
     A plan is causal and does not depend on how the tokens are cut into calls of `step`.
 
     Raises:
@@ -43,10 +49,7 @@ class RuntimeScheduler:
     def __post_init__(self) -> None:
         config = self.config
         if config.complexity.learned and self.learned is None:
-            raise ConfigError(
-                "complexity.learned is set, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
-                "adapter, or choose a preset"
-            )
+            raise ConfigError(NOTHING_LEARNED)
         learned = self.learned if config.complexity.learned else None
         self._estimator = TokenComplexityEstimator(config.complexity, self.vocab_size, learned)
         self._chunker = AdaptiveChunker(config.chunking)

@@ -1,8 +1,8 @@
-"""From the plans of many sequences to the segments of one forward pass.
+"""Turns the plans of many sequences into the segments of one forward pass.
 
 The weights of a plan, (tokens, rungs), say how much of each rung every token gets. A forward pass holds the tokens of
-many sequences, each with its own adapter. A `Segment` gathers the tokens that one adapter runs for, and a `PassPlan`
-is all that a pass runs. Both are decided once per pass, for all layers.
+many sequences, each with its own adapter. A `Segment` holds the tokens that one adapter runs for, and a `PassPlan`
+holds all segments of a pass. Both are decided once per pass, for all layers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 GROUPING_GAIN = 24.0
-"""Tokens are grouped by rung when that saves this many directions per token: moving a token's activations into a
-group and back costs about as much as that many of its directions."""
+"""Tokens are grouped by rung if that saves more than this number of directions per token. Copying a token's activations
+into a group and back takes about as long as computing this number of directions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +34,15 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class PassPlan:
-    """What one forward pass runs of adapters. No token is in two segments."""
+    """The segments of one forward pass. No token is in two segments."""
 
     segments: tuple[Segment, ...]
     batch: int
-    """Sequences of the pass, or 1 where their tokens stand in one row."""
+    """Rows of the pass: the number of sequences, or 1 if the tokens of all sequences are in one row."""
     width: int
-    """Tokens per sequence, padding included."""
+    """Tokens per row, padding included."""
     _views: dict[tuple[int, int], PassPlan] = field(default_factory=dict, repr=False)
-    """Plans of layers that see other tokens, by batch and width."""
+    """Plans for layers that see other tokens, by batch and width."""
 
     @property
     def tokens(self) -> int:
@@ -51,20 +51,20 @@ class PassPlan:
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether every token gets the same rung of the same adapter, or none: then their order does not matter."""
+        """Whether all tokens get the same rung of the same adapter, or no adapter. Then their order does not matter."""
         return all(segment.weights is None and segment.rows is None for segment in self.segments)
 
     @cached_property
     def adapters(self) -> tuple[str, ...]:
-        """The adapter of each segment."""
+        """Key of each segment's adapter."""
         return tuple(segment.adapter for segment in self.segments)
 
     def tail(self, columns: int) -> PassPlan:
-        """The plan of a layer that sees only the last `columns` tokens of each sequence, as an output head may."""
+        """Return the plan for a layer that sees only the last `columns` tokens of each row, such as an output head."""
         return self._view(self.batch, columns)
 
     def with_tokens(self, tokens: int) -> PassPlan:
-        """The same plan for any number of tokens in any order, which only a uniform plan has."""
+        """Return the plan for another number of tokens, in any order. The plan must be uniform."""
         return self._view(1, tokens)
 
     def _view(self, batch: int, width: int) -> PassPlan:
@@ -87,7 +87,7 @@ class PassPlan:
 
 
 def segments_of(adapter: str, weights: np.ndarray, rung_ranks: np.ndarray, rows: np.ndarray | None) -> list[Segment]:
-    """Choose how an adapter runs: one slice of its factors, one gated product, or tokens grouped by rung.
+    """Choose how an adapter runs: as one slice of its factors, as one gated product, or in groups of tokens by rung.
 
     Args:
         adapter: Key of the adapter.
@@ -113,22 +113,22 @@ def _segment(adapter: str, weights: np.ndarray, rows: np.ndarray | None, rung: i
 
 
 def highest_rungs(weights: np.ndarray) -> np.ndarray:
-    """(tokens,) the highest rung with a weight in (tokens, rungs); 0 for a token without any."""
+    """Return (tokens,) the highest rung with a weight in `weights` (tokens, rungs); 0 for a token without weights."""
     active = weights != 0
     return np.where(active.any(axis=1), weights.shape[1] - 1 - np.argmax(active[:, ::-1], axis=1), 0)
 
 
 def ranks_of(weights: np.ndarray, rung_ranks: np.ndarray) -> np.ndarray:
-    """(tokens,) each token's rank: the mean of `rung_ranks` (rungs,) under its weights (tokens, rungs), at any
-    scale."""
+    """Return (tokens,) each token's rank: the mean of `rung_ranks` (rungs,), weighted by `weights` (tokens, rungs). The
+    scale of a token's weights has no effect."""
     total = weights.sum(axis=1)
     return (weights @ rung_ranks) / np.where(total == 0, 1, total)
 
 
 def spread(weights: np.ndarray, columns: Sequence[int] | np.ndarray, width: int, padding: np.ndarray) -> np.ndarray:
-    """(width, rungs) weights (tokens, rungs) at their `columns`; the other columns, which are padding, get `padding`.
+    """Return (width, rungs) weights of a row: `weights` (tokens, rungs) at `columns`, and `padding` (rungs,) elsewhere.
 
-    Padding runs like a real token, so that it does not keep a pass from being uniform.
+    Padding gets the weights of a real token, so that a pass with padding can be uniform.
     """
     if len(columns) == width:
         return weights

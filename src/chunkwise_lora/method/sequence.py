@@ -1,8 +1,8 @@
-"""The plan of one sequence, whatever passes its tokens come in.
+"""Plans one sequence, independently of how an engine cuts its tokens into passes.
 
-An engine cuts the tokens of a sequence into passes as it likes: a prompt comes in pieces, a sequence may be computed
-again from its first token, and the KV of a prompt's beginning may come from a prefix cache. A plan depends on none of
-that: every token is fed to the scheduler once, in order, and the plan of a position stays.
+An engine may cut a prompt into several passes, compute a sequence again from its first token, or take the KV of a
+prompt's beginning from a prefix cache. The plan does not depend on this: every token is fed to the scheduler once, in
+order, and the plan of a token does not change afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from chunkwise_lora.method.scheduler import RuntimeScheduler
 
 @dataclass(frozen=True, eq=False)
 class AdapterInfo:
-    """What planning needs to know of a loaded adapter."""
+    """What planning needs to know about a loaded adapter."""
 
     key: str
     """Identifies the adapter among those that are loaded."""
@@ -34,25 +34,25 @@ class AdapterInfo:
     rung_bytes: np.ndarray
     """(rungs,) bytes of factors that a pass reads at each rung."""
     learned: LearnedComplexity | None = None
-    """What calibration put into the ladder."""
+    """What calibration learned about the adapter; None if the ladder holds nothing learned."""
 
     def has_rungs_of(self, other: AdapterInfo) -> bool:
-        """Whether plans for the other adapter hold for this one."""
+        """Return whether a plan for the other adapter is valid for this one: both have the same rung ranks."""
         return self is other or np.array_equal(self.rung_ranks, other.rung_ranks)
 
 
 NO_ADAPTER = AdapterInfo("", "", np.zeros(1), np.zeros(1, np.int64), LearnedComplexity.neutral())
-"""Stands for the base model: one rung of rank 0."""
+"""The base model without an adapter, as one rung of rank 0."""
 
 
 class SequencePlanner:
-    """The plan of one sequence so far.
+    """Plans the tokens of one sequence and keeps the plan.
 
     Args:
         adapter: The adapter that the sequence runs with.
         config: The settings that its plan follows.
-        vocab_size: Of the model, for the entropy signal.
-        prompt: Token ids that are known from the start. The first pass may begin behind them, where their KV was
+        vocab_size: Entries of the model's vocabulary, for the entropy signal.
+        prompt: Token ids that are known from the start. The first pass may begin after some of them, if their KV is
             cached.
         prompt_length: Positions below this are planned without entropies; by default the length of `prompt`.
     """
@@ -76,7 +76,7 @@ class SequencePlanner:
         self._weights = np.empty((0, len(adapter.rung_ranks)), np.float32)
         self._decisions: list[KVDecision] = []
         self.constant_weights: np.ndarray | None = None
-        """(rungs,) the weights of every token, where no token can change them; None where plans depend on tokens."""
+        """(rungs,) weights of every token, if the plan does not depend on the tokens; None otherwise."""
         if config.levels == 1:
             self.constant_weights = self._new_scheduler().step([0]).weights[0]
 
@@ -92,27 +92,27 @@ class SequencePlanner:
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
-        """All chunks so far; the last one is open."""
+        """All chunks so far. The last one is open."""
         return self._scheduler.chunks
 
     @property
     def padding(self) -> np.ndarray:
-        """(rungs,) weights for padding: those of the last planned token, zeros before the first."""
+        """(rungs,) weights of padding: those of the last planned token, or zeros before the first token."""
         return self._weights[len(self._tokens) - 1] if self._tokens else np.zeros(self._weights.shape[1], np.float32)
 
     def follow(self, scheduler: FixedScheduler) -> None:
-        """Before the first token: take the plan of `scheduler` instead of the config's."""
+        """Take the plan of `scheduler` instead of planning by the config. Call this before the first token."""
         self._scheduler = scheduler
         self.constant_weights = None
 
     def learn(self, position: int, entropy: float) -> None:
-        """Note the entropy, in nats, of the distribution that gives the token at `position`. In the prompt it is
-        ignored."""
+        """Store the entropy, in nats, of the distribution that predicts the token at `position`. Entropies of prompt
+        tokens are ignored."""
         if position >= self.prompt_length:
             self._entropies.setdefault(position, entropy)
 
     def plan(self, start: int, tokens: Sequence[int]) -> np.ndarray:
-        """(len(tokens), rungs) the weights of the tokens from position `start` on."""
+        """Plan the tokens from position `start` on, and return their weights (len(tokens), rungs)."""
         if start > len(self._tokens):  # their KV was cached, or they ran before this plan began
             self._feed(self._known[len(self._tokens) : start])
         planned = self._tokens[start : start + len(tokens)]
@@ -124,12 +124,12 @@ class SequencePlanner:
         return self._weights[start : start + len(tokens)]
 
     def fork(self) -> SequencePlanner:
-        """A copy that goes on by itself; what never changes is shared."""
+        """Return an independent copy. Objects that never change are shared."""
         shared = (self.adapter, self.adapter.learned, self.config)
-        return copy.deepcopy(self, {id(one): one for one in shared})
+        return copy.deepcopy(self, {id(item): item for item in shared})
 
     def take_decisions(self) -> list[KVDecision]:
-        """The KV decisions that have fallen due since the last call, in order."""
+        """Return the KV decisions made since the last call, in order."""
         decisions, self._decisions = self._decisions, []
         return decisions
 

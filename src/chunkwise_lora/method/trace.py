@@ -36,7 +36,7 @@ class Trace:
     passes: int
     """Forward passes of the model."""
     adapter_bytes_read: int
-    """Bytes of adapter weights that the passes read. What a pass reads for several tokens counts once."""
+    """Bytes of adapter weights that the passes read. Weights that a pass reads for several tokens count once."""
     kv_bytes: int
     """Bytes of storage that the cache held at the end, over all sequences and layers, with room for later tokens."""
     kv_bytes_full: int

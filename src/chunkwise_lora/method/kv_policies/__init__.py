@@ -1,4 +1,4 @@
-"""KV policies, one per file: scores by which tokens of a closed chunk are dropped. `register_kv_policy` adds others."""
+"""KV policies, one per file. Each scores the tokens of a closed chunk. `register_kv_policy` adds others."""
 
 from chunkwise_lora.method.kv_policies.base import KV_POLICY_REGISTRY, KVPolicy, needs_queries, register_kv_policy
 from chunkwise_lora.method.kv_policies.knorm import Knorm

@@ -17,14 +17,14 @@ class KVPolicy(ABC):
     `LevelKVPolicy.evict` names the policy and `LevelKVPolicy.keep_share` says how many tokens stay. All layers and
     heads hold the same tokens, so one decision is made per token: an engine averages the scores over layers and heads.
     A policy has no state. It sees one closed chunk of one sequence, without the attention sinks at the start of the
-    sequence, which always stay. So its result does not depend on how the tokens were cut into forward passes.
+    sequence, which always stay. Therefore its result does not depend on how the tokens were cut into forward passes.
 
     A subclass is usually a dataclass whose fields are its settings, with defaults.
     """
 
     needs_queries: ClassVar[bool] = False
-    """Whether the policy reads queries. An engine records them only for a policy that does, which costs memory for the
-    open chunk. An engine that cannot see queries does not carry the policy out, and says so."""
+    """Whether the policy reads queries. An engine records queries only for such a policy, because they take memory
+    while a chunk is open. An engine that cannot see queries does not carry out the policy, and reports that."""
 
     @abstractmethod
     def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
@@ -47,5 +47,5 @@ register_kv_policy = KV_POLICY_REGISTRY.register
 
 
 def needs_queries(name: str | None) -> bool:
-    """Return whether the registered policy `name` reads queries; None stands for no policy."""
+    """Return whether the registered policy `name` reads queries; None means no policy."""
     return name is not None and KV_POLICY_REGISTRY.create(name).needs_queries

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 @register_kv_policy("snapkv")
 @dataclass(frozen=True)
 class SnapKV(KVPolicy):
-    """Keeps the tokens to which the chunk's last queries, the observation window, pay the most attention.
+    """Keeps the tokens that receive the most attention from the chunk's last queries, the observation window.
 
-    The tokens of the window itself stay before all others. Source: Li et al., SnapKV: LLM Knows What You are Looking
+    The tokens of the window itself have the highest score. Source: Li et al., SnapKV: LLM Knows What You are Looking
     for Before Generation (arXiv 2404.14469). The paper scores a whole prompt by a window of 16 or more tokens. Here
     the window belongs to a chunk, and attention is normalised over the chunk's keys alone.
     """

@@ -38,7 +38,7 @@ class Signal(ABC):
 
 
 PAPER_SIGNALS = ("entropy", "novelty", "attention", "position")
-"""The paper's four signals, which have a weight of their own in `ComplexityConfig`."""
+"""The paper's four signals, each with its own weight in `ComplexityConfig`."""
 
 SIGNAL_REGISTRY: Registry[Signal] = Registry("signal")
 register_signal = SIGNAL_REGISTRY.register
