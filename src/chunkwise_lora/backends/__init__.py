@@ -1,4 +1,4 @@
-"""Backends compute what adapters add to a layer. They know no engine."""
+"""Backends compute what adapters add to a layer. They do not depend on engines."""
 
 from chunkwise_lora.backends.base import (
     AnyBackend,

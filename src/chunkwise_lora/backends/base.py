@@ -8,7 +8,7 @@ with up (out, r), down (r, in), the weights p_t (rungs,) of token t and the modu
 may hold several modules that share x, such as query, key and value; each adds to its own columns of y.
 
 An engine uses it in this order: `add_layer` once per layer, `load` and `unload` per adapter, `prepare` once per
-forward pass, `apply` in every layer. A backend keeps no state of a pass; that is in what `prepare` returns.
+forward pass, `apply` in every layer. `prepare` returns the state of a pass; the backend itself keeps none.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ class Columns:
     """The columns of a layer's output that one module adds to."""
 
     offset: int
+    """The first column."""
     width: int
+    """Number of columns."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine runs at most, for backends that reserve memory."""
+    """The largest sizes that an engine uses, for backends that reserve memory."""
 
     tokens: int
-    """Of a pass."""
+    """Tokens of a pass."""
     adapters: int
-    """That are loaded at a time."""
+    """Adapters that are loaded at the same time."""
 
 
 class Layer:
-    """A layer of the model, as a backend knows it."""
+    """A backend's record of a layer of the model."""
 
     def __init__(self, name: str, in_features: int, columns: Sequence[Columns]) -> None:
         self.name = name
         self.in_features = in_features
         self.columns = tuple(columns)
-        """One per module."""
+        """One entry per module of the layer."""
 
 
 class PreparedPass:
-    """A plan as a backend runs it on its device."""
+    """A plan that a backend has prepared for its device."""
 
     def __init__(self, plan: PassPlan) -> None:
         self.plan = plan
@@ -73,13 +75,13 @@ class Backend(ABC, Generic[LayerT, PassT]):
     """Computes the adapter product on one device. All methods run on the thread of the forward pass.
 
     Args:
-        device: Where the layers are.
-        dtype: What they compute in, with few exceptions.
-        limits: What a pass holds at most; None where the engine does not know.
+        device: The device of the layers.
+        dtype: The dtype of the layers. A few layers, such as routers, may compute in another one.
+        limits: The largest sizes that the engine uses; None if it does not know them.
     """
 
     name: ClassVar[str]
-    """Its name in the registry."""
+    """Name of the backend in the registry."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, limits: Limits | None = None) -> None:
         self.device = device
@@ -88,7 +90,7 @@ class Backend(ABC, Generic[LayerT, PassT]):
     @classmethod
     @abstractmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
-        """Whether it runs here. Says in the log why not, where a user could change that."""
+        """Return whether the backend runs on `device` in `dtype`. If not, it logs reasons that a user can remove."""
 
     @property
     @abstractmethod
@@ -97,24 +99,31 @@ class Backend(ABC, Generic[LayerT, PassT]):
 
     @abstractmethod
     def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> LayerT:
-        """Make a layer known, before an adapter is loaded that adapts it; returns what `apply` takes."""
+        """Register a layer before an adapter for it is loaded, and return the object that `apply` takes.
+
+        Args:
+            name: Name of the layer.
+            in_features: Width of the layer's input.
+            columns: The output columns of each of its modules.
+        """
 
     @abstractmethod
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
-        """Bring an adapter to the device, in place of one with the same key.
+        """Copy an adapter to the device. It replaces an adapter with the same key.
 
         Args:
             adapter: Key of the adapter.
-            modules: By name of the layer, a module for each of the layer's columns, or None where there is none.
+            modules: By name of the layer, one module for each entry of the layer's `columns`, or None where the adapter
+                has no module.
         """
 
     @abstractmethod
     def unload(self, adapter: str) -> None:
-        """Free an adapter, if it is loaded. Passes that still name it add nothing."""
+        """Free an adapter if it is loaded. In passes that still name it, it adds nothing."""
 
     @abstractmethod
     def prepare(self, plan: PassPlan) -> PassT:
-        """Bring a plan to the device; returns what `apply` takes. It does not wait for the device."""
+        """Copy a plan to the device without waiting for it, and return the object that `apply` takes."""
 
     @abstractmethod
     def apply(self, layer: LayerT, y: Tensor, x: Tensor, prepared: PassT) -> Tensor:
@@ -127,7 +136,7 @@ class Backend(ABC, Generic[LayerT, PassT]):
             prepared: From `prepare`.
 
         Returns:
-            y, or a copy with the product added where y requires a gradient or cannot be viewed as (tokens, width).
+            y, or, if y requires a gradient or cannot be viewed as (tokens, width), a copy with the product added.
         """
 
 
@@ -137,17 +146,17 @@ _registry: dict[str, Callable[[], type[AnyBackend]]] = {}
 
 
 def register_backend(name: str, load: Callable[[], type[AnyBackend]]) -> None:
-    """Let `backend_on` choose a backend. The one registered last is asked first.
+    """Register a backend for `backend_on`, which tries the backend that was registered last first.
 
     Args:
-        name: Its name.
-        load: Imports and returns the class; an ImportError means that it cannot run here.
+        name: Name of the backend.
+        load: Imports the class and returns it. An ImportError means that the backend cannot run here.
     """
     _registry[name] = load
 
 
-def _built_in(module: str, kind: str) -> Callable[[], type[AnyBackend]]:
-    return lambda: getattr(import_module(f"chunkwise_lora.backends.{module}"), kind)
+def _built_in(module: str, class_name: str) -> Callable[[], type[AnyBackend]]:
+    return lambda: getattr(import_module(f"chunkwise_lora.backends.{module}"), class_name)
 
 
 register_backend("torch", _built_in("torch_products", "TorchBackend"))
@@ -158,7 +167,7 @@ register_backend("triton", _built_in("triton.backend", "TritonBackend"))
 def backend_on(
     device: torch.device, dtype: torch.dtype, limits: Limits | None = None, name: str | None = None
 ) -> AnyBackend:
-    """The fastest registered backend that runs on a device, or the one of that name.
+    """Return the fastest registered backend that runs on a device, or the backend called `name`.
 
     Raises:
         EngineError: No backend has this name, or it does not run here.
@@ -174,4 +183,6 @@ def backend_on(
             continue
         if kind.supports(device, dtype, limits):
             return kind(device, dtype, limits)
-    raise EngineError(f"no backend runs on {device} in {dtype}" if name is None else f"{name} does not run on {device}")
+    if name is not None:
+        raise EngineError(f"backend {name} does not run on {device} in {dtype}; choose another one, or give no name")
+    raise EngineError(f"no backend runs on {device} in {dtype}; register one that does")

@@ -1,4 +1,4 @@
-"""CPUs without instructions for half precision, on which PyTorch emulates its products, far below float32's speed."""
+"""CPUs without instructions for half precision: PyTorch emulates its products, which is far slower than float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @cache
 def emulates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch's matrix products in `dtype` are emulated on `device`."""
+    """Return whether PyTorch's matrix products in `dtype` are emulated on `device`."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
         return False
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{'bf16' if dtype == torch.bfloat16 else 'fp16'}_supported")
@@ -18,7 +18,7 @@ def emulates(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Widened:
-    """The last input in float32, which the modules that share the input share."""
+    """Holds the last input in float32, so that modules with the same input convert it only once."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int, int] | None = None
@@ -27,7 +27,7 @@ class Widened:
         self._wide: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """x in float32. It is widened anew where x is another tensor or has changed in place, as its version tells."""
+        """Return x in float32. It is converted again if x is another tensor or was changed in place (its version)."""
         if x.is_inference() or not x.is_contiguous():  # inference tensors have no version
             return x.float()
         key = (x.data_ptr(), x._version, x.numel())

@@ -1,4 +1,4 @@
-"""The adapter product as plain PyTorch products: runs on every device, and is what faster backends fall back to."""
+"""The adapter product in plain PyTorch. It runs on every device, and faster backends fall back to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkwise_lora.method.segments import PassPlan, Segment
 
 
 class Factors:
-    """One module's factors on a device, with the slices of every rung ready."""
+    """The factors of one module on a device, and their slices for every rung."""
 
     def __init__(self, module: LadderModule, columns: Columns, device: torch.device, dtype: torch.dtype) -> None:
         down = module.down.to(device, dtype).contiguous()
@@ -22,7 +22,7 @@ class Factors:
         self.columns = columns
         self.ranks = module.ranks
         self.slices = [(down[:k], up[:k]) for k in module.ranks]
-        """Per rung the factors (k, in) and (k, out), views of the full ones."""
+        """Per rung: views (k, in) and (k, out) of the factors."""
         self.table = module.gate_table().to(device)
         """(rungs, r) float32"""
 
@@ -48,7 +48,7 @@ class DeviceSegment:
         self._gates: dict[tuple[int, ...], Tensor] = {}
 
     def gates(self, factors: Factors) -> Tensor | None:
-        """(tokens, k) float32 the gates of a module, None for ones; modules with equal ranks share them."""
+        """Return (tokens, k) float32 gates of a module, or None if all are 1. Modules with equal ranks share them."""
         if self.weights is None:
             return None
         gates = self._gates.get(factors.ranks)
@@ -68,7 +68,7 @@ class TorchPass(PreparedPass):
 
 
 class TorchBackend(Backend[TorchLayer, TorchPass]):
-    """Two products of matrices per segment and module."""
+    """Computes two matrix products per segment and module."""
 
     name = "torch"
 
@@ -79,7 +79,7 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
-        """Everywhere."""
+        """Return True: PyTorch runs everywhere."""
         return True
 
     @property
@@ -88,18 +88,18 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
         return frozenset(self._adapters)
 
     def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> TorchLayer:
-        """Make a layer known."""
+        """Register a layer."""
         layer = self._layers[name] = TorchLayer(name, in_features, columns)
         return layer
 
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
-        """Bring an adapter to the device."""
+        """Copy an adapter to the device."""
         self.unload(adapter)
         self._adapters[adapter] = [self._layers[name] for name in modules]
-        for layer, of_layer in zip(self._adapters[adapter], modules.values(), strict=True):
+        for layer, layer_modules in zip(self._adapters[adapter], modules.values(), strict=True):
             layer.factors[adapter] = [
                 Factors(module, columns, self.device, self.dtype)
-                for columns, module in zip(layer.columns, of_layer, strict=True)
+                for columns, module in zip(layer.columns, layer_modules, strict=True)
                 if module is not None
             ]
 
@@ -109,11 +109,11 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
             del layer.factors[adapter]
 
     def prepare(self, plan: PassPlan) -> TorchPass:
-        """Bring the segments to the device."""
+        """Copy the segments to the device."""
         return TorchPass(plan, self.device)
 
     def apply(self, layer: TorchLayer, y: Tensor, x: Tensor, prepared: TorchPass) -> Tensor:
-        """Add segment by segment, module by module."""
+        """Add the adapter product, segment by segment and module by module."""
         if y.requires_grad:
             y = y.clone()
         shape = y.shape
@@ -129,7 +129,7 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
 
 
 def _add(y: Tensor, x: Tensor, segment: DeviceSegment, factors: Factors) -> None:
-    """In place, y (all tokens, width) += the product of one module for x, the segment's tokens."""
+    """Add one module's product for x (segment's tokens, in) to y (all tokens, width), in place."""
     down, up = (factor.to(x.dtype) for factor in factors.slices[segment.rung])
     gates = segment.gates(factors)
     hidden = nn.functional.linear(x, down)
@@ -140,7 +140,7 @@ def _add(y: Tensor, x: Tensor, segment: DeviceSegment, factors: Factors) -> None
     if segment.rows is None and hidden.dtype == up.dtype == y.dtype:
         target.addmm_(hidden, up)
         return
-    output = (hidden @ up).to(y.dtype)  # adding a wider one takes PyTorch twice as long
+    output = (hidden @ up).to(y.dtype)  # PyTorch takes twice as long to add a wider dtype
     if segment.rows is None:
         target += output
     else:

@@ -1,4 +1,4 @@
-"""The C backend: adapter products and decode attention in C, compiled on first use where there is a C compiler.
+"""The C backend: adapter products and decode attention in C, compiled on first use if there is a C compiler.
 
 On a CPU, PyTorch's products of one row with a skinny matrix take more time for the calls than for the arithmetic. Its
 attention of one token over a half-precision cache runs far below memory speed, and it does not read INT8. Without a

@@ -1,4 +1,4 @@
-"""The adapter product in C, for passes of few tokens on a CPU; others run as `torch_products`."""
+"""The adapter product in C, for passes of few tokens on a CPU. Other passes run in PyTorch (`torch_products`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method.segments import PassPlan
 
 FEW_TOKENS = 32
-"""Up to so many tokens of a pass the kernels are faster than PyTorch's products of matrices."""
+"""Largest number of tokens of a pass for which the kernels are faster than PyTorch's matrix products."""
 
 
 class NativeLayer(Layer):
@@ -29,17 +29,17 @@ class NativeLayer(Layer):
         self._array: Array[native.Layer]
 
     def set(self, adapter: str) -> None:
-        """Take the adapter's factors as they are now, or forget them where there are none."""
+        """Store the addresses of the adapter's current factors, or remove them if it has none here."""
         self._adapters = None
         self._slices.pop(adapter, None)
         factors = self.products.factors.get(adapter)
         if factors:
             self._slices[adapter] = native.slices_of(
-                [(*one.slices[-1], torch.tensor(one.ranks), one.columns.offset) for one in factors]
+                [(*module.slices[-1], torch.tensor(module.ranks), module.columns.offset) for module in factors]
             )
 
     def of(self, adapters: tuple[str, ...]) -> Array[native.Layer]:
-        """What each of these adapters, one per segment of a pass, has here."""
+        """Return the slices of these adapters, one adapter per segment of a pass."""
         if adapters != self._adapters:
             self._array = native.layers_of([self._slices.get(adapter) for adapter in adapters])
             self._adapters = adapters
@@ -47,33 +47,33 @@ class NativeLayer(Layer):
 
 
 class NativePass(PreparedPass):
-    """The segments of a pass, as tensors and, where the kernels run it, as addresses."""
+    """The segments of a pass, as tensors and, if the kernels run it, as addresses."""
 
     def __init__(self, products: TorchPass) -> None:
         super().__init__(products.plan)
         self.products = products
         self.array: Array[native.Segment] | None = None
         if products.plan.tokens <= FEW_TOKENS:
-            segments = [(one.rung, one.weights, one.rows) for one in products.segments]
+            segments = [(segment.rung, segment.weights, segment.rows) for segment in products.segments]
             self.array = native.segments_of(segments, products.plan.tokens)
 
 
 class NativeBackend(Backend[NativeLayer, NativePass]):
-    """One call per layer for all modules and segments, on a CPU with a C compiler."""
+    """Makes one call per layer for all modules and segments, on a CPU with a C compiler."""
 
     name = "native"
 
     def __init__(self, device: torch.device, dtype: torch.dtype, limits: Limits | None = None) -> None:
         super().__init__(device, dtype, limits)
         kernels = native.kernels(dtype)
-        assert kernels is not None  # `supports` says so
+        assert kernels is not None  # checked by `supports`
         self._kernels = kernels
         self._products = TorchBackend(device, dtype, limits)
         self._layers: dict[str, NativeLayer] = {}
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
-        """On a CPU, in an element type that the kernels know, with a working C compiler."""
+        """Return whether this is a CPU with working kernels for the element type."""
         return device.type == "cpu" and native.kernels(dtype) is not None
 
     @property
@@ -82,12 +82,12 @@ class NativeBackend(Backend[NativeLayer, NativePass]):
         return self._products.adapters
 
     def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> NativeLayer:
-        """Make a layer known."""
+        """Register a layer."""
         layer = self._layers[name] = NativeLayer(self._products.add_layer(name, in_features, columns))
         return layer
 
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
-        """Bring an adapter to the device."""
+        """Store an adapter's factors and their addresses."""
         self._products.load(adapter, modules)
         for layer in self._layers.values():
             layer.set(adapter)
@@ -99,11 +99,11 @@ class NativeBackend(Backend[NativeLayer, NativePass]):
             layer.set(adapter)
 
     def prepare(self, plan: PassPlan) -> NativePass:
-        """Note the addresses of the segments."""
+        """Store the addresses of the segments."""
         return NativePass(self._products.prepare(plan))
 
     def apply(self, layer: NativeLayer, y: Tensor, x: Tensor, prepared: NativePass) -> Tensor:
-        """Add all segments and modules in one call, where the kernels can take the tensors."""
+        """Add all segments and modules in one call if the kernels can read the tensors, or else by PyTorch."""
         if (
             prepared.array is not None
             and x.dtype == y.dtype == self.dtype

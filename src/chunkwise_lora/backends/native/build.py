@@ -9,7 +9,7 @@ compiler, CPU), so that a library never runs on a CPU that it was not compiled f
 checked before the file is loaded. Files are written under another name and renamed, so that processes can share the
 folder. Libraries that nobody has used for 90 days are removed when a new one is stored.
 
-A folder where other users could write is refused. Then, and where nothing can be stored, each process compiles its own
+A folder that other users could write to is not used. Then, or if nothing can be stored, each process compiles its own
 library in a private temporary folder.
 """
 
@@ -50,7 +50,7 @@ FLAGS: list[list[str]] = [
 COMPILE_SECONDS = 60.0
 """The compiler is stopped after this time, over all flags."""
 UNUSED_DAYS = 90
-"""Cached libraries that nobody has used for so many days are removed."""
+"""Cached libraries that nobody has used for this number of days are removed."""
 DAY = 86400.0
 SUFFIX = ".so"
 
@@ -64,13 +64,13 @@ class _NoCacheError(Exception):
 
 
 def load(works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL:
-    """The compiled kernels: from the cache folder, or compiled now and stored there.
+    """Return the compiled kernels: from the cache folder, or compiled now and stored there.
 
     Args:
-        works: Tests a loaded library. One that fails is not used and not kept.
+        works: Tests a loaded library. A library that fails is neither used nor kept.
 
     Raises:
-        BuildError: No compiler is there, or it fails, takes too long, or none of its libraries works.
+        BuildError: There is no compiler, or it fails, takes too long, or none of its libraries works.
     """
     compiler = find_compiler()
     name = f"kernels-{_key(compiler)}"
@@ -86,7 +86,7 @@ def load(works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """The command of the C compiler: `CC`, which may have options, or else cc, gcc or clang.
+    """Return the command of the C compiler: `CC`, which may have options, or else cc, gcc or clang.
 
     Raises:
         BuildError: There is none.
@@ -107,7 +107,7 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """The folder of compiled libraries, which is created if needed. Only this user can write there.
+    """Return the folder of compiled libraries. It is created if needed. Only this user can write to it.
 
     Raises:
         _NoCacheError: Another user could put a library there.
@@ -119,14 +119,14 @@ def cache_folder() -> Path:
     for path in (*reversed(folder.parents), folder):
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
-    own = folder.lstat()
-    if not stat.S_ISDIR(own.st_mode):
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode):
         raise _NoCacheError(f"{folder} is not a folder, or a symbolic link")
-    if own.st_uid != os.geteuid():
+    if facts.st_uid != os.geteuid():
         raise _NoCacheError(f"{folder} belongs to another user")
-    if own.st_mode & 0o022:
+    if facts.st_mode & 0o022:
         raise _NoCacheError(f"other users can write to {folder}; run `chmod go-w` on it")
-    # Who can write to a folder above can replace the folder. In a sticky folder, such as /tmp, only its owner can.
+    # Anyone who can write to a parent folder can replace the folder. In a sticky one, such as /tmp, only its owner can.
     for path in {*folder.parents, *folder.resolve().parents}:
         above = path.stat()
         if above.st_uid not in (0, os.geteuid()):
@@ -151,10 +151,10 @@ def _cache_root() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """A hash of all that the library depends on. No program is run for it."""
+    """Return a hash of everything that the library depends on, without running a program."""
     source = [hashlib.sha256(path.read_bytes()).hexdigest() for path in SOURCES]
     programs = []
-    for word in compiler:  # the compiler, and where CC is such as "ccache gcc", what it runs
+    for word in compiler:  # the compiler, and, with CC="ccache gcc", the program that it runs
         if (found := shutil.which(word)) is not None:
             path = Path(found).resolve()
             facts = path.stat()
@@ -164,7 +164,7 @@ def _key(compiler: list[str]) -> str:
 
 
 def _cpu() -> list[str]:
-    """What tells apart CPUs that `-march=native` gives different code for."""
+    """Return what differs between CPUs for which `-march=native` gives different code."""
     names = {"vendor_id", "cpu family", "model", "model name", "stepping", "flags", "features", "isa", "cpu", "uarch"}
     lines = set()
     with suppress(OSError):
@@ -173,12 +173,12 @@ def _cpu() -> list[str]:
             if field in names or field.startswith("cpu "):
                 lines.add(line)
     lines = {line for line in lines if not line.lower().startswith(("cpu mhz", "cpu cores"))}
-    # Where the system does not tell, a library is for this machine alone.
+    # If the system does not describe the CPU, a library is for this machine only.
     return [platform.machine(), *(sorted(lines) or [platform.processor(), platform.node()])]
 
 
 def _stored(folder: Path, name: str) -> list[Path]:
-    """Stored libraries of this key whose content is what was written. Damaged ones are removed."""
+    """Return the stored libraries of this key whose content is intact. Damaged ones are removed."""
     whole = []
     for path in sorted(folder.glob(f"{name}-*{SUFFIX}")):
         with suppress(OSError):
@@ -193,7 +193,7 @@ def _stored(folder: Path, name: str) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a stored library is our own and has the content that its name says."""
+    """Return whether a stored library belongs to this user and matches the digest in its name."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         facts = os.fstat(file.fileno())
         ours = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
@@ -205,7 +205,7 @@ def _digest(content: bytes) -> str:
 
 
 def _loaded(path: Path, works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL | None:
-    """The library at `path`; None where it cannot be loaded or computes something wrong."""
+    """Return the library at `path`, or None if it cannot be loaded or computes wrong results."""
     try:
         library = ctypes.CDLL(str(path))
         if works(library):
@@ -227,7 +227,7 @@ def _compiled(compiler: list[str], folder: Path | None, name: str, works: Callab
                 complaint = said
                 continue
             stored = None if folder is None else _store(folder, name, built)
-            for path in (stored, built):  # the temporary folder may not allow programs, or the cache folder may not
+            for path in (stored, built):  # one of these folders may not allow running programs
                 if path is not None and (library := _loaded(path, works)) is not None:
                     return library
             if stored is not None:
@@ -236,15 +236,15 @@ def _compiled(compiler: list[str], folder: Path | None, name: str, works: Callab
 
 
 def _compile(compiler: list[str], flags: list[str], built: Path, end: float) -> str | None:
-    """Run the compiler; gives what is wrong, or None.
+    """Run the compiler. Returns its error message, or None if it worked.
 
     Raises:
-        BuildError: The time is over, or the compiler cannot be started.
+        BuildError: The time limit is reached, or the compiler cannot be started.
     """
     command = [*compiler, *OPTIONS, *flags, str(SOURCES[0]), "-o", str(built), "-lm"]
     with tempfile.TemporaryFile() as output:
         try:
-            # A session of its own, so that what a compiler starts can be stopped with it.
+            # A new session, so that the programs that a compiler starts can be stopped with it.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
@@ -267,7 +267,7 @@ def _compile(compiler: list[str], flags: list[str], built: Path, end: float) -> 
 
 
 def _store(folder: Path, name: str, built: Path) -> Path | None:
-    """Put a library into the cache folder, whole or not at all; None where that fails."""
+    """Put a complete library into the cache folder, and return its path, or None if that fails."""
     try:
         content = built.read_bytes()
         path = folder / f"{name}-{_digest(content)}{SUFFIX}"
@@ -289,7 +289,7 @@ def _store(folder: Path, name: str, built: Path) -> Path | None:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove libraries that nobody has used for long, and what stopped processes have left."""
+    """Remove libraries that have not been used for a long time, and temporary files of killed processes."""
     now = time.time()
     for pattern, days in ((f"kernels-*{SUFFIX}", UNUSED_DAYS), (".new-*", 1)):
         for path in folder.glob(pattern):

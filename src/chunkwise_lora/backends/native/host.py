@@ -1,4 +1,4 @@
-"""Memory of the process."""
+"""Returns freed memory of the process to the operating system."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import ctypes
 
 
 def give_memory_back() -> None:
-    """Return freed memory to the system. glibc keeps free pieces between pieces that are still in use."""
+    """Return freed memory to the system. glibc keeps free memory that lies between used memory."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

@@ -1,4 +1,4 @@
-// What a decode step needs and PyTorch has no fast CPU form of: skinny products that add adapters, and the attention of
+// The parts of a decode step for which PyTorch has no fast CPU code: skinny products that add adapters, and attention of
 // one new token over a cache of INT8 and full-precision entries. Each stored byte is read once, and nothing is copied.
 //
 // typed.h holds the kernels. It is included once per element type, so one library serves float32, bfloat16 and float16.
@@ -16,8 +16,8 @@ enum { COLUMNS = 256, DIRECTIONS = 8, SLOTS = 32, KNOWN_WIDTH = 256, SMALL = 409
 
 #define INLINE static inline __attribute__((always_inline))
 
-// One module of a layer that computes several at once, such as query, key and value: its factors down (rank, in) and
-// up (rank, out), its rank on each rung, and the first of its columns in the layer's output.
+// One module of a layer (a layer may compute several at once, such as query, key and value): its factors down (rank, in)
+// and up (rank, out), its rank on each rung, and its first column in the layer's output.
 typedef struct {
   const void *down, *up;
   const int64_t *ranks;  // (rungs,), ascending, at most `rank`
@@ -97,7 +97,7 @@ INLINE half narrow_float16(float x) { return (half)x; }
 #else
 typedef uint16_t half;
 
-// Exact. Neither branch meets a subnormal float, which some processors are told to read as zero.
+// Exact. Neither branch uses a subnormal float, which some processors are set to read as zero.
 INLINE float widen_float16(half x) {
   const uint32_t size = (uint32_t)(x & 0x7fff) << 13, exponent = size & 0x0f800000;
   const float small = float_of(size + (113u << 23)) - float_of(113u << 23);
@@ -125,7 +125,7 @@ INLINE float exponential(float x) {
   return x == x ? p * float_of((uint32_t)(whole + 127) << 23) : x;
 }
 
-// By how much sums over a maximum of `from` shrink when the maximum becomes `to`. Both may be minus infinity: no slot yet.
+// The factor for sums relative to the maximum `from` when the maximum becomes `to`. Minus infinity means no slot yet.
 INLINE float shrinkage(float from, float to) { return from == to ? 1 : exponential(from - to); }
 
 // The gate of direction j: the sum of the weights of the rungs up to `top` whose rank is above j.
@@ -135,7 +135,7 @@ INLINE float gate_of(const float *weights, const int64_t *ranks, int64_t top, in
   return gate;
 }
 
-// Whether a segment and what its adapter has in a layer stay within x (tokens, in) and y (tokens, width).
+// Checks that a segment and its adapter's modules in a layer stay within x (tokens, in) and y (tokens, width).
 static int check(const Layer *layer, const Segment *segment, int64_t tokens, int64_t in, int64_t width, int64_t element) {
   if (segment->tokens < 0 || (!segment->rows && segment->tokens > tokens)) return BAD_ROWS;
   for (int64_t t = 0; segment->rows && t < segment->tokens; t++)
@@ -150,7 +150,7 @@ static int check(const Layer *layer, const Segment *segment, int64_t tokens, int
   return DONE;
 }
 
-// Whether the places of all heads and the slots in use are within the pools.
+// Checks that the places of all heads and the slots in use are within the pools.
 static int check_cache(const Shape *s) {
   if (s->hot < 0 || s->hot > s->hot_room || s->cold < 0 || s->cold > s->cold_room) return BAD_CACHE;
   for (int64_t h = 0; s->cold && h < s->heads; h++)

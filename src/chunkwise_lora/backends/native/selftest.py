@@ -18,10 +18,10 @@ _QUERY = np.array([1, 0.5, -1, 2], np.float32)
 
 
 def works(library: ctypes.CDLL) -> bool:
-    """Whether a library computes two small products and an attention right, in every element type.
+    """Return whether a library computes two small products and an attention correctly, in every element type.
 
     Raises:
-        AttributeError: It does not have the kernels.
+        AttributeError: It lacks a kernel.
     """
     return all(_multiplies(library, name) and _adds(library, name) and _attends(library, name) for name in ELEMENTS)
 
@@ -33,7 +33,7 @@ def _multiplies(library: ctypes.CDLL, element: str) -> bool:
 
 
 def _adds(library: ctypes.CDLL, element: str) -> bool:
-    """One gated segment of one token, into the columns 1 to 5. Small whole numbers: every element type is exact."""
+    """Test one gated segment of one token, in columns 1 to 4. All element types are exact for small whole numbers."""
     y, x, down, up = (_narrow(array, element) for array in (np.ones((2, 6)), _X, _DOWN, _UP))
     ranks, rows, weights = np.array([1, 3]), np.array([1]), np.ones((1, 2), np.float32)
     module = Slice(down.ctypes.data, up.ctypes.data, ranks.ctypes.data, 4, 1, 4, 3, 2, ELEMENTS[element])
@@ -46,7 +46,7 @@ def _adds(library: ctypes.CDLL, element: str) -> bool:
 
 
 def _attends(library: ctypes.CDLL, element: str) -> bool:
-    """One head over one INT8 slot and two others, the keys also being the values."""
+    """Test one head over one INT8 slot and two others, with the same keys and values."""
     output, query, hot = (_narrow(array, element) for array in (np.zeros(4), _QUERY, _STATES))
     scale, places = _narrow(np.ones(1), "bfloat16"), np.zeros(1, np.int32)
     pools = Pools(hot.ctypes.data, _CODES.ctypes.data, scale.ctypes.data, None)
@@ -54,9 +54,9 @@ def _attends(library: ctypes.CDLL, element: str) -> bool:
     code = Functions(library, element).attend(
         *(output.ctypes.data, query.ctypes.data, byref(pools), byref(pools), None, 0, 0.25, byref(shape), 1, 1)
     )
-    every = np.concatenate([_CODES.astype(np.float32), _STATES])
-    exponentials = np.exp(0.25 * every @ _QUERY)
-    return code == 0 and np.allclose(_wide(output, element), exponentials / exponentials.sum() @ every, atol=0.02)
+    states = np.concatenate([_CODES.astype(np.float32), _STATES])
+    exponentials = np.exp(0.25 * states @ _QUERY)
+    return code == 0 and np.allclose(_wide(output, element), exponentials / exponentials.sum() @ states, atol=0.02)
 
 
 def _narrow(numbers: np.ndarray, element: str) -> np.ndarray:

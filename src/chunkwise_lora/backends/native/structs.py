@@ -1,4 +1,4 @@
-"""The structures and functions of `kernels.c`, as ctypes sees them."""
+"""The structures and functions of `kernels.c`, declared for ctypes. kernels.c describes the fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 ELEMENTS = {"float32": 1, "bfloat16": 2, "float16": 3}
-"""Element types that the kernels know, and their codes."""
+"""Element types that the kernels support, and their codes."""
 
 
 class Pools(Structure):
@@ -27,7 +27,7 @@ class Shape(Structure):
 
 
 class Slice(Structure):
-    """One module of a layer that computes several at once."""
+    """One module of a layer. A layer may compute several modules at once, such as query, key and value."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("down", "up", "ranks")),
@@ -51,10 +51,10 @@ class Segment(Structure):
 
 
 class Functions:
-    """The functions of a library for one element type. They take addresses and return 0 or the code of a refusal.
+    """The functions of a library for one element type. They take addresses, and return 0 or an error code.
 
     Raises:
-        AttributeError: The library does not have them.
+        AttributeError: The library lacks a function.
     """
 
     def __init__(self, library: ctypes.CDLL, element: str) -> None:

@@ -1,5 +1,5 @@
 // The kernels for one element type, which kernels.c names by ELEMENT, ELEMENT_CODE and NAMED before it includes this file.
-// Sums are in float32. The loops take four directions or tokens at a time, so that no sum waits for the one before.
+// Sums are in float32. The loops take four directions or tokens at a time, so that sums do not wait for each other.
 #define WIDEN NAMED(widen)
 #define NARROW NAMED(narrow)
 
@@ -48,7 +48,7 @@ INLINE void NAMED(expand)(ELEMENT *y, const float *z, const ELEMENT *up, int64_t
   for (int64_t i = 0; i < columns; i++) y[i] = NARROW(WIDEN(y[i]) + sums[i]);
 }
 
-// What each thread does for `add_segments`: the threads share the directions of all segments, then the columns.
+// The work of one thread for `add_segments`: the threads share the directions of all segments, then the columns.
 static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers,
                                                           const Segment *segments, const Run *runs, int64_t count,
                                                           int64_t in, int64_t width) {
@@ -93,8 +93,8 @@ static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEM
   }
 }
 
-// Adds to one layer what a pass runs: y (tokens, width) += up^T (g_t * (down x_t)) in the columns of every slice, for the
-// tokens of every segment. No token is in two segments. x is (tokens, in).
+// Adds the adapter product of a pass to one layer: y (tokens, width) += up^T (g_t * (down x_t)) in the columns of every
+// slice, for the tokens of every segment. No token is in two segments. x is (tokens, in).
 int NAMED(add_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers, const Segment *segments, int64_t count,
                         int64_t tokens, int64_t in, int64_t width, int threads) {
   int64_t numbers = 0, all_tokens = 0, work = 0;
@@ -139,8 +139,8 @@ int NAMED(add_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers, const
   return DONE;
 }
 
-// y = x W^T + bias for a few tokens: y (tokens, out), x (tokens, in) in float32, w (out, in), bias (out,) or null. Reads
-// and widens W once for every four tokens, where a product that emulates its element type does so for each.
+// y = x W^T + bias for a few tokens: y (tokens, out), x (tokens, in) in float32, w (out, in), bias (out,) or null. It
+// reads and widens W once for every four tokens; PyTorch's emulated product does so for every token.
 int NAMED(multiply)(ELEMENT *y, const float *x, const ELEMENT *w, const ELEMENT *bias, int64_t tokens, int64_t in,
                     int64_t out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (tokens * in * out > PARALLEL_WORK)
@@ -148,7 +148,7 @@ int NAMED(multiply)(ELEMENT *y, const float *x, const ELEMENT *w, const ELEMENT 
     const ELEMENT *row = w + o * in;
     const float start = bias ? WIDEN(bias[o]) : 0;
     for (int64_t t = 0; t < tokens; t += 4) {
-      const int64_t last = tokens - 1;  // a token past the last is the last once more
+      const int64_t last = tokens - 1;  // past the end, the last token is computed again
       const int64_t at[4] = {t, t + 1 < last ? t + 1 : last, t + 2 < last ? t + 2 : last, t + 3 < last ? t + 3 : last};
       const float *x0 = x + at[0] * in, *x1 = x + at[1] * in, *x2 = x + at[2] * in, *x3 = x + at[3] * in;
       float s0 = start, s1 = start, s2 = start, s3 = start;
@@ -249,7 +249,7 @@ INLINE void NAMED(attend_slots)(const ELEMENT *query, const Pools *keys, const P
   }
 }
 
-// What each thread does for `attend`: some of the pieces of all heads. `work` is for this thread.
+// The work of one thread for `attend`: some of the pieces of all heads. `work` is for this thread.
 static __attribute__((noinline)) void NAMED(attend_pieces)(const ELEMENT *query, const Pools *keys, const Pools *values,
                                                            const uint8_t *mask, int64_t mask_stride, float scaling,
                                                            const Shape *s, int64_t pieces, Partial all, float *work) {
@@ -277,8 +277,8 @@ int NAMED(attend)(ELEMENT *output, const ELEMENT *query, const Pools *keys, cons
   const int bad = check_cache(s);
   if (bad) return bad;
   const int64_t cells = s->batch * s->heads, tasks = cells * pieces, span = s->group * s->width;
-  const int64_t own = (span + s->group * SLOTS + s->width + 15) / 16 * 16;  // of each thread
-  float *sums = malloc((threads * own + tasks * (span + 2 * s->group)) * sizeof(float));
+  const int64_t per_thread = (span + s->group * SLOTS + s->width + 15) / 16 * 16;
+  float *sums = malloc((threads * per_thread + tasks * (span + 2 * s->group)) * sizeof(float));
   if (!sums) return NO_MEMORY;
   const Partial all = {sums + tasks * span, sums + tasks * (span + s->group), sums};
   float *work = sums + tasks * (span + 2 * s->group);
@@ -286,7 +286,7 @@ int NAMED(attend)(ELEMENT *output, const ELEMENT *query, const Pools *keys, cons
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     NAMED(attend_pieces)(query, keys, values, mask, mask_stride, scaling, s, pieces, all,
-                         work + omp_get_thread_num() * own);
+                         work + omp_get_thread_num() * per_thread);
   } else
 #endif
     NAMED(attend_pieces)(query, keys, values, mask, mask_stride, scaling, s, pieces, all, work);
@@ -301,7 +301,7 @@ int NAMED(attend)(ELEMENT *output, const ELEMENT *query, const Pools *keys, cons
         total += weight * all.totals[first + p * s->group];
         for (int64_t i = 0; i < s->width; i++) row[i] = (p ? row[i] : 0) + weight * row[p * span + i];
       }
-      const float share = total == 0 ? 0 : 1 / total;  // without any slot the result is zero, as in PyTorch
+      const float share = total == 0 ? 0 : 1 / total;  // if no slot is visible, the result is zero, as in PyTorch
       for (int64_t i = 0; i < s->width; i++) output[cell * span + g * s->width + i] = NARROW(row[i] * share);
     }
   }

@@ -1,8 +1,8 @@
 """The C kernels as typed functions of tensors.
 
-C gets addresses, so everything that could lead it out of bounds is checked: what is prepared once (`slices_of`,
-`segments_of`, `AttentionPools`) when it is prepared, element type, device and layout of a call's tensors here, and row
-numbers, rungs, columns and slots in C.
+C gets addresses, so everything that could make it read or write out of bounds is checked. Tensors that are prepared
+once (`slices_of`, `segments_of`, `AttentionPools`) are checked when they are prepared. Element type, device and layout
+of a call's tensors are checked here; row numbers, rungs, columns and slots are checked in C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ctypes import Array, byref
 from functools import cache
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from chunkwise_lora.errors import EngineError
 logger = logging.getLogger(__name__)
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-"""Element types that the kernels know."""
+"""Element types that the kernels support."""
 SERIAL_WORK = 100_000
-"""Attention that reads fewer numbers than this runs on one thread: a second costs more time than it saves."""
+"""Attention that reads fewer numbers than this runs on one thread: starting a second takes longer than it saves."""
 _NO_MEMORY = 1
 _REFUSALS = {
     2: "a segment has rows that the input does not have",
@@ -37,15 +37,15 @@ _REFUSALS = {
     4: "a module's factors do not fit the layer's element type, input or output",
     5: "a cache layer uses slots or heads that its pools do not have",
 }
-"""By the code that a kernel returns."""
+"""Messages by the error code that a kernel returns."""
 
 
 def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
-    """One adapter's modules of a layer, as addresses and with the tensors that they point to.
+    """Return one adapter's modules of a layer as C structures, which keep their tensors alive.
 
     Args:
-        modules: Per module its factors down (r, in) and up (r, out), its rank on each rung (rungs,) in int64, in
-            ascending order, and the first of its columns in the layer's output.
+        modules: For each module, its factors down (r, in) and up (r, out), its rank on each rung (rungs,) in int64, in
+            ascending order, and its first column in the layer's output.
 
     Raises:
         EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
@@ -72,18 +72,18 @@ def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Sl
 
 
 def layers_of(adapters: Sequence[Array[Slice] | None]) -> Array[Layer]:
-    """What each adapter, one per segment of a pass, has in a layer: its slices, or None."""
+    """Return a C array: for each segment of a pass, the slices that its adapter has in a layer, or none."""
     found = (Layer * len(adapters))(*(Layer() if slices is None else Layer(slices, len(slices)) for slices in adapters))
     found.__dict__["owners"] = adapters
     return found
 
 
 def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], tokens: int) -> Array[Segment]:
-    """The segments of a pass over `tokens` tokens, as addresses and with the tensors that they point to.
+    """Return the segments of a pass as C structures, which keep their tensors alive.
 
     Args:
-        segments: Per segment the highest rung that its tokens need, their weights over the rungs (tokens, rungs) in
-            float32, or None where all use that rung with weight 1, and their rows in the pass (tokens,) in int64, or
+        segments: For each segment, the highest rung that its tokens need, their weights over the rungs (tokens, rungs)
+            in float32, or None if all use that rung with weight 1, and their rows in the pass (tokens,) in int64, or
             None for all tokens.
         tokens: Tokens of the pass.
 
@@ -119,14 +119,14 @@ class PoolTensors(NamedTuple):
 class AttentionPools:
     """Keys and values of one cache layer, as addresses for `Kernels.attend`.
 
-    It holds no tensors, since a cache frees memory when it replaces its storage. Then the owner of the tensors prepares
-    another one before the next `attend`.
+    It does not keep the tensors alive, so that a cache can free them. After a cache has replaced its storage, it must
+    create another object before the next `attend`.
 
     Args:
         keys: Storage of the keys.
         values: Storage of the values, of the same shapes.
-        places: (heads,) int32, where a head is in the cold pool: p >= 0 among the INT8 heads, p < 0 at -1 - p among the
-            others. None without a cold pool.
+        places: (heads,) int32, the place of each head in the cold pool: p >= 0 is place p of the INT8 heads, p < 0 is
+            place -1 - p of the other heads. None without a cold pool.
 
     Raises:
         EngineError: A tensor has another element type, shape or layout, or is not on the CPU.
@@ -180,9 +180,9 @@ class Kernels:
         self._add_segments, self._multiply, self._attend = functions.add_segments, functions.multiply, functions.attend
 
     def add_segments(self, y: Tensor, x: Tensor, layers: Array[Layer], segments: Array[Segment]) -> None:
-        """In place, y (..., width) += what the segments of a pass add to one layer for x (..., in).
+        """Add the adapter product of one layer for x (..., in) to y (..., width), in place.
 
-        `layers` holds what the adapter of each segment has there. No token is in two segments.
+        `layers` holds the slices of each segment's adapter in the layer. No token may be in two segments.
 
         Raises:
             EngineError: A tensor has another element type, shape or layout, is not on the CPU, or does not fit.
@@ -197,10 +197,10 @@ class Kernels:
             y.data_ptr(), x.data_ptr(), layers, segments, count, tokens, width_in, width_out, threads
         )
         if failed:
-            self._done(failed)
+            _raise_for(failed)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(..., out) x (..., in) in float32 times weight (out, in) transposed, plus bias (out,).
+        """Return (..., out): x (..., in) in float32 times weight (out, in) transposed, plus bias (out,).
 
         Raises:
             EngineError: A tensor has another element type or shape, is not on the CPU, or the weight is not contiguous.
@@ -235,12 +235,12 @@ class Kernels:
     def attend(
         self, query: Tensor, pools: AttentionPools, slots: tuple[int, int], mask: Tensor | None, scaling: float
     ) -> Tensor:
-        """(batch, 1, heads, head_dim) attention of one token per sequence over a layer's cold and hot slots.
+        """Return (batch, 1, heads, head_dim): attention of one token per sequence over a layer's cold and hot slots.
 
         Args:
-            query: (batch, heads, 1, head_dim); `heads` is a multiple of the pools'.
+            query: (batch, heads, 1, head_dim); `heads` is a multiple of the pools' heads.
             pools: Keys and values.
-            slots: Cold and hot slots in use.
+            slots: Numbers of cold and hot slots in use.
             mask: (batch, 1, 1, slots) bool, the slots that each sequence sees; None for all.
             scaling: Factor of the scores.
 
@@ -286,11 +286,11 @@ class Kernels:
             threads,
         )
         if failed:
-            self._done(failed)
+            _raise_for(failed)
         return output
 
     def _sizes(self, y: Tensor, x: Tensor) -> tuple[int, int, int]:
-        """Tokens and widths of x (..., in) and y (..., out). This runs in every layer of every step, so it is brief."""
+        """Return the tokens and widths of x (..., in) and y (..., out). It runs in every layer, so it is short."""
         width_in, width_out = x.shape[-1], y.shape[-1]
         tokens = x.numel() // (width_in or 1)
         dtype = self.dtype
@@ -308,19 +308,19 @@ class Kernels:
             raise EngineError(f"the output {tuple(y.shape)} does not fit the input {tuple(x.shape)}")
         return tokens, width_in, width_out
 
-    @staticmethod
-    def _done(code: int) -> None:
-        if code == _NO_MEMORY:
-            raise MemoryError("there is no memory for the intermediate results of a C kernel")
-        if code:
-            raise EngineError(_REFUSALS.get(code, f"a C kernel failed with code {code}"))
+
+def _raise_for(code: int) -> NoReturn:
+    if code == _NO_MEMORY:
+        raise MemoryError("there is no memory for the intermediate results of a C kernel")
+    raise EngineError(_REFUSALS.get(code, f"a C kernel failed with code {code}"))
 
 
 @cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for an element type; None where they do not know it, no library works, or CHUNKWISE_KERNELS=0 is set.
+    """Return the kernels for an element type, or None if they do not support it or cannot be used.
 
-    The first call in a process loads the library and compiles it if needed. Where that fails, it logs a warning.
+    CHUNKWISE_KERNELS=0 turns them off. The first call in a process loads the library, and compiles it if needed. If
+    that fails, it logs a warning.
     """
     if dtype not in NAMES or os.environ.get("CHUNKWISE_KERNELS") == "0":
         return None
@@ -330,7 +330,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
 
 _lock = Lock()
 _libraries: list[ctypes.CDLL | None] = []
-"""The library of this process, or None where there is none; empty before the first attempt."""
+"""The library of this process, or None if it cannot be used; empty before the first attempt."""
 
 
 def _library() -> ctypes.CDLL | None:

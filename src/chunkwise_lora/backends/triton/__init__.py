@@ -1,1 +1,1 @@
-"""Adapters on a GPU, by Triton kernels. Importing it needs Triton."""
+"""The adapter product on a GPU, by Triton kernels."""

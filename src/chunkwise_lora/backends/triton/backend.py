@@ -1,4 +1,4 @@
-"""All adapters of a layer in two launches, by the Triton kernels. Importing it needs Triton."""
+"""The adapter product on a GPU: two launches of Triton kernels per layer. Importing this module needs Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chunkwise_lora.method.segments import PassPlan
 logger = logging.getLogger(__name__)
 
 FIRST_RANK, FIRST_RUNGS = 16, 32
-"""What tables have room for at first. It doubles for adapters that need more, since the kernels then compile anew."""
+"""Sizes of new tables. They double if an adapter needs more, because the kernels are compiled for each size."""
 
 
 class TritonLayer(Layer):
@@ -31,15 +31,15 @@ class TritonLayer(Layer):
 
 
 class TritonBackend(Backend[TritonLayer, PreparedPass]):
-    """A table per layer, and one schedule for all of them, which `prepare` refills: one pass runs at a time."""
+    """Holds a table per layer and one schedule, which `prepare` fills, so only one pass can run at a time."""
 
     name = "triton"
 
     def __init__(self, device: torch.device, dtype: torch.dtype, limits: Limits | None = None) -> None:
         super().__init__(device, dtype, limits)
-        assert limits is not None  # `supports` says so
+        assert limits is not None  # checked by `supports`
         self.slots: dict[str, int] = {}
-        """By adapter."""
+        """The slot of each adapter in all tables."""
         self.layers: dict[str, TritonLayer] = {}
         """By name."""
         self._schedule = Schedule(limits.tokens, limits.adapters, FIRST_RUNGS, device)
@@ -48,7 +48,7 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
-        """On a CUDA device, where the engine knows the limits of a pass. CHUNKWISE_TRITON=0 switches it off."""
+        """Return whether this is a CUDA device and the engine has limits. CHUNKWISE_TRITON=0 turns the backend off."""
         return device.type == "cuda" and limits is not None and os.environ.get("CHUNKWISE_TRITON") != "0"
 
     @property
@@ -57,7 +57,7 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         return frozenset(self.slots)
 
     def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> TritonLayer:
-        """Make a layer known."""
+        """Register a layer."""
         table = AdapterTable(
             in_features,
             columns,
@@ -71,12 +71,12 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         return layer
 
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
-        """Bring an adapter to the device."""
+        """Copy an adapter to the device."""
         self.unload(adapter)
         self._make_room(modules)
         slot = self.slots[adapter] = min({*range(self._schedule.slots)} - {*self.slots.values()})
-        for name, of_layer in modules.items():
-            self.layers[name].table.set(slot, of_layer)
+        for name, layer_modules in modules.items():
+            self.layers[name].table.set(slot, layer_modules)
 
     def unload(self, adapter: str) -> None:
         """Free an adapter."""
@@ -87,9 +87,9 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
                 layer.table.remove(slot)
 
     def prepare(self, plan: PassPlan) -> PreparedPass:
-        """Refill the schedule, unless it holds this very plan, as it does where plans are constant."""
+        """Fill the schedule with the plan, unless it holds this plan already because plans are constant."""
         if plan.segments and plan is not self._scheduled:
-            self._schedule.update(*self._of_tokens(plan))
+            self._schedule.update(*self._slots_and_weights(plan))
             self._scheduled = plan
         return PreparedPass(plan)
 
@@ -103,14 +103,14 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         y, x = y.reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1])
         if x.dtype == y.dtype == table.dtype and x.stride(1) == y.stride(1) == 1:
             table.add(y, x, self._schedule)
-        else:  # an exception, such as a router that computes in float32
+        else:  # a layer in another dtype, such as a router in float32
             added = torch.zeros(y.shape, dtype=table.dtype, device=y.device)
             table.add(added, x.to(table.dtype).contiguous(), self._schedule)
             y += added
         return y.view(shape)
 
-    def _of_tokens(self, plan: PassPlan) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens,) slots and (tokens, rungs) weights of a plan."""
+    def _slots_and_weights(self, plan: PassPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens,) slots and (tokens, rungs) weights of a plan."""
         slots = np.full(plan.tokens, -1)
         weights = np.zeros((plan.tokens, self._schedule.rungs), np.float32)
         for segment in plan.segments:
@@ -125,10 +125,10 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
     def _make_room(self, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
         most = dict.fromkeys(modules, 0)
         rungs = old = self._schedule.rungs
-        for name, of_layer in modules.items():
-            for one in filter(None, of_layer):
-                most[name] = max(most[name], one.rank)
-                rungs = _doubled(rungs, len(one.ranks))
+        for name, layer_modules in modules.items():
+            for module in filter(None, layer_modules):
+                most[name] = max(most[name], module.rank)
+                rungs = _doubled(rungs, len(module.ranks))
         if rungs > old:
             self._schedule = Schedule(self._schedule.max_tokens, self._schedule.slots, rungs, self.device)
         for name, layer in self.layers.items():

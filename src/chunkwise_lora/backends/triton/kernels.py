@@ -1,24 +1,24 @@
-"""What a batch's adapters add to one linear layer, on a GPU: shrink, gate, expand, each only up to the rank in use.
+"""GPU kernels for the adapter product of one linear layer: shrink, gate and expand, each only up to the rank in use.
 
 For token t with adapter a, weights w over a's rungs and the slice of the layer's output that starts at `offset`:
 
     y[t, offset:offset + out] += up_a (g * (down_a x[t])),    g[j] = sum_i w[i] * (ranks_a[i] > j)
 
-One batch may mix adapters, rungs, cross-fades, scales, tokens without an adapter, prefill and decode. What runs is
-decided once per forward pass and shared by all layers: a `Schedule` sorts the tokens by adapter and highest rung and
+One batch may mix adapters, rungs, cross-fades, scales, tokens without an adapter, prefill and decode. The work is
+planned once per forward pass and shared by all layers: a `Schedule` sorts the tokens by adapter and highest rung and
 cuts them into blocks. A layer's `AdapterTable` holds the addresses of each adapter's own factors, so adapters of
-different rank stand side by side without padding. Two launches per layer, whatever the batch holds:
+different rank need no padding. Every layer takes two launches, for any batch:
 
     shrink  x (tokens, in)       ->  gated hidden (tokens, rank), in float32
     expand  hidden               ->  added to y (tokens, out)
 
-Both skip what no token of a block asks for: blocks without an adapter, slices that it leaves alone, directions at or
-above the block's highest rank. A gate of zero below that rank is multiplied, as in the formula.
+Both skip blocks without an adapter, slices that the adapter does not change, and directions at or above the block's
+highest rank. A direction below that rank is computed even if its gate is 0.
 
-CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), nothing
+CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), no call
 waits for the GPU, and `Schedule.update`, `AdapterTable.set` and `AdapterTable.remove` write in place. So a captured
-pass stays valid for every content of its schedule and its tables until a table grows; the plug-in leaves graphs off.
-Sums run in a fixed order: the same pass gives the same bits.
+pass stays valid for every content of its schedule and its tables until a table grows. The vLLM plug-in turns graphs
+off. Sums have a fixed order, so the same pass gives the same bits.
 
 This module needs Triton, which CUDA builds of PyTorch bring. On CPU tensors it runs in Triton's interpreter
 (`TRITON_INTERPRET=1`, set before Triton is first imported), for tests.
@@ -38,7 +38,7 @@ def dot(a, b, sum, WIDEN: tl.constexpr):
     return tl.dot(a, b, sum, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["tokens"])  # no compilation in the middle of serving
+@triton.jit(do_not_specialize=["tokens"])  # else a new number of tokens compiles it again while serving
 def shrink_kernel(
     x,  # (tokens, in)
     hidden,  # (splits, slices, tokens, MAX_RANK) float32, by place in the order

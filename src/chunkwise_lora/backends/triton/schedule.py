@@ -1,6 +1,6 @@
 """Which tokens of a pass run together on a GPU: blocks of tokens of one adapter, sorted by their highest rung.
 
-Needs no Triton.
+This module does not need Triton.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from chunkwise_lora.method.segments import highest_rungs
 
 
 class Tiles(NamedTuple):
-    """How much of a matrix one program takes."""
+    """The part of a matrix that one program computes."""
 
     tokens: int
     directions: int
     inputs: int
     outputs: int
     splits: int
-    """Up to so many programs share the sum over a layer's inputs."""
+    """Largest number of programs that share the sum over a layer's inputs."""
 
 
 SMALL_BLOCKS_UP_TO = 256
-"""Up to so many tokens a pass is taken for decode: small blocks, and inputs split so that all of the GPU reads."""
+"""A pass of at most this number of tokens has small blocks and split inputs, so that the whole GPU has work."""
 
 FEW = Tiles(tokens=16, directions=16, inputs=128, outputs=128, splits=16)
 MANY = Tiles(tokens=64, directions=32, inputs=64, outputs=128, splits=1)
 
 
 def tiles_of(tokens: int) -> Tiles:
-    """The tiles of a pass, by its number of tokens alone."""
+    """Return the tiles of a pass. They depend only on its number of tokens."""
     return FEW if tokens <= SMALL_BLOCKS_UP_TO else MANY
 
 
 def most_blocks(tokens: int, slots: int) -> int:
-    """Blocks that a pass may need at most, however its tokens are spread over the adapters."""
+    """Return the largest number of blocks of a pass, for any distribution of its tokens over the adapters."""
     size = tiles_of(tokens).tokens
     return min(tokens, (tokens + min(tokens, slots) * (size - 1)) // size)
 
 
 class Schedule:
-    """Which tokens of a forward pass run together, and how far: shared by all layers, refilled before each pass."""
+    """The blocks of tokens of a forward pass. All layers share it, and it is filled before each pass."""
 
     def __init__(self, max_tokens: int, slots: int, rungs: int, device: torch.device | str) -> None:
         """Reserve memory on `device` for passes of up to `max_tokens` tokens, over `slots` adapters of up to `rungs`
@@ -63,13 +63,14 @@ class Schedule:
         """(blocks, 4) int32: first place in `order`, number of tokens, slot or -1 where unused, highest rung."""
 
     def update(self, slots: np.ndarray, weights: np.ndarray, tokens: int | None = None) -> None:
-        """Set what the next pass runs. It only queues copies, and does not wait for the GPU.
+        """Fill the schedule for the next pass. This queues copies and does not wait for the GPU.
 
         Args:
             slots: (n,) integers, each token's slot in the tables; -1 for a token without an adapter.
-            weights: (n, rungs) each token's weights over its adapter's rungs. Scales are part of them; two non-zeros
-                are a cross-fade; all zeros switch the adapter off.
-            tokens: Rows of x where they are more than n, as in a CUDA graph's padded pass; the rest get no adapter.
+            weights: (n, rungs) each token's weights over its adapter's rungs. Scales are part of them. Two weights that
+                are not 0 make a cross-fade; weights that are all 0 turn the adapter off.
+            tokens: Number of rows of x if it is above n, as in a padded pass of a CUDA graph. The other rows get no
+                adapter.
 
         Raises:
             EngineError: A shape, a slot or the number of tokens does not fit.
@@ -96,15 +97,15 @@ class Schedule:
 
 
 def plan_blocks(slots: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the tokens that have an adapter and cut each adapter's into blocks of up to `size`.
+    """Sort the tokens that have an adapter, and cut the tokens of each adapter into blocks of up to `size`.
 
-    Tokens of neighbouring rungs share a block, which runs to the highest of them; since the highest come first, the
-    longest blocks start first.
+    Tokens of neighbouring rungs share a block, which runs up to their highest rung. The highest rungs come first, so
+    the longest blocks start first.
 
     Args:
         slots: (n,) as for `Schedule.update`.
         weights: (n, rungs) as for `Schedule.update`.
-        size: Tokens per block at most.
+        size: Largest number of tokens per block.
 
     Returns:
         `order` (m,) and `blocks` (b, 4), as in `Schedule`.

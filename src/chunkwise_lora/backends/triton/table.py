@@ -1,4 +1,4 @@
-"""The adapters of one linear layer on a GPU, each in a slot with memory of its own, and the launches that add them."""
+"""The adapters of one linear layer on a GPU, each in a slot with its own memory, and the kernel launches."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def adjacent(widths: Sequence[int]) -> list[Columns]:
-    """Columns of these widths, one after the other."""
+    """Return columns of these widths, one after the other."""
     return [Columns(sum(widths[:i]), width) for i, width in enumerate(widths)]
 
 
 class Directions(NamedTuple):
-    """The directions of one slice, as a `LadderModule` holds them, where there is no such module: a shard of one."""
+    """The directions of one slice, like those of a `LadderModule`, for example of a shard of a module."""
 
     down: Tensor
     """(r, in)"""
     up: Tensor
     """(out, r)"""
     ranks: Sequence[int]
-    """The rank on each rung, not falling, at most r."""
+    """The rank on each rung. Ranks never fall, and are at most r."""
 
 
 class AdapterTable:
-    """The adapters of one linear layer, each in a slot with memory of its own."""
+    """The adapters of one linear layer, each in a slot with its own memory."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class AdapterTable:
         """An empty table.
 
         Args:
-            in_features: Columns of x.
-            columns: Of y, one per slice: one for a plain layer, three for packed queries, keys and values.
-            slots: Adapters at once.
-            max_rank: The largest rank that any adapter may have. It costs memory of the pass, not of the adapters.
-            rungs: Rungs of the schedules that this table is used with; adapters may have fewer.
-            device: Where the layer is.
-            dtype: Of x, y and the factors: float16, bfloat16 or float32.
+            in_features: Number of columns of x.
+            columns: Columns of y for each slice: one slice for a plain layer, three for packed query, key and value.
+            slots: Largest number of adapters at a time.
+            max_rank: Largest rank of an adapter. It takes memory in each pass, but not for each adapter.
+            rungs: Number of rungs of the schedules that this table is used with. Adapters may have fewer.
+            device: The device of the layer.
+            dtype: Dtype of x, y and the factors: float16, bfloat16 or float32.
 
         Raises:
             EngineError: The dtype is another one, or slices overlap.
@@ -71,12 +71,12 @@ class AdapterTable:
         self.in_features, self.columns = in_features, tuple(columns)
         self.slots, self.max_rank, self.rungs = slots, max_rank, rungs
         self.out_features = max(start + width for start, width in spans)
-        """Columns that y needs at least."""
+        """Smallest number of columns of y."""
         self.device, self.dtype = torch.device(device), dtype
         self.factors: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(columns) for _ in range(slots)]
-        """Per slot and slice down (r, in) and up (r, out), or None."""
+        """Per slot and slice: down (r, in) and up (r, out), or None."""
         self.addresses = torch.zeros(slots, len(columns), 2, dtype=torch.int64, device=device)
-        """(slots, slices, 2) int64: where `down` and `up` are."""
+        """(slots, slices, 2) int64: addresses of `down` and `up`."""
         self.ranks = torch.zeros(slots, len(columns), rungs, dtype=torch.int32, device=device)
         """(slots, slices, rungs) int32; zeros where a slot or a slice has no adapter."""
         self._spans = torch.tensor([[where.offset, where.width] for where in columns], dtype=torch.int32, device=device)
@@ -91,27 +91,27 @@ class AdapterTable:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> AdapterTable:
-        """A table of the size that `adapters` need.
+        """Return a table of the size that `adapters` need.
 
         Args:
             adapters: Per slot the slices of one adapter; None for an empty slot or slice. Every slice needs an adapter
                 in at least one slot, from which its width is taken.
             rungs: By default the largest number of rungs of an adapter.
-            device: Where the layer is.
-            dtype: Of x, y and the factors.
+            device: The device of the layer.
+            dtype: Dtype of x, y and the factors.
         """
-        slices = [[one for one in of_slice if one] for of_slice in zip(*filter(None, adapters), strict=True)]
+        slices = [[part for part in parts if part] for parts in zip(*filter(None, adapters), strict=True)]
         if not slices or not all(slices):
             raise EngineError(
                 "a slice without an adapter in any slot has no known width; build an empty table, then set"
             )
-        some = [one for of_slice in slices for one in of_slice]
+        found = [part for parts in slices for part in parts]
         table = cls(
-            some[0].down.shape[1],
-            adjacent([of_slice[0].up.shape[0] for of_slice in slices]),
+            found[0].down.shape[1],
+            adjacent([parts[0].up.shape[0] for parts in slices]),
             slots=len(adapters),
-            max_rank=max(1, *(len(one.down) for one in some)),
-            rungs=max(len(one.ranks) for one in some) if rungs is None else rungs,
+            max_rank=max(1, *(len(part.down) for part in found)),
+            rungs=max(len(part.ranks) for part in found) if rungs is None else rungs,
             device=device,
             dtype=dtype,
         )
@@ -121,9 +121,9 @@ class AdapterTable:
         return table
 
     def grow(self, max_rank: int, rungs: int) -> None:
-        """Make room for adapters of a larger rank or more rungs, where these are larger than before.
+        """Make room for adapters of a larger rank or more rungs.
 
-        Kernels compile anew in the next pass, and passes captured before are no longer valid.
+        Kernels are compiled again in the next pass, and passes captured earlier are no longer valid.
         """
         if rungs > self.rungs:
             last = self.ranks[..., -1:].expand(-1, -1, rungs - self.rungs)
@@ -137,7 +137,7 @@ class AdapterTable:
         return sum(tensor.nbytes for tensor in (*factors, self.addresses, self.ranks, self._spans))
 
     def set(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
-        """Put an adapter in a slot, in place of what was there.
+        """Put an adapter into a slot, and free the adapter that was there.
 
         Factors that already lie on the device in the table's dtype and layout (`down` contiguous, `up` the transpose
         of a contiguous tensor) are not copied. Call it on the stream that runs the layer. A rung above an adapter's
@@ -145,7 +145,7 @@ class AdapterTable:
 
         Args:
             slot: 0 to slots - 1.
-            adapter: Per slice its directions, or None where the adapter leaves it alone.
+            adapter: For each slice, its directions, or None if the adapter does not change it.
 
         Raises:
             EngineError: The adapter does not fit the table.
@@ -154,21 +154,21 @@ class AdapterTable:
         pairs: list[tuple[Tensor, Tensor] | None] = [None] * len(self.columns)
         addresses = torch.zeros(len(self.columns), 2, dtype=torch.int64)
         ranks = torch.zeros(len(self.columns), self.rungs, dtype=torch.int32)
-        for i, one in enumerate(adapter):
-            if one is not None:
-                pairs[i] = down, up = self._own(one.down), self._own(one.up.T)
+        for i, part in enumerate(adapter):
+            if part is not None:
+                pairs[i] = down, up = self._stored(part.down), self._stored(part.up.T)
                 addresses[i] = torch.tensor([down.data_ptr(), up.data_ptr()])
-                ranks[i] = torch.tensor([*one.ranks, *[one.ranks[-1]] * (self.rungs - len(one.ranks))])
+                ranks[i] = torch.tensor([*part.ranks, *[part.ranks[-1]] * (self.rungs - len(part.ranks))])
         self._write(slot, pairs, addresses, ranks)
 
     def remove(self, slot: int) -> None:
-        """Empty a slot and free its factors. Tokens that still name it get nothing."""
+        """Empty a slot and free its factors. Tokens that still name it get no adapter."""
         slices = len(self.columns)
         ranks = torch.zeros(slices, self.rungs, dtype=torch.int32)
         self._write(slot, [None] * slices, torch.zeros(slices, 2, dtype=torch.int64), ranks)
 
     def add(self, y: Tensor, x: Tensor, schedule: Schedule) -> None:
-        """Add to y, in place, what the scheduled adapters give for x. Where `schedule.idle`, the call may be left out.
+        """Add the product of the scheduled adapters for x to y, in place. If `schedule.idle`, the call can be skipped.
 
         Args:
             y: (tokens, total out), rows contiguous.
@@ -245,13 +245,13 @@ class AdapterTable:
             raise EngineError(f"slot {slot} is not one of 0 to {self.slots - 1}")
         if len(adapter) != len(self.columns):
             raise EngineError(f"an adapter of {len(adapter)} slices does not fit a layer of {len(self.columns)}")
-        for one, where in zip(adapter, self.columns, strict=True):
-            if one is None:
+        for part, where in zip(adapter, self.columns, strict=True):
+            if part is None:
                 continue
-            rank, ranks = len(one.down), list(one.ranks)
-            if one.down.shape != (rank, self.in_features) or one.up.shape != (where.width, rank):
+            rank, ranks = len(part.down), list(part.ranks)
+            if part.down.shape != (rank, self.in_features) or part.up.shape != (where.width, rank):
                 raise EngineError(
-                    f"factors {tuple(one.down.shape)} and {tuple(one.up.shape)} do not fit a slice of "
+                    f"factors {tuple(part.down.shape)} and {tuple(part.up.shape)} do not fit a slice of "
                     f"{self.in_features} to {where.width} features"
                 )
             if rank > self.max_rank or len(ranks) > self.rungs:
@@ -262,7 +262,7 @@ class AdapterTable:
             if not ranks or ranks != sorted(ranks) or ranks[0] < 0 or ranks[-1] > rank:
                 raise EngineError(f"ranks {ranks} must rise from at least 0 to at most {rank}")
 
-    def _own(self, factor: Tensor) -> Tensor:
+    def _stored(self, factor: Tensor) -> Tensor:
         factor = factor.detach().to(self.device, self.dtype).contiguous()
         return factor if factor.data_ptr() % 16 == 0 else factor.clone()  # the kernels read 16 bytes at a time
 
