@@ -554,7 +554,7 @@ def test_a_long_generation_needs_no_more_memory_than_a_short_one() -> None:
             logits = model.model(token, past_key_values=session.cache, use_cache=True).logits[0, -1]
             token = (logits + torch.randn(VOCABULARY)).argmax()[None, None]
             if step % 500 == 499:
-                held.append((session.cache.nbytes, session.cache.own[0].slots))
+                held.append((session.cache.nbytes, session.cache.chunkwise_layers[0].slots))
     assert session.cache.get_seq_length() == 4000
     assert max(slots for _, slots in held) < 200 * 9 / 8 + 40
     assert max(nbytes for nbytes, _ in held[1:]) < 1.3 * held[0][0]

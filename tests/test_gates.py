@@ -107,7 +107,7 @@ def gated_linear(
     """A gated layer with the adapters of `modules`."""
     gated = GatedLinear(name, linear, context, fast)
     backend = backend_on(torch.device("cpu"), torch.float32, name=None if fast.kernels else "torch")
-    gated.known_as(backend, backend.add_layer(name, linear.in_features, [Columns(0, linear.out_features)]))
+    gated.set_backend(backend, backend.add_layer(name, linear.in_features, [Columns(0, linear.out_features)]))
     for adapter_name, module in modules.items():
         backend.load(adapter_name, {name: [module]})
         gated.adapters.add(adapter_name)

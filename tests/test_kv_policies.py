@@ -174,7 +174,8 @@ def test_a_registered_policy_drops_the_tokens_with_its_lowest_scores(
     cache = run_prompt(model, inputs)
     for row, mask in enumerate(inputs["attention_mask"]):
         states = [
-            (layer.keys[row][:, :40][:, mask.bool()], layer.values[row][:, :40][:, mask.bool()]) for layer in full.own
+            (layer.keys[row][:, :40][:, mask.bool()], layer.values[row][:, :40][:, mask.bool()])
+            for layer in full.chunkwise_layers
         ]
         scores = sum((keys[..., 0] + 2 * values[..., 0]).mean(0) for keys, values in states)
         expected = set(range(int(mask.sum())))
@@ -277,7 +278,7 @@ class Stream:
         """Feed the states in pieces. The decision for a chunk comes with the pass in which the next chunk begins."""
         cache = ChunkWiseCache(build("llama").config, 1.0, carries_out=True, record_queries=True)
         for start, end in pieces:
-            for index, layer in enumerate(cache.own):
+            for index, layer in enumerate(cache.chunkwise_layers):
                 cache.update(self.keys[index][:, :, start:end], 2 * self.keys[index][:, :, start:end], index)
                 layer.note_queries(self.queries[index][:, :, start:end], 0.5)
             cache.note(np.arange(start, end)[None])
@@ -313,20 +314,20 @@ def test_a_prefill_in_pieces_closes_the_same_chunks_and_keeps_the_same_number_of
 def test_queries_of_closed_chunks_are_freed() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), evicting("snapkv"))
     cache = run_prompt(model, prompts((300, 120)))
-    for layer in cache.own:
+    for layer in cache.chunkwise_layers:
         assert sum(queries.shape[2] for queries in layer.queries) <= 5 + 16
         assert sum(queries.untyped_storage().nbytes() for queries in layer.queries) < 0.2 * 300 * 2 * 4 * 8 * 4
     ended = int(greedy(model, prompts((20, 12)), 4)[0][0, 3])  # one sequence ends early, the other continues
     output = model.generate(
         **prompts((20, 12)), max_new_tokens=120, do_sample=False, eos_token_id=ended, return_dict_in_generate=True
     )
-    for layer in output.past_key_values.own:
+    for layer in output.past_key_values.chunkwise_layers:
         assert sum(queries.shape[2] for queries in layer.queries) <= 5 + 16
 
 
 def test_no_queries_are_kept_if_no_policy_reads_them() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), evicting("knorm"))
-    assert all(layer.queries is None for layer in run_prompt(model, prompts()).own)
+    assert all(layer.queries is None for layer in run_prompt(model, prompts()).chunkwise_layers)
 
 
 @pytest.mark.parametrize("reason", ["another implementation", "no fast attention"])

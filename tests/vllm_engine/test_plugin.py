@@ -47,7 +47,7 @@ def test_an_unknown_version_is_refused_and_not_changed(monkeypatch: pytest.Monke
     plugin.register()
     assert patched_names() == before
     assert not plugin._registered
-    assert "knows vLLM 0.32.0, not 0.99.0, and leaves it as it is" in seen[0]
+    assert "supports vLLM 0.32.0, not 0.99.0, and is off" in seen[0]
 
 
 def test_a_vllm_that_lacks_a_needed_class_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Engines carry out plans. None is imported unless it is used."""
+"""Engines run models by plans. An engine is imported only when it is used."""

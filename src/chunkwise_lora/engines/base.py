@@ -1,4 +1,4 @@
-"""What every engine owes, and what all engines share: which config applies, and what planning must know of a ladder."""
+"""The protocol of an engine, and what all engines share, such as the rule that decides which config applies."""
 
 from __future__ import annotations
 
@@ -12,12 +12,8 @@ from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.batch import BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.scheduler import NOTHING_LEARNED
 from chunkwise_lora.method.sequence import AdapterInfo
-
-NOTHING_LEARNED = (
-    "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
-    "adapter, or choose a preset"
-)
 
 
 @runtime_checkable
@@ -25,32 +21,31 @@ class Engine(Protocol):
     """Runs a model by the plans of a `BatchPlanner`.
 
     An engine (a) applies the gates of a plan, through a `Backend` or in its own way, (b) carries out the KV decisions
-    that it can, and names those that it cannot, (c) gives the entropies of its logits back to the planner, (d) keeps
+    that it can, and reports those that it cannot, (c) gives the entropies of its logits back to the planner, (d) runs
     many sequences in one batch, each with its own scheduler and the config of its own adapter, (e) costs no more than
-    the base model and what the active rank needs, (f) gives the same answer whatever else runs beside it, and refuses
-    rather than answers wrongly.
+    the base model and what the active rank needs, (f) gives the same answer for a sequence in every batch, and refuses
+    a request that it cannot answer correctly.
     """
 
     @property
     def planner(self) -> BatchPlanner | None:
-        """The planner of the sequences that are being run; None while there are none."""
+        """The planner of the running sequences; None if no sequence is running."""
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
-        """What of a KV policy this engine does not carry out, and why."""
+        """Return the parts of a KV policy that this engine does not carry out, and the reasons."""
 
 
 def config_for(
     ladder: RankLadder | None, *, call: ChunkWiseConfig | None = None, model: ChunkWiseConfig | None = None
 ) -> ChunkWiseConfig:
-    """The config of a sequence: the first that is given of the call's, the model's or server's, and the ladder's
-    policy.
+    """Return the config of a sequence: that of the call, or else of the model or server, or else the ladder's policy.
 
-    Without any it is `lossless`. All engines decide by this function.
+    If none of them is given, it is `lossless`. All engines use this function.
 
     Args:
-        ladder: The sequence's own ladder; None for the base model.
-        call: Given with the call or the request.
-        model: Given for the whole model or server.
+        ladder: The sequence's ladder; None for the base model.
+        call: The config given with the call or request.
+        model: The config given for the whole model or server.
 
     Raises:
         ConfigError: The config needs what calibration learns, and the ladder does not hold it.
@@ -62,7 +57,7 @@ def config_for(
 
 
 def adapter_info(key: str, ladder: RankLadder, itemsize: int, name: str | None = None) -> AdapterInfo:
-    """What planning must know of a ladder.
+    """Return what planning needs to know about a ladder.
 
     Args:
         key: Identifies the adapter in the engine.
@@ -76,7 +71,7 @@ def adapter_info(key: str, ladder: RankLadder, itemsize: int, name: str | None =
 
 
 def entropies_of(logits: Tensor) -> Tensor:
-    """(n,) float32 entropies in nats of the distributions that logits (n, vocabulary) stand for."""
+    """Return (n,) float32 entropies in nats of the next-token distributions of logits (n, vocabulary)."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
 
@@ -85,9 +80,9 @@ def refuse_non_finite(name: str, ladder: RankLadder) -> None:
     """Refuse a ladder that holds NaN or infinity.
 
     Raises:
-        LadderError: It does. The error names the tensor.
+        LadderError: A tensor holds NaN or infinity. The message names it.
     """
     factors = ((key, tensor) for key, module in ladder.modules.items() for tensor in (module.up, module.down))
     for key, tensor in (*factors, *ladder.saved_modules.items()):
         if not torch.isfinite(tensor).all():
-            raise LadderError(f"{name}: {key} holds NaN or infinity; build the ladder anew")
+            raise LadderError(f"{name}: {key} holds NaN or infinity; build the ladder again")

@@ -18,7 +18,7 @@ from chunkwise_lora.ladder import LadderModule, RankLadder
 
 
 class AdaptedModules:
-    """What stands in for the `forward` of every module that some adapter, or a fast path, changes."""
+    """The replacements for the `forward` of all modules that an adapter or a fast path changes."""
 
     def __init__(self, model: PreTrainedModel, context: ForwardContext, fast: FastPaths) -> None:
         self._model = model
@@ -32,17 +32,17 @@ class AdaptedModules:
                 if widens(module) and "forward" not in vars(module):
                     self._linears[name] = GatedLinear(name, module, context, fast)
 
-    def stand_ins(self) -> dict[str, GatedLinear | ReplacedModule]:
-        """By name of the module."""
+    def replacements(self) -> dict[str, GatedLinear | ReplacedModule]:
+        """Return the replacement for each module's `forward`, by module name."""
         return {**self._replaced, **self._linears}
 
     def load(self, adapter: str, ladder: RankLadder, dtype: torch.dtype) -> None:
-        """Bring a ladder's factors and replaced modules to the model's devices.
+        """Copy a ladder's factors and replaced modules to the model's devices.
 
-        The model's own forwards must be in place, since stand-ins call them.
+        The model must be detached, because the replacements call the modules' own `forward`.
 
         Raises:
-            EngineError: The ladder does not fit the model. Then nothing has changed.
+            EngineError: The ladder does not fit the model. Nothing is changed then.
         """
         modules = {name: fitting_linear(self._model, name, ladder) for name in ladder.modules}
         copies = replaced_copies(self._model, ladder)
@@ -51,7 +51,8 @@ class AdaptedModules:
             if name not in self._replaced:
                 self._replaced[name] = ReplacedModule(self._model.get_submodule(name), self._context)
             self._replaced[name].copies[adapter] = module
-        for name in self._linears.keys() & self._replaced.keys():  # one adapter's LoRA, another's replacement
+        # One adapter may add a LoRA to a module that another adapter replaces.
+        for name in self._linears.keys() & self._replaced.keys():
             self._linears[name].inner = self._replaced[name]
 
     def _load_factors(
@@ -68,9 +69,9 @@ class AdaptedModules:
             linear = self._linears[name]
             if linear.layer is None:
                 shape = linear_shape(module)
-                assert shape is not None  # `fitting_linear` says so
-                linear.known_as(backend, backend.add_layer(name, shape[1], [Columns(0, shape[0])]))
+                assert shape is not None  # checked by `fitting_linear`
+                linear.set_backend(backend, backend.add_layer(name, shape[1], [Columns(0, shape[0])]))
             linear.adapters.add(adapter)
             by_device.setdefault(device, {})[name] = [ladder.modules[name]]
-        for device, of_device in by_device.items():
-            self._backends[device].load(adapter, of_device)
+        for device, device_modules in by_device.items():
+            self._backends[device].load(adapter, device_modules)

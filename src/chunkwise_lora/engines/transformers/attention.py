@@ -19,10 +19,10 @@ NAME = "chunkwise"
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers' `sdpa` does, in decode steps by a native kernel where there is one.
+    """Compute attention as transformers' `sdpa` does, in decode steps by a native kernel if there is one.
 
     A `ChunkWiseLayer` marks the tensors that it returns. If they arrive here unchanged, the function reads the layer
-    itself, so that INT8 entries need not be converted first, and hands the layer the queries for its KV policies.
+    itself, so that INT8 entries need not be converted first, and gives the layer the queries for its KV policies.
 
     Args:
         module: The attention module.

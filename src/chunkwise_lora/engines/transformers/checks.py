@@ -1,4 +1,4 @@
-"""What the engine refuses before it runs: models, prompts and options of `generate` that cannot work."""
+"""Refuses models, prompts and options of `generate` that cannot work, before anything runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from chunkwise_lora.errors import EngineError
 
-_ROLLS_BACK = "assisted generation rolls the cache back, which a cache that drops entries cannot"
+_ROLLS_BACK = "assisted generation removes tokens from the cache again, and the cache may already have dropped others"
 
 REFUSED_OPTIONS = {
     "assistant_model": _ROLLS_BACK,
     "prompt_lookup_num_tokens": _ROLLS_BACK,
     "assistant_early_exit": _ROLLS_BACK,
     "use_mtp": _ROLLS_BACK,
-    "guidance_scale": "classifier-free guidance runs the model a second time, out of the order that plans follow",
-    "custom_generate": "a custom generation loop is not known to keep sequences in order",
+    "guidance_scale": "classifier-free guidance runs the model twice for every token, but plans expect one pass",
+    "custom_generate": "a custom generation loop may change the order of sequences",
     "cache_implementation": "the KV policy owns the cache; choose a preset or kv_cache settings instead",
     "past_key_values": "the KV policy owns the cache; pass the whole prompt instead",
     "inputs_embeds": "plans are made from token ids; pass input_ids instead",
@@ -27,7 +27,7 @@ REFUSED_OPTIONS = {
 
 
 class GenerateOptions:
-    """What `generate` will do: its own options first, then those of a generation config, then the model's."""
+    """The options that apply to a call of `generate`: those of the call, of a generation config, then the model's."""
 
     def __init__(self, options: Mapping[str, Any], *configs: GenerationConfig | None) -> None:
         self._options = options
@@ -41,38 +41,38 @@ class GenerateOptions:
 
 
 def refuse_type(name: str, value: object, *kinds: type) -> None:
-    """Refuse a value of another type; None stands for a default."""
+    """Raise `EngineError` if `value` has another type than `kinds`. None is allowed and means the default."""
     if value is not None and not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise EngineError(f"{name} is a {type(value).__name__}; give a {wanted}")
 
 
 def refuse_model(model: object) -> None:
-    """Refuse what is not a causal language model of transformers."""
+    """Raise `EngineError` if `model` is not a causal language model of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise EngineError(
-            f"expected a transformers model, got {type(model).__name__}; of a PeftModel, pass peft_model.unload()"
+            f"expected a transformers model, got {type(model).__name__}; for a PeftModel, pass peft_model.unload()"
         )
     if model.config.is_encoder_decoder or not model.can_generate():
         raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")
 
 
 def refuse_options(options: GenerateOptions, use_cache: bool) -> None:
-    """Refuse options of `generate` that cannot work with a plan per chunk."""
+    """Raise `EngineError` for options of `generate` that cannot work with a plan per chunk."""
     for name, reason in REFUSED_OPTIONS.items():
         value = getattr(options, name)
         if name == "cache_implementation" and value == "hybrid":
-            continue  # stands in old checkpoints; transformers ignores it
+            continue  # old checkpoints have it, and transformers ignores it
         if name == "guidance_scale" and value == 1:
             continue
         if value is not None and value is not False:
             raise EngineError(f"generate: {name} is not supported: {reason}")
     if (options.num_beams or 1) > 1 and not use_cache:
-        raise EngineError("generate: num_beams with use_cache=False is not supported: beams are followed in the cache")
+        raise EngineError("generate: num_beams with use_cache=False is not supported: the cache keeps track of beams")
 
 
 def check_prompt(model: PreTrainedModel, input_ids: Tensor | None, options: Mapping[str, Any]) -> None:
-    """Refuse prompts that are empty, not token ids of this model, or longer than it takes."""
+    """Raise `EngineError` for prompts that are empty, hold unknown ids, or exceed the model's positions."""
     kinds = (torch.int64, torch.int32)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.dtype not in kinds:
         raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")

@@ -12,11 +12,11 @@ from chunkwise_lora.method.segments import PassPlan
 
 
 class ForwardContext:
-    """Shared by all layers that adapters change. Empty between passes."""
+    """The state that all adapted layers share during a pass. It is empty between passes."""
 
     def __init__(self) -> None:
         self.plan: PassPlan | None = None
-        """None: no adapter runs."""
+        """The plan of the pass. None: no adapter runs."""
         self.is_constant = False
         """Whether every token of the whole generation gets the same gates of one adapter."""
         self.sequences: dict[str, Tensor | None] = {}
@@ -26,17 +26,17 @@ class ForwardContext:
         self._prepared: dict[tuple[int, int], Any] = {}
 
     def begin(self, plan: PassPlan, sequences: dict[str, Tensor | None], is_constant: bool) -> None:
-        """A pass begins."""
+        """Start a pass. The arguments are described at the attributes."""
         self.clear()
         self.plan, self.sequences, self.is_constant = plan, sequences, is_constant
 
     def clear(self) -> None:
-        """A pass has ended. Nothing of it is held."""
+        """End the pass and release its tensors."""
         self.plan, self.sequences, self.widened = None, {}, Widened()
         self._prepared.clear()
 
     def prepared(self, backend: AnyBackend, plan: PassPlan) -> Any:
-        """The pass's plan, or a layer's view of it, as `backend` runs it."""
+        """Return `plan`, which is the pass's plan or a layer's view of it, as `backend` prepared it."""
         key = id(backend), id(plan)
         found = self._prepared.get(key)
         if found is None:

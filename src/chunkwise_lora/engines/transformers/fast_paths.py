@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Each may be switched off; results are the same up to rounding."""
+    """Fast paths, all on by default. Without them, results are the same up to rounding."""
 
     kernels: bool = True
     """C kernels for the adapter product and the attention of decode steps, on a CPU with a C compiler."""
     attention: bool = True
-    """An attention function of our own, which reads INT8 entries as they are. Only in place of transformers' `sdpa`."""
+    """Our attention function, which reads INT8 entries without converting them. It replaces only `sdpa`."""
     products: bool = True
-    """On a CPU that emulates the model's half precision: linear layers computed in float32, from the same weights."""
+    """Linear layers computed in float32 from the same weights, on a CPU that emulates the model's half precision."""

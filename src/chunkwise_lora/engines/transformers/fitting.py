@@ -1,4 +1,4 @@
-"""Whether a ladder fits a model: its linear layers by name and shape, and the modules that it replaces whole."""
+"""Checks that a ladder fits a model: its linear layers by name and shape, and the modules that it replaces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkwise_lora.ladder import RankLadder
 
 
 def fitting_linear(model: PreTrainedModel, name: str, ladder: RankLadder) -> nn.Module:
-    """The linear layer that a ladder adapts under this name.
+    """Return the linear layer `name`, which the ladder adapts.
 
     Raises:
         EngineError: The model has no such layer, or it has another shape.
@@ -39,7 +39,7 @@ def fitting_linear(model: PreTrainedModel, name: str, ladder: RankLadder) -> nn.
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer of any kind, quantised ones included; None of other modules."""
+    """Return (out, in) of any kind of linear layer, quantised ones included; None for other modules."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -48,7 +48,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn.Module]:
-    """Copies of the modules that the adapter replaces, with its parameters."""
+    """Return copies of the modules that the adapter replaces, with the adapter's parameters, by module name.
+
+    Raises:
+        EngineError: The model has no such parameter, or it has another shape.
+    """
     copies: dict[str, nn.Module] = {}
     for name, tensor in ladder.saved_modules.items():
         module_name, _, parameter = name.rpartition(".")
@@ -56,9 +60,15 @@ def replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn.
             original = model.get_submodule(module_name)
             shape = original.get_parameter(parameter).shape
         except AttributeError:
-            raise EngineError(f"the adapter replaces {name}, which {type(model).__name__} does not have") from None
+            raise EngineError(
+                f"the adapter replaces {name}, which {type(model).__name__} does not have; load the base model that "
+                "the adapter was trained on"
+            ) from None
         if shape != tensor.shape:
-            raise EngineError(f"{name}: the adapter holds {tuple(tensor.shape)}, the model {tuple(shape)}")
+            raise EngineError(
+                f"{name}: the adapter holds {tuple(tensor.shape)}, the model {tuple(shape)}; load the base model that "
+                "the adapter was trained on"
+            )
         module = copies.setdefault(module_name, copy.deepcopy(original))
         value = tensor.to(device_of(model, original), original.get_parameter(parameter).dtype)
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
@@ -66,8 +76,8 @@ def replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn.
 
 
 def device_of(model: PreTrainedModel, module: nn.Module) -> torch.device:
-    """Where a module computes."""
-    hook = getattr(module, "_hf_hook", None)  # accelerate's, where weights are offloaded
+    """Return the device on which a module computes."""
+    hook = getattr(module, "_hf_hook", None)  # set by accelerate if weights are offloaded
     execution = getattr(hook, "execution_device", None)
     if execution is not None:
         return torch.device(execution)

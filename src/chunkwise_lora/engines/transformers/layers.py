@@ -1,4 +1,4 @@
-"""What stands in for the `forward` of the modules that adapters change."""
+"""Replacements for the `forward` of the modules that adapters change."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.segments import PassPlan
 
 ROUTED = "experts"
-"""Part of the name of modules that see the tokens of a pass in an order of their own."""
+"""Part of the name of routed experts, which see the tokens of a pass in another order."""
 
 
 class GatedLinear:
-    """Stands in for the `forward` of a linear module of any kind, and adds the adapter product of the pass.
+    """Replaces the `forward` of any kind of linear module, and adds the adapter product of the pass.
 
     The reference semantics, for token t with gates g_t, is `y_t = W x_t + up (g_t * (down x_t))`.
     """
@@ -32,17 +32,17 @@ class GatedLinear:
         self._context = context
         self._is_routed = ROUTED in name.split(".")
         self.layer: Layer | None = None
-        """What the backend knows this module as; None while no adapter changes it."""
+        """The backend's record of this module; None if no adapter changes it."""
         self._backend: AnyBackend
         if fast.products and widens(module):
             self.inner = WideLinear(module, context, fast.kernels)
 
-    def known_as(self, backend: AnyBackend, layer: Layer) -> None:
-        """Run adapters by `backend`, which knows this module as `layer`."""
+    def set_backend(self, backend: AnyBackend, layer: Layer) -> None:
+        """Run adapters by `backend`. `layer` is its record of this module."""
         self._backend, self.layer = backend, layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Return (..., out) for x (..., in), adapter product included."""
         y = self.inner(x)
         plan = self._context.plan
         if plan is None or self.adapters.isdisjoint(plan.adapters):
@@ -53,7 +53,11 @@ class GatedLinear:
         return self._backend.apply(self.layer, y, x, self._context.prepared(self._backend, plan))
 
     def _view(self, x: Tensor, tokens: int, plan: PassPlan) -> PassPlan:
-        """The plan of a module that does not see the tokens of the pass as they are."""
+        """Return the plan of a module that sees other tokens than those of the pass, or another order.
+
+        Raises:
+            EngineError: The tokens are unknown, and they have different gates.
+        """
         if self._context.is_constant and plan.is_uniform:
             return plan.with_tokens(tokens)
         columns, rest = divmod(tokens, plan.batch)
@@ -67,16 +71,16 @@ class GatedLinear:
 
 
 class ReplacedModule:
-    """Stands in for the `forward` of a module that adapters replace whole (PEFT's `modules_to_save`)."""
+    """Replaces the `forward` of a module that adapters replace (PEFT's `modules_to_save`)."""
 
     def __init__(self, module: nn.Module, context: ForwardContext) -> None:
         self.copies: dict[str, nn.Module] = {}
-        """By adapter key."""
+        """Copies of the module by adapter key."""
         self._forward: Callable[..., Tensor] = module.forward
         self._context = context
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (batch, ...) to the output of each sequence's own copy of the module."""
+        """Return the output for x (batch, ...), where each sequence runs through its adapter's copy of the module."""
         y = None
         for adapter, sequences in self._context.sequences.items():
             copy = self.copies.get(adapter)

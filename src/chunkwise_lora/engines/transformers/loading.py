@@ -1,4 +1,4 @@
-"""Loading a base model, with errors that name what is wrong."""
+"""Loads a base model, with errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chunkwise_lora.errors import EngineError, first_line
 
 
 def load_base(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, from safetensors only.
+    """Call `AutoModelForCausalLM.from_pretrained` with `options`, for safetensors files only.
 
     Raises:
         EngineError: The model cannot be loaded, or some of its weights are missing.
@@ -27,6 +27,7 @@ def load_base(name_or_path: str | Path, **options: Any) -> PreTrainedModel:
     missing = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if missing:
         raise EngineError(
-            f"{name_or_path}: has no weights for {len(missing)} parameters, such as {missing[0]}; get the whole model"
+            f"{name_or_path}: has no weights for {len(missing)} parameters, such as {missing[0]}; "
+            "download the complete model"
         )
     return model

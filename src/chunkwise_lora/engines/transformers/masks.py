@@ -1,4 +1,4 @@
-"""Masks over the slots of a cache, in which tokens no longer stand in the columns of the input."""
+"""Attention masks over the slots of a cache. After drops, a token's slot is no longer its column in the input."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from chunkwise_lora.engines.transformers.cache import ChunkWiseCache
 def mask_over_slots(
     config: PreTrainedConfig, cache: ChunkWiseCache, slots: Tensor, inputs: dict[str, Any]
 ) -> Tensor | dict[str, Tensor | None]:
-    """What the model takes as its attention mask.
+    """Return the attention mask to give to the model.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
         cache: The cache of the pass.
         slots: (batch, slots + tokens) bool: the slots that each sequence uses, then the tokens of the pass.
         inputs: The model's keyword arguments.
 
     Returns:
-        `slots`, or, where some layers slide over a window of the input's columns, a mask per type of layer.
+        `slots`, or, if some layers slide over a window of the input's columns, one mask per type of layer.
     """
     if not any(cache.is_sliding):
         return slots
     input_ids: Tensor = inputs["input_ids"]
     shared = {
         "config": config.get_text_config(),
-        "inputs_embeds": torch.empty((*input_ids.shape, 0), dtype=cache.own[0].dtype, device=input_ids.device),
+        "inputs_embeds": torch.empty(
+            (*input_ids.shape, 0), dtype=cache.chunkwise_layers[0].dtype, device=input_ids.device
+        ),
         "past_key_values": cache,
     }
     return {

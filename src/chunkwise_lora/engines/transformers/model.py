@@ -1,4 +1,4 @@
-"""A transformers model that generates with ladders, chunk by chunk."""
+"""A transformers model that runs with ladders."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from chunkwise_lora.method.trace import Trace
 logger = logging.getLogger(__name__)
 
 BASE = "__base__"
-"""The adapter name of sequences that run without one, as in PEFT."""
+"""The adapter name of sequences that run without an adapter, as in PEFT."""
 
 DEFAULT = "default"
-"""The name of a ladder given without one, as in PEFT."""
+"""The name of a ladder that was given without a name, as in PEFT."""
 
 PREFILL_TOKENS = 512
-"""Longer prompts are prefilled in passes of so many tokens, so that the KV policy keeps the peak of memory low."""
+"""Longer prompts are prefilled in passes of this number of tokens, so that the KV policy limits the peak of memory."""
 
 
 class ChunkWiseModel:
     """Ladders attached to a causal language model of transformers.
 
-    The model keeps its modules, names and weights; attaching replaces the `forward` of the adapted modules and the
-    model's `generate`, and `detach` puts them back. Use it as a context manager to detach at the end::
+    The model keeps its modules, names and weights. Attaching replaces the `forward` of the adapted modules and the
+    model's `generate`, and `detach` restores them. Use it as a context manager to detach at the end::
 
         with ChunkWiseModel(model, ladder) as chunkwise:
             chunkwise.generate(**inputs, max_new_tokens=64)
@@ -60,8 +60,8 @@ class ChunkWiseModel:
     Args:
         model: A loaded causal language model, not wrapped by PEFT.
         ladder: A ladder, the folder of a ladder or of a PEFT adapter, or several of these by name.
-        config: Settings of the method for all ladders. By default each ladder follows its own policy, and one without
-            a policy runs `lossless`.
+        config: Settings of the method for all ladders. By default each ladder follows its own policy; a ladder
+            without a policy runs `lossless`.
         fast: Which fast paths may run; by default all that the machine allows.
 
     Raises:
@@ -85,7 +85,7 @@ class ChunkWiseModel:
             raise EngineError("give at least one ladder")
         self.model = model
         self.chunkwise_config = config
-        """Given for all ladders; None where each follows its own policy."""
+        """The config for all ladders; None if each ladder follows its own policy."""
         self.ladders: dict[str, RankLadder] = {}
         self._fast = fast or FastPaths()
         self._traits = ModelTraits.of(model)
@@ -96,8 +96,8 @@ class ChunkWiseModel:
         self._session: Session | None = None
         self._depth = 0
         self._planned_by: nn.Module | None = None
-        for name, one in ladders.items():
-            self.load_ladder(name, one)
+        for name, given in ladders.items():
+            self.load_ladder(name, given)
         self.attach()
 
     @classmethod
@@ -118,11 +118,11 @@ class ChunkWiseModel:
 
     @property
     def planner(self) -> BatchPlanner | None:
-        """The planner of the generation that is running."""
+        """The planner of the running generation; None if there is none."""
         return None if self._session is None else self._session.planner
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
-        """What of a KV policy this model does not allow, and why."""
+        """Return the parts of a KV policy that this model does not allow, and the reasons."""
         return list(self._traits.kv_notes) if config.acts else []
 
     # Attaching
@@ -133,25 +133,29 @@ class ChunkWiseModel:
         return bool(self._attachment)
 
     def attach(self) -> Self:
-        """Let the model run with its ladders, until `detach`."""
+        """Let the model run with its ladders, until `detach` is called.
+
+        Raises:
+            EngineError: Another `ChunkWiseModel` is attached to the model.
+        """
         if self.attached:
             return self
-        stand_ins = {self.model.get_submodule(name): one for name, one in self._modules.stand_ins().items()}
-        for module in stand_ins:
+        replacements = {self.model.get_submodule(name): new for name, new in self._modules.replacements().items()}
+        for module in replacements:
             if isinstance(vars(module).get("forward"), (GatedLinear, ReplacedModule)):
                 raise EngineError("another ChunkWiseModel is attached to this model; detach that one first")
-        for module, stand_in in stand_ins.items():
-            self._attachment.replace(module, "forward", stand_in)
+        for module, replacement in replacements.items():
+            self._attachment.replace(module, "forward", replacement)
         if self._fast.attention and self._traits.carries_out_kv:
             self._attachment.use_attention(self.model, attention.NAME)
         self._attachment.replace(self.model, "generate", self.generate)
-        # The body too may be called alone, for hidden states; within a pass of the whole model its hooks do nothing.
-        for part in dict.fromkeys((self.model, self.model.base_model)):
-            self._attachment.hook(part, self._before_pass, self._after_pass)
+        # The inner model may also be called alone, for hidden states. Inside a pass of the model its hooks do nothing.
+        for called in dict.fromkeys((self.model, self.model.base_model)):
+            self._attachment.hook(called, self._before_pass, self._after_pass)
         return self
 
     def detach(self) -> PreTrainedModel:
-        """Put the model back exactly as it was, and return it."""
+        """Restore the model to its state before `attach`, and return it."""
         self._attachment.undo()
         return self.model
 
@@ -165,12 +169,19 @@ class ChunkWiseModel:
             self.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise EngineError("a model with ladders attached cannot be copied or pickled; detach() first, then attach anew")
+        raise EngineError(
+            "a model with ladders attached cannot be copied or pickled; detach() first, then attach again"
+        )
 
     # Ladders
 
     def load_ladder(self, name: str, ladder: RankLadder | str | Path) -> None:
-        """Add a ladder under `name`, beside those already loaded."""
+        """Load another ladder and call it `name`.
+
+        Raises:
+            EngineError: The name is taken or reserved, or the ladder does not fit the model.
+            LadderError: The ladder cannot be read, or holds NaN or infinity.
+        """
         if name == BASE or name in self.ladders:
             raise EngineError(f"adapter name {name!r} is {'reserved' if name == BASE else 'taken'}; choose another")
         if not isinstance(ladder, (RankLadder, str, Path)):
@@ -200,19 +211,19 @@ class ChunkWiseModel:
         chunkwise_config: ChunkWiseConfig | None = None,
         **options: Any,
     ) -> Any:
-        """transformers' `generate` with all its options; `trace` tells afterwards what was done.
+        """Generate like transformers' `generate`, with all its options. Afterwards `trace` tells what was done.
 
         Args:
-            inputs: (batch, tokens) prompt ids; `input_ids=` does as well. Prompts of a batch are padded on the left.
+            inputs: (batch, tokens) prompt ids; `input_ids=` has the same meaning. Pad prompts of a batch on the left.
             generation_config: As for the model's own `generate`.
-            adapter_names: The ladder of all prompts, or one name per prompt; `"__base__"` runs without.
-                By default the ladder loaded first.
-            chunkwise_config: Settings of this call, instead of the model's and of the ladders' policies.
+            adapter_names: The ladder of all prompts, or one name per prompt; `"__base__"` means no
+                ladder. By default it is the ladder loaded first.
+            chunkwise_config: Settings of this call, which override those of the model and the ladders' policies.
             options: As for the model's own `generate`.
 
         Raises:
-            EngineError: An empty prompt, ids outside the vocabulary, a prompt longer than the model's positions, an
-                unknown adapter name, or an option that cannot work with a plan per chunk.
+            EngineError: A prompt is empty, holds ids outside the vocabulary or is longer than the model's positions, an
+                adapter name is unknown, or an option cannot work with a plan per chunk.
         """
         if not self.attached:
             raise EngineError("the ladders are detached; call attach() first")
@@ -243,7 +254,7 @@ class ChunkWiseModel:
         chunkwise_config: ChunkWiseConfig | None = None,
         **options: Any,
     ) -> Any:
-        """One forward pass over whole sequences, planned like a prompt; what the model's `forward` returns."""
+        """Run one forward pass over whole sequences, planned like prompts. Returns the model's output."""
         if not self.attached:
             raise EngineError("the ladders are detached; call attach() first")
         check_prompt(self.model, input_ids, options)
@@ -260,10 +271,10 @@ class ChunkWiseModel:
         adapter_names: str | Sequence[str] | None = None,
         chunkwise_config: ChunkWiseConfig | None = None,
     ) -> Iterator[Session]:
-        """Call the model step by step yourself, as `generate` would, with `past_key_values=session.cache`.
+        """Open a session for calling the model step by step, as `generate` does, with `past_key_values=session.cache`.
 
-        Used to score text exactly as generation would run it: from `prompt_columns` on, tokens are planned with the
-        entropies of the steps before.
+        Use it to score text exactly as generation would run it: from `prompt_columns` on, tokens are planned with the
+        entropies of the previous steps.
         """
         session = self._new_session(adapter_names, chunkwise_config, (batch, prompt_columns))
         with self._running(session):
@@ -287,7 +298,7 @@ class ChunkWiseModel:
         shape: tuple[int, ...],
         eos_token_id: int | Sequence[int] | Tensor | None = None,
     ) -> Session:
-        """A generation from prompts of `shape` (batch, columns)."""
+        """Return a session for prompts of `shape` (batch, columns)."""
         refuse_type("chunkwise_config", config, ChunkWiseConfig)
         batch, columns = shape
         names = adapter_names if adapter_names is not None else next(iter(self.ladders))
@@ -299,7 +310,7 @@ class ChunkWiseModel:
             if name != BASE and name not in self.ladders:
                 raise EngineError(f"adapter {name!r} is not loaded; loaded are {', '.join(self.ladders)} and {BASE}")
         configs = [config_for(self.ladders.get(name), call=config, model=self.chunkwise_config) for name in names]
-        for note in dict.fromkeys(note for one in configs for note in self.kv_left_undone(one.kv_cache)):
+        for note in dict.fromkeys(note for applied in configs for note in self.kv_left_undone(applied.kv_cache)):
             logger.warning("KV policy: %s", note)
         prompts = Prompts(
             adapters=[NO_ADAPTER if name == BASE else self._infos[name] for name in names],
@@ -324,7 +335,9 @@ class ChunkWiseModel:
             # A plain call of the model: whole sequences, with the first ladder and no KV policy.
             cache = inputs.get("past_key_values")
             if cache is not None and cache.get_seq_length():
-                raise EngineError("ladders are attached, and this cache is not theirs; use ChunkWiseModel.generate")
+                raise EngineError(
+                    "with ladders attached, the model cannot continue this cache; use ChunkWiseModel.generate"
+                )
             session = self._new_session(None, None, input_ids.shape)
             plan = session.before_pass({**inputs, "past_key_values": None})
         else:

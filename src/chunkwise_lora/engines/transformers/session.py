@@ -1,4 +1,4 @@
-"""One generation over a batch: where its tokens stand in passes, the cache they share, and what happened."""
+"""One generation over a batch: the positions of its tokens in passes, the cache, and the trace."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from chunkwise_lora.method.trace import SequenceTrace, Trace
 
 
 class SessionCache(ChunkWiseCache):
-    """The cache of a session. A beam search reorders it, and through it the plans of the session."""
+    """The cache of a session. If a beam search reorders it, it reorders the plans of the session, too."""
 
     def __init__(
         self, session: Session, traits: ModelTraits, policies: Sequence[KVCacheConfig], use_kernels: bool
@@ -41,7 +41,7 @@ class SessionCache(ChunkWiseCache):
         self._session = weakref.ref(session)  # the session holds the cache, which may outlive it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow a beam search's choice of sequences."""
+        """Reorder the sequences as a beam search chose, and their plans."""
         super().reorder_cache(beam_idx)
         if (session := self._session()) is not None:
             session.reorder(beam_idx.tolist())
@@ -49,24 +49,24 @@ class SessionCache(ChunkWiseCache):
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a generation begins with."""
+    """The prompts of a generation: how they run, and what ends them."""
 
     adapters: Sequence[AdapterInfo]
-    """Of each prompt."""
+    """The adapter of each prompt."""
     configs: Sequence[ChunkWiseConfig]
-    """Of each prompt."""
+    """The config of each prompt."""
     columns: int
     """Width of the prompts, padding included. Their tokens are planned without entropies: a prefill in one pass does
-    not know them, and one in several passes must not differ."""
+    not have them, and a prefill in several passes must give the same plan."""
     eos_token_ids: Collection[int] = ()
-    """A sequence has ended after one of these. What follows is padding."""
+    """Ids of tokens that end a sequence. Tokens after them are padding."""
 
 
 class Session:
     """The state of one generation over a batch.
 
-    A pass brings columns of tokens, padding among them. The session tells the planner which tokens are real and the
-    model which slots of the cache are in use.
+    A pass adds columns of tokens, some of which are padding. The session tells the planner which tokens are real, and
+    the model which slots of the cache are in use.
     """
 
     def __init__(self, traits: ModelTraits, prompts: Prompts, use_kernels: bool = True) -> None:
@@ -75,14 +75,14 @@ class Session:
         self._traits = traits
         self._prompts = prompts
         self._adapters: list[AdapterInfo] = []
-        """Of each sequence."""
+        """The adapter of each sequence."""
         self._members: dict[str, Tensor | None] = {}
         """By adapter key, the sequences (n,) that use it; None for all of them."""
         self._real: list[list[int]] = []
-        """Of each sequence, the columns of its real tokens."""
+        """For each sequence, the columns of its tokens, without padding."""
         self._has_ended = np.zeros(0, bool)
         self._columns = 0
-        """Columns that passes have brought so far."""
+        """Number of columns of all passes so far."""
         self._pending: tuple[np.ndarray, list[list[KVDecision]]] | None = None
         """The tokens (batch, columns) of the running pass and the KV decisions that follow it."""
         self._bytes_read = 0
@@ -99,14 +99,17 @@ class Session:
         return self._members
 
     def follow(self, schedulers: Sequence[FixedScheduler]) -> None:
-        """Before the first pass: take these plans, one per sequence, instead of planning."""
+        """Take these plans, one per sequence, instead of planning. Call this before the first pass."""
         self._open(len(schedulers))
         for row, scheduler in enumerate(schedulers):
             self.planner[row].follow(scheduler)
 
     def before_pass(self, inputs: dict[str, Any]) -> PassPlan:
-        """Plan the tokens of a forward pass, and give the model its mask; `inputs` are the model's keyword
-        arguments."""
+        """Plan the tokens of a forward pass, and set its mask in `inputs`, the model's keyword arguments.
+
+        Raises:
+            EngineError: A sequence is longer than the model's positions, or the model has dropped its cache.
+        """
         input_ids: Tensor = inputs["input_ids"]
         batch, width = input_ids.shape
         if not len(self.planner):
@@ -117,12 +120,12 @@ class Session:
         ids = input_ids.tolist()
         in_prompt = self._columns < self._prompts.columns
         tokens = np.full((batch, width - known), NO_TOKEN)
-        spans, of_spans = [], []
+        spans, span_ids = [], []
         for row in range(batch):
             position, new = len(self._real[row]), np.flatnonzero(real[row, known:])
             columns = np.array([*self._real[row], *(known + new)]) if known else new
             spans.append(Span(row, 0 if known else position, len(columns), None if len(columns) == width else columns))
-            of_spans.append([ids[row][column] for column in columns])
+            span_ids.append([ids[row][column] for column in columns])
             tokens[row, new] = np.arange(position, position + len(new))
             self._real[row] += (self._columns + new).tolist()
             if position + len(new) > self._traits.positions:
@@ -131,31 +134,31 @@ class Session:
                     f"{self._traits.positions} positions; lower max_new_tokens or shorten the prompt"
                 )
             if not in_prompt and not self._has_ended[row]:
-                self._has_ended[row] = not self._eos.isdisjoint(of_spans[row][len(columns) - len(new) :])
-        plan = self.planner.plan(spans, lambda: of_spans, width)
+                self._has_ended[row] = not self._eos.isdisjoint(span_ids[row][len(columns) - len(new) :])
+        plan = self.planner.plan(spans, lambda: span_ids, width)
         self._pending = (tokens, [self.planner[row].take_decisions() for row in range(batch)])
         self._columns += width - known
         self._passes += 1
         infos = {info.key: info for info in self._adapters}
-        self._bytes_read += sum(int(infos[one.adapter].rung_bytes[one.rung]) for one in plan.segments)
-        if self.cache.own and inputs.get("past_key_values") is self.cache:
+        self._bytes_read += sum(int(infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
+        if self.cache.chunkwise_layers and inputs.get("past_key_values") is self.cache:
             self._align_mask(inputs, real)
         return plan
 
     def after_pass(self, logits: Tensor) -> None:
-        """Note the entropies of the next tokens, then carry out the KV decisions of the pass."""
+        """Store the next tokens' entropies from logits (batch, tokens, vocabulary), and carry out KV decisions."""
         assert self._pending is not None
         readers = [row for row in range(len(self.planner)) if self.planner[row].config.reads_entropy]
         if readers and self._columns >= self._prompts.columns:
             for row, entropy in enumerate(entropies_of(logits[:, -1]).tolist()):
                 self.planner[row].learn(len(self._real[row]), entropy)
         tokens, decisions = self._pending
-        if self.cache.own and self.cache.get_seq_length():
+        if self.cache.chunkwise_layers and self.cache.get_seq_length():
             self.cache.note(tokens)
             self.cache.carry_out(decisions)
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Sequence i becomes a copy of sequence `order[i]`, as a beam search chose."""
+        """Make sequence i a copy of sequence `order[i]`, as a beam search chose."""
         if list(order) == list(range(len(self.planner))):
             return
         self.planner.reorder(dict(enumerate(order)))
@@ -164,7 +167,7 @@ class Session:
         self._set_adapters([self._adapters[i] for i in order])
 
     def trace(self) -> Trace:
-        """What happened so far."""
+        """Return what happened so far."""
         sequences = []
         for row, adapter in enumerate(self._adapters):
             planner = self.planner[row]
@@ -188,7 +191,7 @@ class Session:
         )
 
     def _open(self, batch: int) -> None:
-        """Begin to plan; beams and several sequences per prompt make the batch larger than the prompts."""
+        """Start to plan. With beams or several sequences per prompt, the batch is larger than the number of prompts."""
         prompts, copies = self._prompts, batch // len(self._prompts.adapters)
         adapters = [info for info in prompts.adapters for _ in range(copies)]
         configs = [config for config in prompts.configs for _ in range(copies)]
@@ -208,19 +211,19 @@ class Session:
                 self._members[info.key] = None if len(rows) == len(adapters) else torch.tensor(rows)
 
     def _known_columns(self, inputs: dict[str, Any], width: int) -> int:
-        """Columns of the pass that were planned before: without a cache every pass brings all tokens again."""
+        """Return how many columns of the pass are already planned: without a cache, a pass holds all tokens."""
         known = self._columns if inputs.get("past_key_values") is None else 0
         if known < width:
             return known
         if "past_key_values" in inputs:
             raise EngineError(
-                f"the model has dropped its cache after {known} tokens, as some do past their original length; call "
+                f"the model has dropped its cache after {known} tokens, as some do beyond their original length; call "
                 "generate with use_cache=False, or stay below that length"
             )
-        return 0  # a recurrent model, which has its own name for its state
+        return 0  # a recurrent model, whose state has another name
 
     def _align_mask(self, inputs: dict[str, Any], real: np.ndarray) -> None:
-        """Give the model a mask over the cache's slots once they are no longer columns of the input."""
+        """Give the model a mask over the cache's slots if they are no longer the columns of the input."""
         slots = self.cache.slot_mask(real)
         if slots is None:
             return
@@ -235,7 +238,7 @@ class Session:
 
 
 def _real_columns(mask: Tensor | None, batch: int, width: int) -> np.ndarray:
-    """(batch, width) bool: which columns of the pass are not padding."""
+    """Return (batch, width) bool: which columns of the pass are not padding."""
     if mask is None:
         return np.ones((batch, width), bool)
     return mask[:, -width:].bool().cpu().numpy()

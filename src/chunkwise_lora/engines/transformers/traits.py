@@ -1,4 +1,4 @@
-"""What the engine must know of a model before it runs it: the KV decisions it allows, its positions, its cache."""
+"""What the engine needs to know about a model: which KV decisions it allows, its positions and its cache."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class ModelTraits:
     kv_notes: tuple[str, ...]
     """Which KV decisions are not carried out, and why."""
     positions: float
-    """Positions that the model has a learned embedding for; infinite where they are computed."""
+    """Number of positions with a learned embedding; infinite if positions are computed."""
     takes_cache: bool
-    """Whether `generate` may be given the engine's cache. Models with a cache of their own kind, as recurrent ones,
-    keep it."""
+    """Whether the model accepts the engine's cache. Models that need another kind of cache, such as recurrent models,
+    keep their own."""
     parameters: tuple[str, ...]
     """Names of the parameters of the model's `forward`."""
 
     @property
     def vocab_size(self) -> int:
-        """Of the text model."""
+        """Entries of the text model's vocabulary."""
         return int(self.config.get_text_config().vocab_size)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelTraits:
-        """Read them off the model."""
+        """Read the traits of a model."""
         carries_out, notes = _kv_support(model)
         return cls(
             config=model.config,
@@ -47,7 +47,7 @@ class ModelTraits:
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a module's `forward`, without `self`."""
+    """Return the names of the parameters of a module's `forward`, without `self`."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 

@@ -14,8 +14,7 @@ from chunkwise_lora.engines.transformers.context import ForwardContext
 
 
 class WideLinear:
-    """Computes a linear layer by widening its half-precision weights on the fly, where PyTorch would emulate the
-    product.
+    """Computes a linear layer by converting its half-precision weights to float32 during the product.
 
     The result is the same up to rounding: every product of two halves is exact in float32, and sums are rounded once.
     """
@@ -26,11 +25,11 @@ class WideLinear:
         self._use_kernels = use_kernels
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Return (..., out) for x (..., in)."""
         weight, bias = self._module.weight, self._module.bias
         kernel = kernels(x.dtype) if self._use_kernels else None
         few = x.numel() <= FEW_TOKENS * x.shape[-1]
-        # The module may have been moved or cast since.
+        # The module may have been moved or cast since it was attached.
         if torch.is_grad_enabled() or x.dtype != weight.dtype or not widens(self._module) or (few and kernel is None):
             return nn.functional.linear(x, weight, bias)
         wide = self._context.widened.of(x)
@@ -40,7 +39,7 @@ class WideLinear:
 
 
 def widens(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a plain linear layer whose half precision the CPU would emulate."""
+    """Return whether a module is a plain linear layer whose half precision the CPU would emulate."""
     if type(module) is not nn.Linear:
         return False
     weight, bias = module.weight, module.bias

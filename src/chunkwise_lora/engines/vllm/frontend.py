@@ -25,7 +25,7 @@ def prepare(config: VllmConfig) -> None:
     """Refuse an engine that cannot run ladders, and copy the environment's settings to all processes of the engine.
 
     Raises:
-        EngineError: Naming the setting.
+        EngineError: A setting of the engine does not work with ladders. The message names it.
         ConfigError: The server's own settings are impossible.
     """
     lora, parallel = config.lora_config, config.parallel_config
@@ -38,18 +38,18 @@ def prepare(config: VllmConfig) -> None:
         "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": config.use_v2_model_runner,
     }
     if names := [name for name, is_set in refused.items() if is_set]:
-        raise EngineError(f"ChunkWise LoRA does not run with {', '.join(names)}; leave that out, {OFF}")
+        raise EngineError(f"ChunkWise LoRA does not run with {', '.join(names)}; remove these settings, {OFF}")
     server = settings.of_server(config.additional_config)
     if isinstance(config.additional_config, dict):  # workers on other machines have another environment
         choice = server.model_dump(mode="json", exclude_none=True)
         config.additional_config = {**config.additional_config, settings.KEY: choice}
-    # A captured graph would replay one pass's plan.
+    # A captured graph would repeat the plan of one pass.
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     metrics.open_folder()
 
 
 def accept(config: VllmConfig, request: Any) -> None:
-    """Check a request's adapter and extra arguments, and fix the config that it runs by and that salts its KV blocks.
+    """Check a request's adapter and extra arguments, and set the config that it follows and the salt of its KV blocks.
 
     Raises:
         RefusedRequest: The adapter or an extra argument cannot work.
@@ -69,24 +69,26 @@ def accept(config: VllmConfig, request: Any) -> None:
         raise RefusedRequest(str(error)) from None
     chosen = wanted or default
     if request.sampling_params is not None:
-        request.sampling_params.extra_args = settings.carrying(chosen, extra_args)
+        request.sampling_params.extra_args = settings.with_config(chosen, extra_args)
     if salt := settings.salt(chosen):
         request.cache_salt = f"{request.cache_salt or ''}{salt}"
 
 
 @lru_cache(maxsize=1024)
 def _folder_of(path: str) -> str:
-    """The folder where vLLM's workers look for an adapter. A name on the hub is downloaded first."""
+    """Return the folder where vLLM's workers look for an adapter. A name on the hub is downloaded first."""
     folder = get_adapter_absolute_path(path)
     if not os.path.isdir(folder):
-        raise LadderError(f"{path}: is neither a folder nor a name on the hub; give a ladder's or a PEFT adapter's")
+        raise LadderError(
+            f"{path}: is neither a folder nor a name on the hub; give those of a ladder or a PEFT adapter"
+        )
     return folder
 
 
 def private_key(request: Any, end: int) -> list[tuple[str, str]]:
-    """Extra keys for the hash of a request's KV block that ends at token `end`.
+    """Return extra keys for the hash of a request's KV block that ends at token `end`.
 
-    Where plans read entropies, a block with generated tokens belongs to its request alone. The request finds it again
+    If plans read entropies, a block with generated tokens belongs to its request alone. The request finds it again
     after a preemption; no other request does.
     """
     is_private = (request.cache_salt or "").endswith(settings.PRIVATE)

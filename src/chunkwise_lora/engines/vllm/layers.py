@@ -1,7 +1,7 @@
-"""What vLLM's LoRA layers call to add the adapter product of a forward pass to their output.
+"""Adds the adapter product of a forward pass to the output of vLLM's LoRA layers, which call this module.
 
-vLLM's layers keep computing the base product and communicating between tensor-parallel ranks; only the adapters' part
-is ours. It stands behind a custom operator, so that a compiled model does not bake a plan in.
+vLLM's layers still compute the base product and communicate between tensor-parallel ranks. The adapter product is
+computed in a custom operator, so that a compiled model does not contain the plan of one pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RunningPass:
         self._prepared: PreparedPass | None = None
 
     def begin(self, tokens: int) -> None:
-        """A pass over so many tokens begins."""
+        """Start a pass over `tokens` tokens, padding not counted."""
         self.tokens, self._prepared = tokens, None
 
     def plan(self, plan: PassPlan) -> None:
@@ -35,8 +35,8 @@ class RunningPass:
         self._prepared = self.backend.prepare(plan) if plan.segments else None
 
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
-        """Add in place to y (tokens, width) what the plan adds for x (tokens, in). Rows after the pass's tokens are
-        padding."""
+        """Add the adapter product for x (tokens, in) to y (tokens, width), in place. Rows after the pass's tokens are
+        padding and do not change."""
         if self._prepared is not None:
             if len(x) > self.tokens:
                 y, x = y[: self.tokens], x[: self.tokens]
@@ -44,7 +44,7 @@ class RunningPass:
 
 
 class LayerAdapters:
-    """All adapters of one layer. It stands where vLLM's layers expect their punica wrapper."""
+    """All adapters of one layer. It takes the place of the punica wrapper of vLLM's layers."""
 
     def __init__(self, layer: Layer, running: RunningPass) -> None:
         self.layer = layer
@@ -53,7 +53,7 @@ class LayerAdapters:
         self._running = running
 
     def add_lora_linear(self, y: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Called by vLLM: add in place to y (tokens, width) what the adapters add for x (tokens, in)."""
+        """Add the adapter product for x (tokens, in) to y (tokens, width), in place, and return y. vLLM calls this."""
         if torch.compiler.is_compiling():
             torch.ops.vllm.chunkwise_add_adapters(y, x, self.key)
         else:
@@ -61,7 +61,7 @@ class LayerAdapters:
         return y
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """Add by the plan of the running pass."""
+        """Add the adapter product by the plan of the running pass."""
         self._running.add(self.layer, y, x)
 
 

@@ -10,12 +10,13 @@ from functools import lru_cache
 
 import torch
 
-from chunkwise_lora.engines.base import NOTHING_LEARNED, config_for, refuse_non_finite
+from chunkwise_lora.engines.base import config_for, refuse_non_finite
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.scheduler import NOTHING_LEARNED
 
 logger = logging.getLogger("vllm.chunkwise")  # a child of vLLM's logger, so that its messages are shown like vLLM's
 
@@ -36,7 +37,7 @@ def load(path: str) -> RankLadder:
 def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
     if names := ", ".join(sorted(saved_modules)):
         raise LadderError(
-            f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for one request and not the next; merge "
+            f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for a single request; merge "
             "these into the base model, or train the adapter without modules_to_save"
         )
 
@@ -57,12 +58,12 @@ def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
 
 
 def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, time and size of every file in the folder."""
+    """Yield name, time in nanoseconds and size in bytes of every file in the folder."""
     if not os.path.isdir(path):
         return
     with os.scandir(path) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            with suppress(FileNotFoundError):  # replaced by a writer meanwhile
+            with suppress(FileNotFoundError):  # a writer has just replaced it
                 state = entry.stat()
                 yield entry.name, state.st_mtime_ns, state.st_size
 
@@ -76,7 +77,7 @@ def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) ->
 
 
 def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> ChunkWiseConfig:
-    """The config of requests that do not ask for another one. `ladder` is None for a plain adapter.
+    """Return the config of requests that do not ask for another one. `ladder` is None for a plain adapter.
 
     Raises:
         ConfigError: The config needs what the ladder does not hold.
@@ -91,14 +92,14 @@ def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> 
 
 
 def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
-    """The module with its own copy of the factors in `dtype`, in the layout that a CPU backend uses without a copy."""
+    """Return the module with a copy of its factors in `dtype`, in the layout that CPU backends use without copying."""
     up = module.up.to(dtype).T.contiguous().T
     down = module.down.to(dtype, copy=True).contiguous()
     return LadderModule(up, down, module.sigma, module.ranks)
 
 
 def kv_left_undone(config: KVCacheConfig) -> list[str]:
-    """Name the parts of a KV policy that vLLM cannot carry out, since its cache has one type and whole blocks."""
+    """Return the parts of a KV policy that vLLM cannot carry out, because its cache has one dtype and whole blocks."""
     policies = dict.fromkeys(level.evict for level in config.levels if level.evict is not None)
     wanted = {
         "storing chunks as int8 (vLLM's --kv-cache-dtype is one type for the whole cache)": any(

@@ -1,7 +1,7 @@
-"""Ladders in a vLLM worker, where vLLM keeps LoRA adapters.
+"""Manages ladders in a vLLM worker, in place of vLLM's LoRA adapters.
 
-vLLM gives every layer `max_loras` slots of `max_lora_rank`, whatever the adapters' ranks. Here a layer has no slots:
-each ladder brings its own factors at its own rank, and what runs of it is a `Segment` of the pass.
+vLLM gives every layer `max_loras` slots of `max_lora_rank`, even if the adapters' ranks are lower. Here a layer has no
+slots: each ladder has its own factors at its own rank, and runs in the `Segment`s of a pass.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class LoadedLadder:
     id: int
     info: AdapterInfo
     config: ChunkWiseConfig
-    """Of requests that do not ask for another one."""
+    """The config of requests that do not ask for another one."""
     modules: dict[str, list[LadderModule | None]]
-    """By layer of the model, the part of each of the layer's modules that this tensor-parallel rank computes."""
+    """For each layer of the model, by name: the part of its modules that this tensor-parallel rank computes."""
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of factors."""
+        """Bytes of the factors."""
         found = (module for modules in self.modules.values() for module in modules if module is not None)
         return sum(module.up.nbytes + module.down.nbytes for module in found)
 
@@ -66,12 +66,12 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     @property
     def lora_slots(self) -> int:
-        """How many adapters one pass may mix. 0 while layers are wrapped, so that vLLM allocates no slots."""
+        """Number of adapters that one pass may mix; 0 while layers are wrapped, so that vLLM allocates no slots."""
         return self.lora_config.max_loras if self._has_slots else 0
 
     def _create_lora_modules(self) -> None:
         # Only linear layers: vLLM would wrap embeddings, output heads and routed experts as well.
-        linear = {name.rpartition(".")[2] for name, one in self.model.named_modules() if isinstance(one, LinearBase)}
+        linear = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, LinearBase)}
         self.supported_lora_modules = [name for name in self.supported_lora_modules if name in linear]
         self._has_slots = False
         super()._create_lora_modules()
@@ -92,7 +92,7 @@ class LadderManager(LRUCacheLoRAModelManager):
             module.set_mapping(layer)
 
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
-        """The part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
+        """Return the part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
 
         Raises:
             LadderError: The ladder does not fit the model's layers, by name or shape.
@@ -119,11 +119,13 @@ class LadderManager(LRUCacheLoRAModelManager):
         wrapped = self.modules[layer]
         columns = self.layers[layer].layer.columns
         if len(modules) != len(columns):
-            raise LadderError(f"{path}: {layer} holds {len(columns)} products for {len(modules)}; not supported")
-        downs: Any = [None if one is None else one.down for one in modules]
-        ups: Any = [None if one is None else one.up for one in modules]
+            raise LadderError(
+                f"{path}: {layer} computes {len(columns)} modules, the ladder has {len(modules)}; not supported"
+            )
+        downs: Any = [None if module is None else module.down for module in modules]
+        ups: Any = [None if module is None else module.up for module in modules]
         if wrapped.tp_size > 1:
-            single = len(self.packed_modules.get(layer, [])) <= 1  # vLLM's layers then want tensors, not lists
+            single = len(self.packed_modules.get(layer, [])) <= 1  # these layers of vLLM take tensors, not lists
             downs = [wrapped.slice_lora_a(downs[0])] if single else wrapped.slice_lora_a(downs)
             ups = [wrapped.slice_lora_b(ups[0])] if single else wrapped.slice_lora_b(ups)
         shares: list[LadderModule | None] = []
@@ -144,7 +146,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     # The interface that vLLM's managers expect
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> Any:
-        """An empty ladder for warm-up: no memory is reserved for ladders that are not loaded."""
+        """Return an empty ladder for warm-up. No memory is reserved for ladders that are not loaded."""
         info = replace(NO_ADAPTER, key=str(lora_id), name=f"warm-up {lora_id}")
         return LoadedLadder(lora_id, info, ChunkWiseConfig.preset("lossless"), {})
 
@@ -152,7 +154,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._registered_adapters[lora.id] = lora
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Bring a registered ladder's factors to the device of the layers."""
+        """Copy a registered ladder's factors to the device. Returns whether they were not there yet."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
@@ -166,18 +168,18 @@ class LadderManager(LRUCacheLoRAModelManager):
         self.backend.unload(str(lora_id))
 
     def remove_all_adapters(self) -> None:
-        """Forget all ladders."""
+        """Remove all ladders."""
         super().remove_all_adapters()
         for adapter in self.backend.adapters:
             self.backend.unload(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
-        """A new pass begins. No adapter runs until it is planned."""
+        """Start a new pass. No adapter runs until the pass is planned."""
         self.running.begin(len(mapping.index_mapping))
 
 
 class LadderWorkerManager(LRUCacheWorkerLoRAManager):
-    """Loads what a `LoRARequest` names as a ladder."""
+    """Loads the adapter that a `LoRARequest` names, as a ladder."""
 
     _manager_cls = LadderManager
 
@@ -191,11 +193,11 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         return self._adapter_manager
 
     def loaded(self, lora_id: int) -> LoadedLadder:
-        """The ladder of a request that is running."""
+        """Return the ladder of a running request."""
         return self._adapter_manager._registered_adapters.cache[lora_id]
 
     def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
-        """Stand in for an adapter while vLLM measures memory and compiles."""
+        """Add an empty ladder for the time when vLLM measures memory and compiles."""
         return self._adapter_manager.add_adapter(
             self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
         )

@@ -39,7 +39,7 @@ GAUGES = {
 
 
 def open_folder() -> None:
-    """Make a folder for this server's workers, unless the environment names one. It is deleted when this process
+    """Create a folder for this server's workers, unless the environment names one. It is deleted when this process
     ends."""
     if FOLDER not in os.environ:
         os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="chunkwise-metrics-")
@@ -57,10 +57,10 @@ class Recorder:
     def __init__(self, folder: str) -> None:
         self._values = MmapedDict(str(Path(folder) / f"{os.getpid()}.db"))
         self._bytes: dict[str, dict[str, int]] = {}
-        """By name, then by adapter."""
+        """Bytes of adapters, by name and then by key."""
 
     def record(self, adapter: str, usage: Usage) -> None:
-        """Count what a pass ran of an adapter. Adapters that share a name are counted together, under that name."""
+        """Count the usage of an adapter in a pass. Adapters that share a name are counted together."""
         for rung in usage.tokens.nonzero()[0].tolist():
             self._add("chunkwise:tokens", float(usage.tokens[rung]), usage.name, str(rung))
         self._add("chunkwise:rank", usage.rank, usage.name)
@@ -71,10 +71,10 @@ class Recorder:
         self._values.write_value(_key("chunkwise:schedulers"), float(count), 0.0)
 
     def adapter_bytes(self, adapter: str, name: str, nbytes: int) -> None:
-        """Record the bytes that an adapter takes. Those of adapters that share a name are added up."""
-        of_name = self._bytes.setdefault(name, {})
-        of_name[adapter] = nbytes
-        self._values.write_value(_key("chunkwise:adapter_bytes", name), float(sum(of_name.values())), 0.0)
+        """Record the bytes of an adapter's factors. The bytes of adapters that share a name are added up."""
+        by_key = self._bytes.setdefault(name, {})
+        by_key[adapter] = nbytes
+        self._values.write_value(_key("chunkwise:adapter_bytes", name), float(sum(by_key.values())), 0.0)
 
     def _add(self, name: str, amount: float, *labels: str) -> None:
         key = _key(name, *labels)
@@ -92,7 +92,7 @@ class WorkerCollector(Collector):
         self._folder = Path(folder)
 
     def collect(self) -> Iterator[Metric]:
-        """Called by prometheus_client."""
+        """Yield all metrics. prometheus_client calls this."""
         values: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
         for file in self._folder.glob("*.db"):
             for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
@@ -116,5 +116,5 @@ class WorkerCollector(Collector):
 def register(registry: CollectorRegistry) -> None:
     """Add the workers' numbers to `registry`, if the environment names their folder."""
     known = getattr(registry, "_collector_to_names", {})
-    if (folder := os.environ.get(FOLDER)) and not any(isinstance(one, WorkerCollector) for one in known):
+    if (folder := os.environ.get(FOLDER)) and not any(isinstance(collector, WorkerCollector) for collector in known):
         registry.register(WorkerCollector(folder))

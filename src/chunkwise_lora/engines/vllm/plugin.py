@@ -15,9 +15,9 @@ _registered = False
 
 
 def register() -> None:
-    """Let vLLM run LoRA adapters as ladders. Calling it again changes nothing.
+    """Let vLLM run LoRA adapters as ladders. A second call changes nothing.
 
-    CHUNKWISE_VLLM=0 switches it off. On an unknown version of vLLM it logs an error and changes nothing.
+    CHUNKWISE_VLLM=0 turns the plug-in off. On an unknown version of vLLM it logs an error and changes nothing.
     """
     global _registered  # noqa: PLW0603
     if _registered or os.environ.get("CHUNKWISE_VLLM") == "0":
@@ -29,14 +29,14 @@ def register() -> None:
     version = vllm.__version__.partition("+")[0]
     if version not in KNOWN_VERSIONS:
         logger.error(
-            "ChunkWise LoRA knows vLLM %s, not %s, and leaves it as it is: adapters run as vLLM's own LoRA, and "
-            "ladders cannot be loaded. Install a known version, or a chunkwise-lora that knows yours.",
+            "ChunkWise LoRA supports vLLM %s, not %s, and is off: adapters run as vLLM's own LoRA, and "
+            "ladders cannot be loaded. Install a supported version, or a chunkwise-lora that supports yours.",
             ", ".join(KNOWN_VERSIONS),
             version,
         )
         return
     try:
-        # Nothing is changed unless everything can be.
+        # Nothing is changed unless all functions can be wrapped.
         changes = [(owner, name, _wrapped(owner, name, around)) for owner, name, around in _changes()]
     except (ImportError, AttributeError) as error:
         logger.error(
@@ -50,7 +50,7 @@ def register() -> None:
 
 
 def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """The functions of vLLM to wrap: (owner, name, wrapper). A wrapper gets the original function as its first
+    """Return the functions of vLLM to wrap: (owner, name, wrapper). A wrapper gets the original function as its first
     argument."""
     from vllm.config import VllmConfig
     from vllm.model_executor.models import supports_lora
@@ -98,7 +98,7 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
         metrics.register(registry)
         return registry
 
-    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")  # has the function by name
+    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")  # has imported the function by name
     return [
         (LoRAModelRunnerMixin, "load_lora_model", load_lora_model),
         (current_platform, "check_and_update_config", check_and_update_config),
@@ -111,7 +111,7 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:
-    """`around`, with the original `owner.name` as its first argument."""
+    """Return `around`, with the original `owner.name` as its first argument."""
     original = getattr(owner, name)
 
     @functools.wraps(original)

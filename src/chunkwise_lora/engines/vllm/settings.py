@@ -1,7 +1,7 @@
 """Reads the `ChunkWiseConfig` that a server or a request asks for.
 
-A server names one in its `--additional-config`, or else in its environment; a request in its extra arguments. Which
-of them applies is decided by `chunkwise_lora.engines.base.config_for`.
+A server names a config in its `--additional-config`, or else in its environment. A request names one in its extra
+arguments. `chunkwise_lora.engines.base.config_for` decides which of them applies.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ KEY = "chunkwise"
 
 SALT = f"{KEY}:"
 PRIVATE = ":private"
-"""Ends the salt of requests whose plan of generated tokens depends on entropies, and so on the request alone."""
+"""End of the salt of requests whose plan reads entropies, so that no other request has the same plan."""
 
 
 class Choice(StrictConfig):
-    """A config, named in one of three ways, or none."""
+    """A config that is given in one of three ways, or no config."""
 
     preset: Literal["lossless", "balanced", "compact"] | None = Field(None, description="A preset's name.")
     mean_rank: Annotated[float, Field(ge=0, le=1)] | None = Field(
@@ -42,7 +42,7 @@ class Choice(StrictConfig):
 
     @property
     def chosen(self) -> ChunkWiseConfig | None:
-        """The config that is named; None where none is."""
+        """The config that is given, or None."""
         if self.preset is not None:
             return ChunkWiseConfig.preset(self.preset)
         if self.mean_rank is not None:
@@ -51,7 +51,7 @@ class Choice(StrictConfig):
 
 
 def of_server(additional_config: Any) -> Choice:
-    """The server's setting: in its `--additional-config`, or else in CHUNKWISE_PRESET or CHUNKWISE_MEAN_RANK.
+    """Return the server's choice, from its `--additional-config`, or else from CHUNKWISE_PRESET or CHUNKWISE_MEAN_RANK.
 
     Raises:
         ConfigError: A value is impossible. The error names the place.
@@ -72,10 +72,10 @@ def of_server(additional_config: Any) -> Choice:
 
 
 def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
-    """The config that a request's extra argument `chunkwise_preset` or `chunkwise_mean_rank` names; None without one.
+    """Return the config in a request's extra argument `chunkwise_preset` or `chunkwise_mean_rank`, or None.
 
     Raises:
-        ConfigError: A name is unknown or a value impossible.
+        ConfigError: A name is unknown, or a value is impossible.
     """
     prefix = f"{KEY}_"
     given = {name: value for name, value in (extra_args or {}).items() if name.startswith(prefix)}
@@ -86,13 +86,13 @@ def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
     return Choice.model_validate({name.removeprefix(prefix): value for name, value in given.items()}).chosen
 
 
-def carrying(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A request's extra arguments, with the config that it runs by added. The same config salts its KV blocks."""
+def with_config(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a request's extra arguments, with the config that it follows added."""
     return {**(extra_args or {}), KEY: config.to_json()}
 
 
-def carried(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
-    """The config that `carrying` added to a request's extra arguments."""
+def config_in(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
+    """Return the config that `with_config` added to a request's extra arguments, or None."""
     return _parsed(extra_args[KEY]) if extra_args and KEY in extra_args else None
 
 
@@ -102,9 +102,9 @@ def _parsed(config: str) -> ChunkWiseConfig:
 
 
 def salt(config: ChunkWiseConfig) -> str | None:
-    """The salt that keeps KV blocks made under `config` apart from other blocks of the same tokens and adapter.
+    """Return the salt that keeps KV blocks made under `config` apart from other blocks of the same tokens and adapter.
 
-    None for `lossless`, whose blocks are those of vLLM's own LoRA. The salt ends in `PRIVATE` where plans read
+    It is None for `lossless`, whose blocks are those of vLLM's own LoRA. The salt ends in `PRIVATE` if plans read
     entropies: a generated token then runs on another rung than the same token in a prompt, so no other request may
     use its block.
     """

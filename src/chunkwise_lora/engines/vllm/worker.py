@@ -21,7 +21,7 @@ from chunkwise_lora.method.sequence import SequencePlanner
 
 
 def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
-    """Replaces vLLM's `load_lora_model`: prepares a runner's model for ladders, and plans its passes from then on."""
+    """Prepare a runner's model for ladders, and plan its passes from then on. It replaces vLLM's `load_lora_model`."""
     runner.lora_manager = LadderWorkerManager(vllm_config, device, model.embedding_modules)
     model = runner.lora_manager.create_lora_manager(model, vllm_config)
     runner.chunkwise = RunnerPlanner(runner, runner.lora_manager, vllm_config)
@@ -42,9 +42,9 @@ class RunnerPlanner:
         self._noted: set[tuple[str, KVCacheConfig]] = set()
         """Adapters and KV policies for which the log already names what is not carried out."""
         self._ends: list[int] = []
-        """Where the tokens of each request end in the running pass."""
+        """The position after the last token of each request in the running pass."""
         self._sampled: list[tuple[list[tuple[str, int]], Tensor]] = []
-        """Entropies that were not read yet, with the request and the position of each."""
+        """Entropies that have not been read yet, with the request and position of each."""
         self._recorder: metrics.Recorder | None = None
         folder = os.environ.get(metrics.FOLDER, "")
         if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
@@ -58,7 +58,7 @@ class RunnerPlanner:
             setattr(runner, name, _around(getattr(runner, name), hook))
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
-        """The parts of a KV policy that vLLM's cache cannot carry out."""
+        """Return the parts of a KV policy that vLLM's cache cannot carry out."""
         return loading.kv_left_undone(config)
 
     def _update_states(self, original: Callable[..., Any], scheduler_output: Any) -> Any:
@@ -83,7 +83,7 @@ class RunnerPlanner:
         self._manager.ladders.running.plan(plan)
 
     def _token_ids(self, counts: Sequence[int]) -> list[list[int]]:
-        """The token ids of the running pass, by request. Waits for the device."""
+        """Return the token ids of the running pass, by request. This waits for the device."""
         ids = self._runner.input_ids.gpu[: sum(counts)].tolist()
         ends = list(accumulate(counts))
         return [ids[end - count : end] for count, end in zip(counts, ends, strict=True)]
@@ -95,21 +95,20 @@ class RunnerPlanner:
         return original(*arguments)
 
     def _note_entropies(self, requests: Sequence[str], logits: Tensor) -> None:
-        """Compute the entropies of logits (requests, vocabulary), which give each request's next token after the
-        pass."""
-        known = [self.planner.get(request) for request in requests]
-        rows = [row for row, one in enumerate(known) if one is not None and one.config.reads_entropy]
+        """Compute the entropies of logits (requests, vocabulary), which predict each request's next token."""
+        planners = [self.planner.get(request) for request in requests]
+        rows = [row for row, planner in enumerate(planners) if planner is not None and planner.config.reads_entropy]
         if rows:
-            # They are read when the next pass is planned, so that this pass does not wait for the device.
+            # The entropies are read when the next pass is planned, so that this pass does not wait for the device.
             chosen = logits if len(rows) == len(logits) else logits[rows]
             self._sampled.append(([(requests[row], self._ends[row]) for row in rows], entropies_of(chosen)))
 
     def _learn(self) -> None:
-        """Give the planner the entropies of the passes before."""
+        """Give the planner the entropies of the previous passes."""
         for positions, entropies in self._sampled:
             for (request, position), entropy in zip(positions, entropies.tolist(), strict=True):
-                if (known := self.planner.get(request)) is not None:
-                    known.learn(position, entropy)
+                if (planner := self.planner.get(request)) is not None:
+                    planner.learn(position, entropy)
         self._sampled.clear()
 
     def _open(self, request_id: str) -> None:
@@ -120,8 +119,8 @@ class RunnerPlanner:
         known = self.planner.get(request_id)
         if known is not None and known.adapter.has_rungs_of(ladder.info):
             return
-        config = settings.carried(getattr(request.sampling_params, "extra_args", None)) or ladder.config
-        if config.complexity.learned and ladder.info.learned is None:  # written after the ladder was loaded
+        config = settings.config_in(getattr(request.sampling_params, "extra_args", None)) or ladder.config
+        if config.complexity.learned and ladder.info.learned is None:  # the folder was calibrated after it was loaded
             config = ChunkWiseConfig.preset("lossless")
         if (noted := (ladder.info.name, config.kv_cache)) not in self._noted:
             self._noted.add(noted)

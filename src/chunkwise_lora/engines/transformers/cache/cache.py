@@ -29,10 +29,10 @@ from chunkwise_lora.method.kv_policy import KVDecision
 logger = logging.getLogger(__name__)
 
 MANY_SLOTS = 256
-"""When at least so many slots move at once, as after a prompt, freed memory is returned to the operating system."""
+"""If at least this number of slots moves at once, as after a prompt, freed memory goes back to the system."""
 
 SCORED_TOKENS = 512
-"""About so many tokens are copied at once for KV policies to score, which bounds the memory of the copy."""
+"""About this number of tokens is copied at once for KV policies to score. It bounds the memory of the copy."""
 
 _KEEP, _INT8, _DROP = 0, 1, 2
 
@@ -63,26 +63,27 @@ class ChunkWiseCache(Cache):
                 for layer in layers
             ]
         )
-        self.own = [layer for layer in self.layers if isinstance(layer, ChunkWiseLayer)]
+        self.chunkwise_layers = [layer for layer in self.layers if isinstance(layer, ChunkWiseLayer)]
+        """The layers that carry out KV decisions."""
         self._cold = np.empty((0, 0), np.int64)
         """(batch, cold slots) the token in each cold slot, `NO_TOKEN` where it is unused."""
         self._hot = np.empty((0, 0), np.int64)
         """(batch, hot slots) the token in each hot slot."""
         self._in_columns = True
         """Whether slots still are the columns of the input, padding included."""
-        self._queries = OpenChunkQueries(self.own) if record_queries and self.own else None
+        self._queries = OpenChunkQueries(self.chunkwise_layers) if record_queries and self.chunkwise_layers else None
         self.notes: tuple[str, ...] = ()
         """Which decisions were not carried out so far, and why."""
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the column of the first query in a mask: behind all slots."""
+        """Return the column of the first query in a mask: after all slots."""
         layer = self.layers[layer_idx]
         return layer.slots if isinstance(layer, ChunkWiseLayer) else super().get_query_offset(layer_idx)
 
     def slot_mask(self, new: np.ndarray) -> np.ndarray | None:
         """Return (batch, slots + tokens) bool: the slots that each sequence uses, then `new` (batch, tokens).
 
-        None while slots are the columns of the input: the mask of the input is right then.
+        None if slots are still the columns of the input, so that the mask of the input is right.
         """
         if self._in_columns:
             return None
@@ -100,24 +101,26 @@ class ChunkWiseCache(Cache):
         """Quantise and drop entries after a pass.
 
         Args:
-            decisions: One list per sequence. Each sequence may follow a config of its own.
+            decisions: One list per sequence. Each sequence may follow its own config.
         """
-        if self.own and any(decision.acts for of_sequence in decisions for decision in of_sequence):
+        if self.chunkwise_layers and any(
+            decision.acts for sequence_decisions in decisions for decision in sequence_decisions
+        ):
             self._act(decisions)
         if self._queries is not None:
             self._queries.close(decisions)
 
     def _act(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
         fate = np.full(self._hot.shape, _KEEP)
-        for row, of_sequence in enumerate(decisions):
-            for decision in of_sequence:
+        for row, sequence_decisions in enumerate(decisions):
+            for decision in sequence_decisions:
                 hot = within(self._hot[row], decision)
                 if decision.action == "int8":
                     fate[row, hot] = _INT8
                 elif decision.action == "drop":
                     fate[row, hot] = _DROP
                     self._cold[row, within(self._cold[row], decision)] = NO_TOKEN
-            self._evict(row, of_sequence, fate[row])
+            self._evict(row, sequence_decisions, fate[row])
         self._in_columns = False
         to_cold = packed((fate == _INT8) & (self._hot != NO_TOKEN))
         if to_cold.shape[1]:
@@ -133,10 +136,10 @@ class ChunkWiseCache(Cache):
             self._hot = picked(self._hot, kept_hot)
 
     def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
-        """Call `act` for each of our layers with `slots`, each (batch, n)."""
+        """Call `act` for each layer that carries out KV decisions, with `slots`, each (batch, n)."""
         tensors = [None if index is None else torch.from_numpy(np.maximum(index, 0)) for index in slots]
         many = sum(tensor.shape[1] for tensor in tensors if tensor is not None) >= MANY_SLOTS
-        for layer in self.own:
+        for layer in self.chunkwise_layers:
             act(layer, *(None if tensor is None else tensor.to(layer.device) for tensor in tensors))
             if many and layer.device.type == "cpu":
                 give_memory_back()
@@ -152,17 +155,17 @@ class ChunkWiseCache(Cache):
                 slots = [within(self._hot[row], decision) for decision in batch]
                 columns = [queries.columns(row, decision) for decision in batch] if queries else ()
                 values = any(decision.evict is not None for decision in batch)
-                states = chunk_states(self.own, row, slots, values, queries, columns)
-                for decision, of_chunk, chunk in zip(batch, slots, states, strict=True):
-                    fate[of_chunk[evicted_tokens(decision, chunk)]] = _DROP
+                states = chunk_states(self.chunkwise_layers, row, slots, values, queries, columns)
+                for decision, chunk_slots, chunk in zip(batch, slots, states, strict=True):
+                    fate[chunk_slots[evicted_tokens(decision, chunk)]] = _DROP
 
     def _possible(self, decision: KVDecision) -> KVDecision:
-        """Return what of a decision can be carried out, and note what cannot."""
+        """Return the part of a decision that can be carried out, and note the other part."""
         if not needs_queries(decision.evict) or (self._queries is not None and self._queries.complete):
             return decision
         note = (
             f"KV policy {decision.evict!r} not carried out: it reads queries, which the model's attention does not "
-            "show; load the model with attn_implementation='sdpa' and leave FastPaths.attention on"
+            "provide; load the model with attn_implementation='sdpa' and leave FastPaths.attention on"
         )
         if note not in self.notes:
             logger.warning("%s", note)

@@ -1,4 +1,4 @@
-"""Keys and values of one attention layer, part in the model's precision, part in INT8."""
+"""Keys and values of one attention layer, partly in the model's precision and partly in INT8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     is_sliding = False
     read_by_attention = False
-    """Whether `attention` receives the very tensors that `update` returns. It then reads the cold pool by itself."""
+    """Whether `attention` receives exactly the tensors that `update` returns. It then reads the cold pool itself."""
 
     def __init__(self, int8_head_share: float = 1.0, use_kernels: bool = True) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys: Tensor
         self.values: Tensor
         self.seen = 0
-        """Number of tokens stored so far, those dropped since included."""
+        """Number of tokens stored so far, dropped tokens included."""
         self.hot = 0
         """Number of hot slots in use."""
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
@@ -63,7 +63,7 @@ class ChunkWiseLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new states (batch, heads, tokens, head_dim) and return the keys and values that attention reads.
 
-        Where `attention` reads the cold pool by itself, only the hot pool is returned.
+        If `attention` reads the cold pool itself, only the hot pool is returned.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -93,7 +93,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.scaling = scaling
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
-        """Say whether `attend` takes this query and mask: one token per sequence, and a mask over slots or none."""
+        """Return whether `attend` supports this query and mask: one token per sequence, a mask over slots or none."""
         if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
             return False
         if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
@@ -104,15 +104,15 @@ class ChunkWiseLayer(CacheLayerMixin):
         return mask is None or (mask.dtype == torch.bool and mask.shape == slots and mask.stride(3) == 1)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """(batch, 1, query heads, head_dim) attention of query (batch, query heads, 1, head_dim) over all slots."""
+        """Attend over all slots: (batch, 1, query heads, head_dim) for query (batch, query heads, 1, head_dim)."""
         kernel, pools = kernels(self.dtype), self._attention_pools()
-        assert kernel is not None and pools is not None  # `attends` says so
+        assert kernel is not None and pools is not None  # checked by `attends`
         return kernel.attend(query, pools, (self.cold[0].used if self.cold else 0, self.hot), mask, scaling)
 
     def _attention_pools(self) -> AttentionPools | None:
-        """This layer for the C kernel, prepared anew when its storage has changed; None where the kernel refuses it."""
+        """Return this layer for the C kernel, or None if the kernel refuses it. It is prepared again after a change."""
         keys, values, cold = self.keys, self.values, self.cold
-        # Addresses and no tensors, so that memory that the layer frees is free.
+        # Addresses instead of tensors, which would keep memory alive that the layer frees.
         storage: tuple[object, ...] = keys.data_ptr(), values.data_ptr(), keys.shape, values.dtype
         if cold is not None:
             for pool in cold:
@@ -134,7 +134,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has storage of its own, so it prepares its own addresses."""
+        """Return the state of a copy, without addresses: a copy has other storage, and prepares its own."""
         return self.__dict__ | {"_pools": None}
 
     def quantise(self, slots: Tensor) -> None:

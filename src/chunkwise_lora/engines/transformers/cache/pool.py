@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROOM = 16
-"""Storage grows by at least so many slots, or by a 32nd of its size, so that few steps copy it."""
+"""Storage grows by at least this number of slots, or by a 32nd of its size, so that few steps copy it."""
 
 
 class Int8Pool:
@@ -34,7 +34,7 @@ class Int8Pool:
         self.others = template.new_empty((batch, len(self.other_heads), 0, width))
 
     def append(self, states: Tensor) -> None:
-        """Quantise states (batch, heads, slots, head_dim) and add them behind the used slots."""
+        """Quantise states (batch, heads, slots, head_dim) and add them after the used slots."""
         codes, scales = quantise(states[:, self.int8_heads])
         self.codes = appended(self.codes, self.used, codes)
         self.scales = appended(self.scales, self.used, scales)
@@ -42,7 +42,7 @@ class Int8Pool:
         self.used += states.shape[2]
 
     def pick(self, slots: Tensor) -> None:
-        """Keep only `slots` (batch, n), in that order, and free the room behind them."""
+        """Keep only `slots` (batch, n), in that order, and free the room after them."""
         self.codes, self.scales, self.others = (take(t, slots) for t in (self.codes, self.scales, self.others))
         self.used = slots.shape[1]
 
@@ -81,7 +81,7 @@ def take(states: Tensor, slots: Tensor) -> Tensor:
 
 
 def appended(storage: Tensor, used: int, states: Tensor) -> Tensor:
-    """Return `storage` (batch, heads, room, width) with `states` behind its `used` slots, enlarged if it is full."""
+    """Return `storage` (batch, heads, room, width) with `states` after its `used` slots, enlarged if it is full."""
     end = used + states.shape[2]
     if end > storage.shape[2]:
         # The first states, often a whole prompt, get no room: the KV policy may soon drop or quantise many of them.

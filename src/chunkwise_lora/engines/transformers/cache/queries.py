@@ -17,7 +17,7 @@ from chunkwise_lora.method.kv_policy import KVDecision
 class OpenChunkQueries:
     """Keeps the queries of every sequence's open chunk, in all layers of a cache.
 
-    The attention function hands each layer its queries, pass by pass. When a chunk closes, its queries are freed (up to
+    The attention function gives each layer its queries, pass by pass. When a chunk closes, its queries are freed (up to
     `WASTE` tokens later). All layers hold the same tokens in the same columns.
     """
 
@@ -60,8 +60,8 @@ class OpenChunkQueries:
         """Free the queries of chunks that `decisions`, one list per sequence, have closed."""
         if not self.complete or not any(decisions):
             return
-        for row, of_sequence in enumerate(decisions):
-            self._opened[row] = max([self._opened[row], *(decision.end for decision in of_sequence)])
+        for row, sequence_decisions in enumerate(decisions):
+            self._opened[row] = max([self._opened[row], *(decision.end for decision in sequence_decisions)])
         self._tokens[self._tokens < self._opened[:, None]] = NO_TOKEN
         columns = kept(self._tokens)
         if columns is None:

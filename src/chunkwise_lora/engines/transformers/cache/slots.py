@@ -10,11 +10,11 @@ NO_TOKEN = -1
 """Marks a slot that holds nothing for a sequence."""
 
 WASTE = 16
-"""Unused slots are removed when there are at least so many, and at least an eighth of all slots."""
+"""Unused slots are removed if there are at least this number, and at least an eighth of all slots."""
 
 
 def kept(tokens: np.ndarray) -> np.ndarray | None:
-    """Return (batch, n) the slots in use, packed to the left, or None where too few are unused to remove them."""
+    """Return (batch, n) the slots in use, packed to the left, or None if too few are unused to remove them."""
     used = tokens != NO_TOKEN
     waste = tokens.shape[1] - int(used.sum(1).max(initial=0))
     return packed(used) if waste >= max(WASTE, tokens.shape[1] // 8) else None

@@ -34,7 +34,7 @@ def chunk_states(
     Yields:
         For each chunk, one `ChunkStates` per group of layers that have the same shape.
     """
-    ends = np.cumsum([len(of_chunk) for of_chunk in slots]).tolist()
+    ends = np.cumsum([len(chunk_slots) for chunk_slots in slots]).tolist()
     index = torch.from_numpy(np.concatenate(slots))
     query_index = torch.from_numpy(np.concatenate(columns)) if queries else index
     groups = []
@@ -65,7 +65,7 @@ def _gathered(states: Sequence[Tensor], index: Tensor) -> Tensor:
     heads, _, width = states[0].shape
     gathered = states[0].new_empty((len(states), heads, len(index), width), dtype=torch.float32)
     first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
-    adjacent = last - first + 1 == len(index)  # as in a prompt: slots rise
-    for layer, of_layer in enumerate(states):
-        gathered[layer] = of_layer[:, first : last + 1] if adjacent else of_layer[:, index.to(of_layer.device)]
+    adjacent = last - first + 1 == len(index)  # slots rise, so they are one range, as in a prompt
+    for layer, source in enumerate(states):
+        gathered[layer] = source[:, first : last + 1] if adjacent else source[:, index.to(source.device)]
     return gathered
