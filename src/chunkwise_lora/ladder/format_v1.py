@@ -1,4 +1,4 @@
-"""Reads ladders of format 1: `ladder.json`, `ladder-<hash>.safetensors` and, where calibrated, `chunkwise_config.json`.
+"""Reads ladders of format 1: `ladder.json`, `ladder-<hash>.safetensors` and, if calibrated, `chunkwise_config.json`.
 
 Earlier releases wrote this format. Saving such a ladder writes format 2.
 """

@@ -29,7 +29,7 @@ MOST_KEYS = 100_000
 """Bound on the keys of one field. A mixture of experts that names each of its modules has some 30,000."""
 
 MOST_STATES = 50_000
-"""Bound on the size of one field's automaton: about one per character, more where a counted repeat unfolds."""
+"""Bound on the size of one field's automaton: about one per character, and more for counted repeats."""
 
 MOST_WORK = 5_000_000
 """Bound on the steps that one field takes over all modules, a few seconds. Adapters in use take less than a million."""
@@ -264,7 +264,7 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 def _characters(kind: Any, value: Any) -> Callable[[str], bool]:
-    """Return whether one item of an expression matches a character, as a function."""
+    """Return a function that tells whether one item of an expression matches a character."""
     if kind is sre.LITERAL:
         return chr(value).__eq__
     if kind is sre.NOT_LITERAL:

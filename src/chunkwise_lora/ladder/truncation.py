@@ -22,7 +22,7 @@ class Truncation(Generic[Ladder]):
     ladder: Ladder
     """A ladder whose only rung is the chosen one. Modules that have rank 0 on it are left out."""
     kl: float | None
-    """KL divergence from full rank, nats per token, as calibration measured it; None if it did not."""
+    """KL divergence from full rank that calibration measured, nats per token; None if it was not measured."""
     energy_kept: float
     """Share of the squared sigma of all modules that is kept, from 0 to 1. For a plain SVD these are the squared
     singular values, for a calibrated ladder the importance of the directions."""

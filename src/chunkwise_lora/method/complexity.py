@@ -101,7 +101,7 @@ class TokenComplexityEstimator:
         return [self._score(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
 
     def signals(self, token: int, entropy: float | None) -> tuple[float | None, ...]:
-        """Read the next token, as `update` does, and return (4,) the values of `SIGNALS`, None where not known."""
+        """Read the next token like `update`, and return (4,) the values of `SIGNALS`; None if a value is not known."""
         return tuple([signal.update(token, entropy) for signal in self._signals])
 
     def _score(self, token: int, entropy: float | None) -> float:

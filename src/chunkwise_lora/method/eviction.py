@@ -25,7 +25,7 @@ class ChunkStates:
     values: Tensor
     """(layers, heads, tokens, head_dim) float32."""
     queries: Tensor
-    """(layers, query heads, tokens, head_dim) float32; 0 query heads where no policy needs them."""
+    """(layers, query heads, tokens, head_dim) float32; 0 query heads if no policy needs them."""
 
 
 def evicted_tokens(decision: KVDecision, states: Sequence[ChunkStates]) -> np.ndarray:

@@ -28,4 +28,4 @@ class ScheduledChunk:
     chunk: Chunk
     selection: Selection
     kv: KVDecision | None = None
-    """None while the chunk is open, or where it holds only attention sinks."""
+    """None while the chunk is open, or if it holds only attention sinks."""

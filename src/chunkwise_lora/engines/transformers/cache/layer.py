@@ -40,7 +40,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.cold: tuple[Int8Pool, Int8Pool] | None = None
         """Keys and values in INT8; None until the first token is quantised."""
         self.queries: list[Tensor] | None = None
-        """Queries (batch, query heads, tokens, head_dim) of recent passes; None where no KV policy reads them."""
+        """Queries (batch, query heads, tokens, head_dim) of recent passes; None if no KV policy reads them."""
         self.scaling = 1.0
         """Factor that the model's attention puts on products of queries and keys; known once queries are."""
         self._use_kernels = use_kernels
