@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -50,6 +51,16 @@ def check_tensor(
     where: str, tensor: Tensor, shape: Sequence[int | None] | None = None, dtypes: Sequence[torch.dtype] = STORED_DTYPES
 ) -> None:
     """Check that a tensor has one of `dtypes`, `shape` (None: any size), no empty dimension and only finite numbers."""
+    check_layout(where, tensor, shape, dtypes)
+    low, high = tensor.aminmax()  # one pass without a copy; NaN propagates
+    if not (low.isfinite() and high.isfinite()):
+        raise LadderError(f"{where} holds NaN or infinity; train or export the adapter again")
+
+
+def check_layout(
+    where: str, tensor: Tensor, shape: Sequence[int | None] | None = None, dtypes: Sequence[torch.dtype] = STORED_DTYPES
+) -> None:
+    """Check that a tensor has one of `dtypes`, `shape` (None: any size) and no empty dimension."""
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise LadderError(f"{where} has dtype {tensor.dtype}; save it in one of {names}")
@@ -64,9 +75,6 @@ def check_tensor(
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise LadderError(f"{where} has shape {sizes}, not [{wanted}]; save it again")
-    low, high = tensor.aminmax()  # one pass without a copy; NaN propagates
-    if not (low.isfinite() and high.isfinite()):
-        raise LadderError(f"{where} holds NaN or infinity; train or export the adapter again")
 
 
 def check_factors(where: str, up: Tensor, down: Tensor, scale: float = 1.0) -> None:
@@ -80,8 +88,10 @@ def check_factors(where: str, up: Tensor, down: Tensor, scale: float = 1.0) -> N
             "save the adapter again"
         )
     norms = [float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in (up, down)]
+    if not all(map(math.isfinite, norms)):  # sums of squares of float32 are finite in float64
+        raise LadderError(f"{where}: the factors hold NaN or infinity; train or export the adapter again")
     norms[0] *= max(1.0, abs(scale))
-    if not max(*norms, norms[0] * norms[1]) <= LARGEST:  # NaN and infinity are refused, too
+    if max(*norms, norms[0] * norms[1]) > LARGEST:
         raise LadderError(
             f"{where}: the factors have norms {norms[0]:.3g} (with the scale) and {norms[1]:.3g}; each, and their "
             f"product, must be at most {LARGEST:g} to compute in float32; train or scale the adapter again"

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -77,3 +77,7 @@ class LadderContents:
         """SHA-256 over names and shapes of the adapted modules: the same for all ladders that fit the same bases."""
         lines = [f"{name} {m.up.shape[0]} {m.down.shape[1]}\n" for name, m in sorted(self.modules.items())]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+Contents = TypeVar("Contents", bound=LadderContents)
+"""The class of ladder that a reader makes."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import format_v1
-from chunkwise_lora.ladder.contents import Build, LadderContents
+from chunkwise_lora.ladder.contents import Build, Contents, LadderContents
 from chunkwise_lora.ladder.module import LadderModule, checked_module, checked_parameter, direction_lengths
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, MEANING, PREFIX, WEIGHTS_NAME, peft_config, peft_files
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
@@ -121,8 +121,8 @@ def owned_files(folder: Path) -> list[str]:
     return [WEIGHTS_NAME, *format_v1.owned_files(folder), LEARNED_NAME, CONFIG_NAME, LADDER_NAME]
 
 
-def read(folder: Path) -> LadderContents:
-    """Read a ladder of format 2.
+def read(folder: Path, kind: type[Contents]) -> Contents:
+    """Read a ladder of format 2, as an object of the class `kind`.
 
     All files are read into memory and checked against the SHA-256 in the manifest before they are used.
 
@@ -143,7 +143,7 @@ def read(folder: Path) -> LadderContents:
         if unknown := [name for name in tensors if not name.startswith(PREFIX) or "lora_" in name]:
             raise LadderError(f"{WEIGHTS_NAME} holds {unknown[0]!r}, which belongs to no module of {LADDER_NAME}")
         saved = {name.removeprefix(PREFIX): checked_parameter(name, tensor) for name, tensor in tensors.items()}
-        ladder = LadderContents(
+        ladder = kind(
             modules,
             manifest.base_model.name_or_path,
             manifest.build,

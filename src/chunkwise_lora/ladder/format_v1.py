@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chunkwise_lora.errors import ConfigError, LadderError
-from chunkwise_lora.ladder.contents import Build, LadderContents
+from chunkwise_lora.ladder.contents import Build, Contents
 from chunkwise_lora.ladder.module import checked_module, checked_parameter
 from chunkwise_lora.ladder.reading import parse_tensors, read_file, read_json
 from chunkwise_lora.ladder.tensors import LEARNED, read_learned
@@ -48,8 +48,8 @@ def is_format_1(folder: str | Path) -> bool:
     return os.path.lexists(os.path.join(folder, MANIFEST_NAME))
 
 
-def read(folder: Path) -> LadderContents:
-    """Read a ladder of format 1.
+def read(folder: Path, kind: type[Contents]) -> Contents:
+    """Read a ladder of format 1, as an object of the class `kind`.
 
     Raises:
         LadderError: A file is missing, cut off or altered.
@@ -86,7 +86,7 @@ def read(folder: Path) -> LadderContents:
             raise LadderError(f"{unknown[0]} is not a tensor of a ladder")
         policy = read_policy(folder)
         base = manifest.base_model
-        ladder = LadderContents(modules, base.name_or_path, manifest.build, saved, read_learned(tensors), policy)
+        ladder = kind(modules, base.name_or_path, manifest.build, saved, read_learned(tensors), policy)
     except KeyError as error:
         raise LadderError(f"{tensors_path}: lacks the tensor {error}; build the ladder again") from None
     except LadderError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
-from chunkwise_lora.ladder.checks import check_factors, check_name, check_ranks, check_sigma, check_tensor
+from chunkwise_lora.ladder.checks import check_factors, check_layout, check_name, check_ranks, check_sigma, check_tensor
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def checked_module(name: str, up: Tensor, down: Tensor, sigma: Tensor | None, ra
     """
     check_name(name, name)
     for side, factor in (("up", up), ("down", down)):
-        check_tensor(f"{name}: {side}", factor, (None, None))
-    check_factors(name, up, down)
+        check_layout(f"{name}: {side}", factor, (None, None))
+    check_factors(name, up, down)  # finite numbers, too
     if sigma is not None:
         check_sigma(f"{name}: sigma", sigma, up.shape[1])
     return LadderModule(up, down, direction_lengths(up, down) if sigma is None else sigma, tuple(ranks))

@@ -7,7 +7,7 @@ dW = up @ down, ordered so that `up[:, :k] @ down[:k]` is the best rank-k versio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,7 @@ class RankLadder(LadderContents):
         source = PeftAdapter.load(adapter, revision)
         steps = min(RUNGS, max(len(a) for a, _, _ in source.factors.values()))
         build = algebra.as_trained if as_trained else algebra.decompose
-        modules = {}
-        for name, (a, b, scale) in source.factors.items():
-            modules[name] = build(b, a, scale, steps)
-            if not all(t.isfinite().all() for t in (modules[name].up, modules[name].down, modules[name].sigma)):
-                raise LadderError(f"{adapter}: {name} has weights beyond the range of float32; train the adapter again")
+        modules = {name: build(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
         how = "as-trained" if as_trained else "svd"
         return cls(modules, source.base_model, how, source.saved_modules)  # type: ignore[arg-type]
 
@@ -86,8 +82,7 @@ class RankLadder(LadderContents):
             ConfigError: The policy is damaged.
         """
         old = format_v1.is_format_1(path) and not folder.is_format_2(path)
-        contents = (format_v1 if old else folder).read(Path(path))
-        return cls(**{field.name: getattr(contents, field.name) for field in fields(contents)})
+        return (format_v1 if old else folder).read(Path(path), cls)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the ladder to the folder `path`.
