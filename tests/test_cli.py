@@ -25,7 +25,6 @@ from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines
 from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table
-from chunkwise_lora.ladder import is_ladder
 from chunkwise_lora.method.trace import SequenceTrace
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
@@ -431,9 +430,9 @@ def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path
     )
 
 
-def test_a_ladder_is_exported_into_its_own_folder(run: Any, tmp_path: Path) -> None:
+def test_an_export_does_not_replace_a_ladder(run: Any, tmp_path: Path) -> None:
     assert run("ladder", "build", embedded.ADAPTERS["wiki"], "-o", tmp_path)[0] == 0
-    built = RankLadder.from_pretrained(tmp_path)
-    assert run("ladder", "export", tmp_path, "-o", tmp_path)[0] == 0
-    assert not is_ladder(tmp_path)
-    assert RankLadder.from_peft(tmp_path).rung_ranks == built.rung_ranks
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code, _, err = run("ladder", "export", tmp_path, "--mean-rank", "50%", "-o", tmp_path)
+    assert code == 1 and "give another folder" in " ".join(err.split())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

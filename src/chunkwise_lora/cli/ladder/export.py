@@ -13,6 +13,7 @@ from rich.table import Table
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.options import JsonOption, dtype_named, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
+from chunkwise_lora.errors import ChunkWiseError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def export(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Folder to write the PEFT adapter to. It may be the ladder's own folder."),
+        typer.Option("--output", "-o", help="Folder to write the PEFT adapter to, other than a ladder's folder."),
     ],
     mean_rank: Annotated[
         str | None,
@@ -77,7 +78,13 @@ def export(
     wanted = share("--mean-rank", mean_rank)
     source = embedded.find(ladder)
 
-    from chunkwise_lora.ladder import RankLadder, truncate  # slow to import: only after all refusals
+    from chunkwise_lora.ladder import RankLadder, is_ladder, truncate  # slow to import: only after all refusals
+
+    if is_ladder(output):
+        raise ChunkWiseError(
+            f"--output {output}: holds a ladder, and the export would replace it. PEFT can load that folder as it is, "
+            "at full rank; give another folder for the export"
+        )
 
     chosen_dtype = None if dtype is None else dtype_named(dtype)
     loaded = RankLadder.load(source)
