@@ -74,6 +74,7 @@ class Session:
         self.cache = SessionCache(self, traits, [config.kv_cache for config in prompts.configs], use_kernels)
         self._traits = traits
         self._prompts = prompts
+        self._eos = frozenset(prompts.eos_token_ids)
         self._adapters: list[AdapterInfo] = []
         """The adapter of each sequence."""
         self._members: dict[str, Tensor | None] = {}
@@ -199,7 +200,6 @@ class Session:
             self.planner.open(row, SequencePlanner(info, config, self._traits.vocab_size))
         self._real = [[] for _ in range(batch)]
         self._has_ended = np.zeros(batch, bool)
-        self._eos = frozenset(prompts.eos_token_ids)
         self._set_adapters(adapters)
 
     def _set_adapters(self, adapters: list[AdapterInfo]) -> None:
