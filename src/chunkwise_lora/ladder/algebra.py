@@ -5,7 +5,7 @@ The matrix dW = s B A of a module is never formed: thin QR of both factors, then
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder.module import LadderModule, direction_lengths, even_ranks
+
+Decompose = Callable[[Tensor, Tensor, float, int], LadderModule]
+"""Makes a module from lora_B (out, r), lora_A (r, in), the scale, and the number of rungs above rank 0."""
 
 
 def decompose(b: Tensor, a: Tensor, scale: float, steps: int) -> LadderModule:

@@ -65,6 +65,13 @@ def is_format_2(folder: str | Path) -> bool:
     return os.path.lexists(os.path.join(folder, LADDER_NAME))
 
 
+def holds_ladder(folder: str | Path) -> bool:
+    """Return whether a ladder, of format 1 or 2, was saved in the folder."""
+    if not str(folder):
+        return False  # an empty path must not mean the current folder
+    return is_format_2(folder) or format_v1.is_format_1(folder)
+
+
 def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
     """Return the content of a ladder's files by file name. The weights come last.
 

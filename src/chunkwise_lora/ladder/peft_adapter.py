@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.checks import check_factors, check_name, check_tensor
+from chunkwise_lora.ladder.folder import holds_ladder
 from chunkwise_lora.ladder.patterns import ModulePatterns
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
@@ -69,6 +70,8 @@ class PeftAdapter:
     """Parameters that the adapter replaces (PEFT's `modules_to_save`), by their name in the base model."""
     base_model: str | None
     """Name or path of the base model, as the adapter states it."""
+    of_ladder: bool = False
+    """Whether the folder holds a ladder, whose weights at full rank these are."""
 
     @classmethod
     def load(cls, adapter: str | Path, revision: str | None = None) -> PeftAdapter:
@@ -77,8 +80,8 @@ class PeftAdapter:
         Raises:
             LadderError: A file is missing or damaged, the weights are pickled, or the adapter is not plain LoRA.
         """
-        raw_config, config_path, raw_weights, weights_path = read_folder(
-            Path(adapter), lambda: _read_files(adapter, revision), self_checking=False
+        (raw_config, config_path, raw_weights, weights_path), of_ladder = read_folder(
+            Path(adapter), lambda: (_read_files(adapter, revision), holds_ladder(adapter)), self_checking=False
         )
         config = parse_json(raw_config, config_path)
         _refuse_unsupported(config, config_path)
@@ -96,7 +99,7 @@ class PeftAdapter:
             rank, alpha = ranks.get(name, config["r"]), alphas.get(name, config["lora_alpha"])
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             factors[name] = (*_factors(f"{weights_path}: {name}", pair, rank, scale), scale)
-        return cls(factors, saved, config.get("base_model_name_or_path"))
+        return cls(factors, saved, config.get("base_model_name_or_path"), of_ladder)
 
 
 def _read_files(adapter: str | Path, revision: str | None) -> tuple[bytes, Path, bytes, Path]:

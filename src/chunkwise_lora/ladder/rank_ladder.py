@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import algebra, folder, format_v1
-from chunkwise_lora.ladder.contents import LadderContents
+from chunkwise_lora.ladder.contents import Build, LadderContents
 from chunkwise_lora.ladder.module import LadderModule
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.truncation import truncate
@@ -27,9 +27,7 @@ RUNGS = 8
 
 def is_ladder(path: str | Path) -> bool:
     """Return whether the folder holds a ladder, of format 1 or 2."""
-    if not str(path):
-        return False  # an empty path must not mean the current folder
-    return folder.is_format_2(path) or format_v1.is_format_1(path)
+    return folder.holds_ladder(path)
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,16 @@ class RankLadder(LadderContents):
             LadderError: There is neither a ladder nor a PEFT adapter, or it cannot be read.
             ConfigError: The policy is damaged.
         """
-        if is_ladder(path):
-            try:
-                return cls.from_pretrained(path)
-            except LadderError:
-                if is_ladder(path):
-                    raise  # otherwise a writer has just put a plain adapter there
-        plain = replace(cls.from_peft(path), policy=format_v1.read_policy(path))
-        return cls.from_pretrained(path) if is_ladder(path) else plain  # a writer may have put a ladder there
+        while True:  # until what is read is what was looked for: a writer may put the other kind there meanwhile
+            if is_ladder(path):
+                try:
+                    return cls.from_pretrained(path)
+                except LadderError:
+                    if is_ladder(path):
+                        raise
+            source = PeftAdapter.load(path)
+            if not source.of_ladder:
+                return replace(cls._of_adapter(source, algebra.decompose, "svd"), policy=format_v1.read_policy(path))
 
     @classmethod
     def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
@@ -65,11 +65,15 @@ class RankLadder(LadderContents):
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
         """
         source = PeftAdapter.load(adapter, revision)
+        if as_trained:
+            return cls._of_adapter(source, algebra.as_trained, "as-trained")
+        return cls._of_adapter(source, algebra.decompose, "svd")
+
+    @classmethod
+    def _of_adapter(cls, source: PeftAdapter, decompose: algebra.Decompose, build: Build) -> RankLadder:
         steps = min(RUNGS, max(len(a) for a, _, _ in source.factors.values()))
-        build = algebra.as_trained if as_trained else algebra.decompose
-        modules = {name: build(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
-        how = "as-trained" if as_trained else "svd"
-        return cls(modules, source.base_model, how, source.saved_modules)  # type: ignore[arg-type]
+        modules = {name: decompose(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
+        return cls(modules, source.base_model, build, source.saved_modules)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RankLadder:

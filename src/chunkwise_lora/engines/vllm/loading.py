@@ -70,10 +70,12 @@ def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
 
 @lru_cache(maxsize=1024)
 def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
-    if is_ladder(path):
-        return config_of(load(path), server, path)
-    _refuse_saved(PeftAdapter.load(path).saved_modules, path)
-    return config_of(None, server, path)
+    if not is_ladder(path):
+        adapter = PeftAdapter.load(path)  # without the SVD, which only the worker needs
+        if not adapter.of_ladder:
+            _refuse_saved(adapter.saved_modules, path)
+            return config_of(None, server, path)
+    return config_of(load(path), server, path)
 
 
 def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> ChunkWiseConfig:
