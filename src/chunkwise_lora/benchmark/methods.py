@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.ladder.backtracking import refuse_backtracking
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 BASE, MERGED, UNMERGED = "base, no adapter", "PEFT merged", "PEFT unmerged"
@@ -59,6 +60,8 @@ def methods(
         caches: Also measure PEFT unmerged with the static and the quantised cache of transformers, if they can run.
         fast: The fast paths that ChunkWise may use. By default all that this machine allows.
     """
+    for folder in adapters.values():
+        refuse_backtracking(folder)
     (first, folder), *others = adapters.items()
     unmerged = PeftModel.from_pretrained(
         _sharing_weights(base), folder, adapter_name=first, autocast_adapter_dtype=False

@@ -24,6 +24,7 @@ from chunkwise_lora.calibration.rung_policy import multiplier_for
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, first_line
 from chunkwise_lora.evaluation.methods import FULL, Method, ScoredWindows
 from chunkwise_lora.ladder import RankLadder, is_ladder
+from chunkwise_lora.ladder.backtracking import refuse_backtracking
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 PLAIN, OWN, CALIBRATED = "plain SVD", "own rungs", "calibrated"
@@ -127,6 +128,7 @@ class Comparison:
         """An adapter in unmerged PEFT."""
         from peft import PeftModel
 
+        refuse_backtracking(path)
         try:
             model = PeftModel.from_pretrained(copy.deepcopy(self.base), path, autocast_adapter_dtype=False).eval()
         except (OSError, ValueError, RuntimeError) as error:
