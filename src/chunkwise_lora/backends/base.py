@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from chunkwise_lora.backends import triton
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method.segments import PassPlan
@@ -142,17 +143,30 @@ class Backend(ABC, Generic[LayerT, PassT]):
 
 AnyBackend = Backend[Any, Any]
 
-_registry: dict[str, Callable[[], type[AnyBackend]]] = {}
+MayRun = Callable[[torch.device, Limits | None], bool]
 
 
-def register_backend(name: str, load: Callable[[], type[AnyBackend]]) -> None:
+@dataclass(frozen=True)
+class _Entry:
+    load: Callable[[], type[AnyBackend]]
+    may_run: MayRun
+
+
+_registry: dict[str, _Entry] = {}
+
+
+def register_backend(
+    name: str, load: Callable[[], type[AnyBackend]], may_run: MayRun = lambda device, limits: True
+) -> None:
     """Register a backend for `backend_on`, which tries the backend that was registered last first.
 
     Args:
         name: Name of the backend.
-        load: Imports the class and returns it. An ImportError means that the backend cannot run here.
+        load: Imports the class and returns it. If it raises an ImportError, a warning names what is missing, and the
+            next backend is tried.
+        may_run: Whether the backend comes into question for a device and limits, decided before it is imported.
     """
-    _registry[name] = load
+    _registry[name] = _Entry(load, may_run)
 
 
 def _built_in(module: str, class_name: str) -> Callable[[], type[AnyBackend]]:
@@ -161,7 +175,7 @@ def _built_in(module: str, class_name: str) -> Callable[[], type[AnyBackend]]:
 
 register_backend("torch", _built_in("torch_products", "TorchBackend"))
 register_backend("native", _built_in("native.backend", "NativeBackend"))
-register_backend("triton", _built_in("triton.backend", "TritonBackend"))
+register_backend("triton", _built_in("triton.backend", "TritonBackend"), triton.may_run)
 
 
 def backend_on(
@@ -175,11 +189,13 @@ def backend_on(
     if name is not None and name not in _registry:
         raise EngineError(f"backend {name!r} is unknown; choose one of {', '.join(_registry)}")
     for candidate in [name] if name else reversed(_registry):
+        entry = _registry[candidate]
+        if not entry.may_run(device, limits):
+            continue
         try:
-            kind = _registry[candidate]()
+            kind = entry.load()
         except ImportError as error:
-            if name or (candidate == "triton" and device.type == "cuda"):
-                logger.warning("the %s backend cannot be imported: %s", candidate, error)
+            logger.warning("the %s backend cannot be imported: %s", candidate, error)
             continue
         if kind.supports(device, dtype, limits):
             return kind(device, dtype, limits)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,12 +9,11 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.backends.base import Backend, Columns, Layer, Limits, PreparedPass
+from chunkwise_lora.backends.triton import may_run
 from chunkwise_lora.backends.triton.schedule import Schedule
 from chunkwise_lora.backends.triton.table import AdapterTable
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method.segments import PassPlan
-
-logger = logging.getLogger(__name__)
 
 FIRST_RANK, FIRST_RUNGS = 16, 32
 """Sizes of new tables. They double if an adapter needs more, because the kernels are compiled for each size."""
@@ -48,8 +45,8 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
-        """Return whether this is a CUDA device and the engine has limits. CHUNKWISE_TRITON=0 turns the backend off."""
-        return device.type == "cuda" and limits is not None and os.environ.get("CHUNKWISE_TRITON") != "0"
+        """Return whether `may_run` allows it."""
+        return may_run(device, limits)
 
     @property
     def adapters(self) -> frozenset[str]:
