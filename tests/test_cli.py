@@ -430,6 +430,26 @@ def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path
     )
 
 
+def test_an_export_does_not_replace_its_source(run: Any, tmp_path: Path) -> None:
+    assert run("ladder", "export", "wiki", "-o", tmp_path)[0] == 0
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    code, _, err = run("ladder", "export", tmp_path, "--mean-rank", "50%", "-o", tmp_path)
+    assert code == 1 and "give another folder" in " ".join(err.split())
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_build_does_not_replace_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:
+    RankLadder.load(embedded.ADAPTERS["wiki-nested"]).save_pretrained(tmp_path)
+    code, _, err = run("ladder", "build", "wiki", "-o", tmp_path)
+    assert code == 1 and "calibrated" in err
+    assert RankLadder.load(tmp_path).policy is not None
+
+
+def test_an_unknown_method_is_refused(run: Any) -> None:
+    code, _, err = run("bench", "--methods", "fast", "--rounds", 1)
+    assert code == 1 and "--methods fast" in err and "PEFT merged" in " ".join(err.split())
+
+
 def test_an_export_does_not_replace_a_ladder(run: Any, tmp_path: Path) -> None:
     assert run("ladder", "build", embedded.ADAPTERS["wiki"], "-o", tmp_path)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCa
 
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
+from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.ladder.backtracking import refuse_backtracking
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -85,7 +86,15 @@ def methods(
 
 
 def chosen(all_methods: Sequence[Method], beginnings: Sequence[str]) -> list[Method]:
-    """PEFT unmerged, which all are compared with, and the methods whose names begin with one of `beginnings`."""
+    """PEFT unmerged, which all are compared with, and the methods whose names begin with one of `beginnings`.
+
+    Raises:
+        ChunkWiseError: No method begins with one of them.
+    """
+    names = [method.name for method in all_methods]
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in names):
+            raise ChunkWiseError(f"--methods {beginning}: no method begins with this; there are {', '.join(names)}")
     return [method for method in all_methods if method.name.startswith((UNMERGED, *beginnings))]
 
 

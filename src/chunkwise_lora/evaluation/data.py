@@ -209,7 +209,7 @@ def _from_hub(source: str, split: str) -> Any:
         from datasets import load_dataset
     except ImportError:
         raise ChunkWiseError(
-            f"{source}: is not a file; to load data sets from the hub, pip install 'chunkwise-lora[hub]'"
+            f"{source}: there is no such file; to load data sets from the hub, pip install 'chunkwise-lora[hub]'"
         ) from None
 
     name, _, configuration = source.partition(":")

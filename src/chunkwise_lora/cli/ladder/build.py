@@ -60,8 +60,10 @@ def build(
         )
     source = embedded.find(adapter)
 
-    from chunkwise_lora.ladder import RankLadder, describe  # slow to import: only after all refusals
+    from chunkwise_lora.ladder import RankLadder, describe, is_ladder  # slow to import: only after all refusals
 
+    if is_ladder(output) and RankLadder.load(output).policy is not None:
+        raise ChunkWiseError(f"--output {output}: holds a calibrated ladder, which would be lost; give another folder")
     storage = dtype_named(dtype)
     ladder = RankLadder.from_peft(source, as_trained=as_trained)
     if base is not None and calibration_text is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -80,6 +81,10 @@ def export(
 
     from chunkwise_lora.ladder import RankLadder, is_ladder, truncate  # slow to import: only after all refusals
 
+    if os.path.isdir(source) and os.path.isdir(output) and os.path.samefile(source, output):
+        raise ChunkWiseError(
+            f"--output {output}: is the adapter that is exported, and the export would replace it; give another folder"
+        )
     if is_ladder(output):
         raise ChunkWiseError(
             f"--output {output}: holds a ladder, and the export would replace it. PEFT can load that folder as it is, "
@@ -96,7 +101,7 @@ def export(
     before = _figures(loaded, stored_dtype, stored_bytes)
     after = _figures(exported, chosen_dtype or stored_dtype, _nbytes(exported))
     console.print(_table(before, after))
-    print_plain(_what_is_lost(found))
+    print_plain(_what_is_lost(found, one_rank))
     print_plain(f"Written to {output}. To use it:")
     print_plain(f"    PeftModel.from_pretrained(base, {str(output)!r})", wrap=False)
     content = {"before": asdict(before), "after": asdict(after), "kl": found.kl, "energy_kept": found.energy_kept}
@@ -150,11 +155,13 @@ def _rank_range(figures: Figures) -> str:
     return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
 
 
-def _what_is_lost(found: Truncation[RankLadder]) -> str:
+def _what_is_lost(found: Truncation[RankLadder], one_rank: bool) -> str:
     if found.energy_kept >= 1:
         return "This is the full rank: nothing is lost except rounding to the number format."
     measure = "importance of all directions" if found.ladder.build == "calibrated" else "squared singular values"
     kept = f"the kept directions hold {found.energy_kept:.2%} of the {measure}"
     if found.kl is not None:
         return f"Loss: a measured KL divergence from full rank of {found.kl:.4f} nats per token; {kept}."
+    if one_rank:
+        return f"Loss: not measured, because only the ladder's own rungs are; {kept}."
     return f"Loss: not measured; {kept}. Measure it with `chunkwise ladder measure`."
