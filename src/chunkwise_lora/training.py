@@ -34,11 +34,9 @@ from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, R
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import RankLadder, even_ranks
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.peft_files import PREFIX
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.scheduler import RuntimeScheduler
-
-PREFIX = "base_model.model."
-"""Prefix of module names in PEFT models."""
 
 
 class _Hooked(TrainerCallback):

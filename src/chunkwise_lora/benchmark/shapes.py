@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from chunkwise_lora.ladder.peft_files import PREFIX
+
 
 def _llama(
     hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, tied: bool
@@ -61,7 +63,7 @@ def random_adapter(config: LlamaConfig, rank: int, folder: Path, seed: int = 1) 
         if isinstance(module, nn.Linear) and name != "lm_head":
             for side, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
                 factor = torch.randn(shape, generator=generator) * 0.02
-                tensors[f"base_model.model.{name}.lora_{side}.weight"] = factor.bfloat16()
+                tensors[f"{PREFIX}{name}.lora_{side}.weight"] = factor.bfloat16()
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear").save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors")

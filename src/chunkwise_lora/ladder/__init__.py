@@ -2,9 +2,9 @@
 
 from chunkwise_lora.ladder.contents import Build
 from chunkwise_lora.ladder.describe import describe
-from chunkwise_lora.ladder.folder import LADDER_NAME
+from chunkwise_lora.ladder.folder import LADDER_NAME, is_ladder
 from chunkwise_lora.ladder.module import LadderModule, even_ranks
-from chunkwise_lora.ladder.rank_ladder import RankLadder, is_ladder
+from chunkwise_lora.ladder.rank_ladder import RankLadder
 from chunkwise_lora.ladder.truncation import Truncation, truncate
 
 __all__ = [

@@ -65,7 +65,7 @@ def is_format_2(folder: str | Path) -> bool:
     return os.path.lexists(os.path.join(folder, LADDER_NAME))
 
 
-def holds_ladder(folder: str | Path) -> bool:
+def is_ladder(folder: str | Path) -> bool:
     """Return whether a ladder, of format 1 or 2, was saved in the folder."""
     if not str(folder):
         return False  # an empty path must not mean the current folder

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.checks import check_factors, check_name, check_tensor
-from chunkwise_lora.ladder.folder import holds_ladder
+from chunkwise_lora.ladder.folder import is_ladder
 from chunkwise_lora.ladder.patterns import ModulePatterns
-from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.whole_folder import read_folder
 
@@ -81,7 +81,7 @@ class PeftAdapter:
             LadderError: A file is missing or damaged, the weights are pickled, or the adapter is not plain LoRA.
         """
         (raw_config, config_path, raw_weights, weights_path), of_ladder = read_folder(
-            Path(adapter), lambda: (_read_files(adapter, revision), holds_ladder(adapter)), self_checking=False
+            Path(adapter), lambda: (_read_files(adapter, revision), is_ladder(adapter)), self_checking=False
         )
         config = parse_json(raw_config, config_path)
         _refuse_unsupported(config, config_path)
@@ -210,7 +210,7 @@ def _split(
     sides: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = WRAPPERS.sub("", key).removeprefix("base_model.model.")
+        name = WRAPPERS.sub("", key).removeprefix(PREFIX)
         # Some tools keep the adapter's name after lora_A.
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", name):
             if match[2] in sides.setdefault(match[1], {}):

@@ -20,6 +20,7 @@ from chunkwise_lora.ladder.tensors import to_bytes
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+"""PEFT puts this before the names of the base model's modules."""
 
 MEANING = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
 """Fields of `adapter_config.json` that decide which function the tensors compute."""

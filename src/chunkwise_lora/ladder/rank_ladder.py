@@ -25,11 +25,6 @@ RUNGS = 8
 """Number of rungs above rank 0, unless the adapter's rank is lower."""
 
 
-def is_ladder(path: str | Path) -> bool:
-    """Return whether the folder holds a ladder, of format 1 or 2."""
-    return folder.holds_ladder(path)
-
-
 @dataclass(frozen=True)
 class RankLadder(LadderContents):
     """The ladder of a whole adapter: one `LadderModule` per adapted linear module, and the policy fitted to it."""
@@ -43,11 +38,11 @@ class RankLadder(LadderContents):
             ConfigError: The policy is damaged.
         """
         while True:  # until what is read is what was looked for: a writer may put the other kind there meanwhile
-            if is_ladder(path):
+            if folder.is_ladder(path):
                 try:
                     return cls.from_pretrained(path)
                 except LadderError:
-                    if is_ladder(path):
+                    if folder.is_ladder(path):
                         raise
             source = PeftAdapter.load(path)
             if not source.of_ladder:

@@ -74,6 +74,7 @@ class Session:
         self.cache = SessionCache(self, traits, [config.kv_cache for config in prompts.configs], use_kernels)
         self._traits = traits
         self._prompts = prompts
+        self._infos = {info.key: info for info in prompts.adapters}
         self._eos = frozenset(prompts.eos_token_ids)
         self._adapters: list[AdapterInfo] = []
         """The adapter of each sequence."""
@@ -140,8 +141,7 @@ class Session:
         self._pending = (tokens, [self.planner[row].take_decisions() for row in range(batch)])
         self._columns += width - known
         self._passes += 1
-        infos = {info.key: info for info in self._adapters}
-        self._bytes_read += sum(int(infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
+        self._bytes_read += sum(int(self._infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
         if self.cache.chunkwise_layers and inputs.get("past_key_values") is self.cache:
             self._align_mask(inputs, real)
         return plan
