@@ -255,8 +255,9 @@ def test_an_impossible_path_is_refused(path: str) -> None:
 
 
 def test_a_folder_of_folders_of_adapters_is_refused_by_their_names(tmp_path: Path) -> None:
-    shutil.copytree(adapter("llama"), tmp_path / "mine")
-    with pytest.raises(LadderError, match=r"its folders mine hold adapters"):
+    for name in ("mine", "yours"):
+        shutil.copytree(adapter("llama"), tmp_path / name)
+    with pytest.raises(LadderError, match=r"its folders mine, yours hold adapters"):
         RankLadder.from_peft(tmp_path)
 
 

@@ -39,9 +39,12 @@ def refuse_backtracking(adapter: str | Path) -> None:
             or is not a regular expression. The error names file and field.
     """
     path = Path(adapter) / CONFIG_NAME
-    if not path.is_file():
-        return
-    config = read_json(path)
+    if path.is_file():
+        refuse_backtracking_in(read_json(path), path)
+
+
+def refuse_backtracking_in(config: dict[str, Any], path: Path) -> None:
+    """Do the same as `refuse_backtracking`, for what was read from the `adapter_config.json` at `path`."""
     for field in FIELDS:
         for expression in _expressions(config.get(field)):
             try:

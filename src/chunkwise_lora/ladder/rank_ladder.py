@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import algebra, folder, format_v1
+from chunkwise_lora.ladder.adapter_files import AdapterFiles
+from chunkwise_lora.ladder.adapter_location import find_folder
 from chunkwise_lora.ladder.contents import Build, LadderContents
 from chunkwise_lora.ladder.module import LadderModule
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.truncation import truncate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 RUNGS = 8
 """Number of rungs above rank 0, unless the adapter's rank is lower."""
@@ -37,20 +42,24 @@ class RankLadder(LadderContents):
             LadderError: There is neither a ladder nor a PEFT adapter, or it cannot be read.
             ConfigError: The policy is damaged.
         """
-        while True:  # until what is read is what was looked for: a writer may put the other kind there meanwhile
-            if folder.is_ladder(path):
-                try:
-                    return cls.from_pretrained(path)
-                except LadderError:
-                    if folder.is_ladder(path):
-                        raise
-            source = PeftAdapter.load(path)
-            if not source.of_ladder:
-                return replace(cls._of_adapter(source, algebra.decompose, "svd"), policy=format_v1.read_policy(path))
+        found = ladder_or_adapter(path)
+        if isinstance(found, RankLadder):
+            return found
+        policy = format_v1.read_policy(found.config_path.parent)
+        return replace(cls.of_adapter(PeftAdapter.of(found)), policy=policy)
 
     @classmethod
-    def from_peft(cls, adapter: str | Path, *, revision: str | None = None, as_trained: bool = False) -> RankLadder:
-        """Build the plain SVD ladder of a PEFT LoRA adapter, given by its folder or its name on the hub.
+    def from_peft(
+        cls,
+        adapter: str | Path | PeftModel,
+        *,
+        adapter_name: str | None = None,
+        revision: str | None = None,
+        as_trained: bool = False,
+    ) -> RankLadder:
+        """Build the plain SVD ladder of a PEFT LoRA adapter: a folder, a name on the hub, or a model in memory.
+
+        `adapter_name` chooses an adapter of a model in memory; without it, the active adapter is taken.
 
         The ladder is in float32 for every dtype of the adapter, so that full rank equals the adapter; see `to`.
         With `as_trained`, the directions are those of the adapter, in its order. Use this for an adapter whose first
@@ -59,16 +68,20 @@ class RankLadder(LadderContents):
         Raises:
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
         """
-        source = PeftAdapter.load(adapter, revision)
-        if as_trained:
-            return cls._of_adapter(source, algebra.as_trained, "as-trained")
-        return cls._of_adapter(source, algebra.decompose, "svd")
+        if isinstance(adapter, (str, Path)):
+            return cls.of_adapter(PeftAdapter.load(adapter, revision), as_trained)
+        from chunkwise_lora.ladder.peft_model import pure_ladder_of  # imports PEFT, which takes seconds
+
+        return pure_ladder_of(adapter, adapter_name, as_trained)
 
     @classmethod
-    def _of_adapter(cls, source: PeftAdapter, decompose: algebra.Decompose, build: Build) -> RankLadder:
-        steps = min(RUNGS, max(len(a) for a, _, _ in source.factors.values()))
-        modules = {name: decompose(b, a, scale, steps) for name, (a, b, scale) in source.factors.items()}
-        return cls(modules, source.base_model, build, source.saved_modules)
+    def of_adapter(cls, adapter: PeftAdapter, as_trained: bool = False) -> RankLadder:
+        """Build the plain SVD ladder of an adapter's factors, or the ladder of its own directions; see `from_peft`."""
+        build: Build = "as-trained" if as_trained else "svd"
+        decompose = algebra.as_trained if as_trained else algebra.decompose
+        steps = min(RUNGS, max(len(a) for a, _, _ in adapter.factors.values()))
+        modules = {name: decompose(b, a, scale, steps) for name, (a, b, scale) in adapter.factors.items()}
+        return cls(modules, adapter.base_model, build, adapter.saved_modules)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> RankLadder:
@@ -203,3 +216,25 @@ class RankLadder(LadderContents):
             if not (modules[name].up.isfinite().all() and modules[name].down.isfinite().all()):
                 raise LadderError(f"{name}: its factors are beyond the range of {dtype}; store the ladder in bfloat16")
         return replace(self, modules=modules)
+
+
+def ladder_or_adapter(
+    path: str | Path, revision: str | None = None, subfolder: str | None = None
+) -> RankLadder | AdapterFiles:
+    """Read the ladder in the folder `path`, or else the PEFT adapter there or on the hub.
+
+    Raises:
+        LadderError: There is neither a ladder nor a LoRA adapter, or it cannot be read.
+        ConfigError: The ladder's policy is damaged.
+    """
+    while True:  # until what is read is what was looked for: a writer may put the other kind there meanwhile
+        place = find_folder(path, subfolder)
+        if place is not None and folder.is_ladder(place):
+            try:
+                return RankLadder.from_pretrained(place)
+            except LadderError:
+                if folder.is_ladder(place):
+                    raise
+        files = AdapterFiles.load(path, revision, subfolder)
+        if not files.of_ladder:
+            return files

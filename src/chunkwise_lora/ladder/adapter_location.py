@@ -1,0 +1,130 @@
+"""Finds the two files of an adapter: in a folder, in the only folder inside it that holds an adapter, or on the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+from chunkwise_lora.errors import LadderError, first_line, shown
+from chunkwise_lora.ladder.folder import is_ladder
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
+
+PICKLE_NAME = "adapter_model.bin"
+
+MLX_WEIGHTS_NAME = "adapters.safetensors"
+"""The file in which mlx-lm stores an adapter."""
+
+HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
+"""Matches names of repositories on the hub. Anything else can only be a folder."""
+
+MOST_NAMED = 5
+"""Bound on the folders that an error lists."""
+
+
+def find_folder(adapter: str | Path, subfolder: str | None = None) -> Path | None:
+    """Return the folder that holds the adapter or the ladder, or None if only the hub can have it.
+
+    If `adapter` is a folder without an adapter, and exactly one of the folders in it holds one, it is that folder.
+
+    Raises:
+        LadderError: There is no such folder, or it holds no adapter, or several.
+    """
+    if not str(adapter):
+        raise LadderError("the adapter's path is empty; give the folder of a PEFT adapter, or a name on the hub")
+    folder = Path(adapter) / (subfolder or "")
+    if os.path.isdir(folder):  # Path.is_dir can raise
+        return folder if is_ladder(folder) or not _is_missing(folder / CONFIG_NAME) else _only_folder_in(folder)
+    if os.path.isdir(adapter):
+        raise LadderError(f"{folder}: there is no such folder; give a subfolder of {adapter}")
+    if os.path.lexists(adapter):
+        raise LadderError(f"{adapter}: is not a folder that can be opened; give the folder of a PEFT adapter")
+    if not HUB_NAME.fullmatch(str(adapter)):
+        raise LadderError(f"{shown(adapter)}: there is no such folder; give the folder of a PEFT adapter")
+    return None
+
+
+def _only_folder_in(folder: Path) -> Path:
+    inside = sorted(islice((path.parent for path in folder.glob(f"*/{CONFIG_NAME}")), MOST_NAMED))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(shown(path.name) for path in inside)
+        raise LadderError(f"{folder}: no {CONFIG_NAME} here; its folders {names} hold adapters, give one of these")
+    raise LadderError(f"{folder}: no {CONFIG_NAME} here; give the folder of a PEFT adapter")
+
+
+def files_in(folder: Path) -> tuple[Path, Path]:
+    """Return the paths of the config and of the weights in the folder of an adapter.
+
+    Raises:
+        LadderError: The folder has no weights, or only pickled ones.
+    """
+    config, mlx = folder / CONFIG_NAME, folder / MLX_WEIGHTS_NAME
+    if _is_missing(config):
+        raise LadderError(f"{folder}: no {CONFIG_NAME} here; give the folder of a PEFT adapter")
+    if not _is_missing(folder / WEIGHTS_NAME):
+        return config, folder / WEIGHTS_NAME
+    if not _is_missing(mlx):
+        return config, mlx
+    if not _is_missing(folder / PICKLE_NAME):
+        raise LadderError(
+            f"{folder}: {PICKLE_NAME} is a pickle, which can run code when loaded; save the adapter again with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    raise LadderError(f"{folder}: no {WEIGHTS_NAME} here; save the adapter again")
+
+
+def files_on_hub(name: str, revision: str | None, subfolder: str | None) -> tuple[Path, Path]:
+    """Download an adapter from the hub, unless it is in the hub's cache, and return the paths of config and weights.
+
+    Raises:
+        LadderError: The hub does not have the adapter, does not give it to this user, or cannot be asked.
+    """
+    config = _download(name, CONFIG_NAME, revision, subfolder)
+    weights = _download(name, WEIGHTS_NAME, revision, subfolder) if config else None
+    weights = weights or (_download(name, MLX_WEIGHTS_NAME, revision, subfolder) if config else None)
+    if config and weights:
+        return config, weights
+    missing = WEIGHTS_NAME if config else CONFIG_NAME
+    raise LadderError(
+        f"{name}: the repository on the hub has no {missing}{f' in {shown(subfolder)}' if subfolder else ''}; give a "
+        "repository with a PEFT adapter, and its subfolder if it has one. Pickled weights (.bin) are not read, because "
+        "they can run code when loaded"
+    )
+
+
+def _download(name: str, file: str, revision: str | None, subfolder: str | None) -> Path | None:
+    """Return the path of a downloaded file, or None if the repository does not have it."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder))
+    except errors.GatedRepoError:
+        why = "the hub gives it only to users with access; request access on its page, and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "there is no such folder, and no such public repository on the hub; correct the name, or log in"
+    except errors.RevisionNotFoundError:
+        why = f"the repository on the hub has no revision {shown(revision)}; correct it"
+    except errors.LocalEntryNotFoundError:
+        why = (
+            f"there is no such folder, {file} is not in the hub's cache on this machine, and the hub cannot be reached "
+            "(or HF_HUB_OFFLINE is set); correct the path, or go online"
+        )
+    except errors.EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        why = f"there is no such folder, and the hub answers with an error ({shown(first_line(error))})"
+    raise LadderError(f"{shown(name)}: {why}")
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether nothing exists at `path`. A file that exists but cannot be read is refused when it is read."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

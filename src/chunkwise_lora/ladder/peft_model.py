@@ -1,0 +1,174 @@
+"""Reads the LoRA adapters of a PEFT model in memory: which parts are plain LoRA, and the ladder of these parts.
+
+A layer is plain if it adds s B A x to the output of a linear layer of any kind (`nn.Linear`, `Conv1D`, quantised), and
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.tuners.lora import Embedding, LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+
+from chunkwise_lora.errors import LadderError
+from chunkwise_lora.ladder.adapter_files import DTYPES
+from chunkwise_lora.ladder.checks import check_factors, check_layout
+from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.rank_ladder import RankLadder
+
+REPLACED = "replaced module"
+"""What `other_parts` calls a module of `modules_to_save`. It is the only other part that a ladder can hold."""
+
+VARIANTS = {
+    "ALora": "activated LoRA",
+    "Arrow": "Arrow routing",
+    "BdLora": "BD-LoRA",
+    "Dora": "DoRA",
+    "Kasa": "KaSA",
+    "MiCA": "MiCA",
+    "Montecl": "MonteCLoRA",
+    "QALora": "QALoRA",
+    "Velora": "VeLoRA",
+}
+"""How the names of PEFT's classes of LoRA variants begin, and what the variants are called."""
+
+
+def plain_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the layers on which `adapter` is plain LoRA, by the name of the module in the base model."""
+    return {name: layer for name, layer in _lora_layers(model, adapter) if not _difference(layer, adapter)}
+
+
+def other_parts(model: PeftModel, adapter: str) -> dict[str, str]:
+    """Return all parts of `adapter` that are not plain LoRA: what each one is, by module (or parameter) of the base."""
+    parts = {}
+    for name, layer in _lora_layers(model, adapter):
+        if what := _difference(layer, adapter):
+            parts[f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name] = what
+    for name, wrapper in _wrappers(model, adapter):
+        tokens = isinstance(wrapper, TrainableTokensWrapper)
+        parts[name] = "trainable tokens" if tokens else REPLACED
+    return parts | dict.fromkeys(_trained_biases(model, adapter), "trained bias")
+
+
+def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankLadder:
+    """Build the ladder of the plain layers and the replaced modules of `adapter`, in float32 on the CPU.
+
+    Args:
+        model: The model that holds the adapter.
+        adapter: The adapter's name.
+        as_trained: Whether to keep the directions of the adapter, in its order, instead of computing the SVD.
+
+    Raises:
+        LadderError: The adapter has no plain layer, or its weights are not finite, not in memory or not complete.
+    """
+    return RankLadder.of_adapter(_plain_adapter(model, adapter), as_trained)
+
+
+def pure_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = False) -> RankLadder:
+    """Do the same as `ladder_of`, but refuse an adapter of which a ladder would not hold everything.
+
+    Without a name, the model's active adapter is meant.
+
+    Raises:
+        LadderError: The model does not hold the adapter, or the adapter has parts that a ladder cannot hold.
+    """
+    adapter = model.active_adapter if adapter is None else adapter
+    if adapter not in model.peft_config:
+        raise LadderError(f"the model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}")
+    refused = {name: what for name, what in other_parts(model, adapter).items() if what != REPLACED}
+    if refused:
+        name, what = next(iter(refused.items()))
+        more = f" and {len(refused) - 1} other modules" if len(refused) > 1 else ""
+        raise LadderError(
+            f"a ladder holds plain LoRA only, but adapter {adapter!r} has {what} on {name}{more}; "
+            "ChunkWiseModel(model) runs these parts at full rank"
+        )
+    return ladder_of(model, adapter, as_trained)
+
+
+def _lora_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield the LoRA layers of an adapter. Those inside a replaced or an attention module are part of that module."""
+    around = [name for name, _ in _wrappers(model, adapter)]
+    around += [name for name, module in _modules(model) if isinstance(module, MultiheadAttention)]
+    inside = tuple(f"{name}." for name in around)
+    for name, module in _modules(model):
+        is_lora = isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+        if is_lora and not name.startswith(inside):
+            yield name, module
+
+
+def _wrappers(model: PeftModel, adapter: str) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    for name, module in _modules(model):
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            yield name, module
+
+
+def _modules(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the base model. A layer that PEFT has wrapped has the name that it had before."""
+    for name, module in model.get_base_model().named_modules():
+        yield name.replace(".base_layer", ""), module
+
+
+def _difference(layer: LoraLayer, adapter: str) -> str | None:
+    """Return what an adapter's layer is in words, or None if it is plain LoRA."""
+    if variant := layer.lora_variant.get(adapter):
+        name = type(variant).__name__
+        return next((what for start, what in VARIANTS.items() if name.startswith(start)), f"the LoRA variant {name}")
+    for kind, what in (
+        (ParamWrapper, "LoRA on a bare parameter"),
+        (Embedding, "LoRA on an embedding"),
+        (_ConvNd, "LoRA on a convolution"),
+        (MultiheadAttention, "LoRA on a fused attention module"),
+        (LoraParallelLinear, "LoRA on a tensor-parallel layer"),
+    ):
+        if isinstance(layer, kind):
+            return what
+    if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
+        return "LoRA on a tensor-parallel layer"
+    if layer.lora_bias.get(adapter):
+        return "LoRA with a bias"
+    if not type(layer).__module__.startswith("peft.tuners.lora."):
+        return f"the custom LoRA layer {type(layer).__name__}"
+    return None
+
+
+def _trained_biases(model: PeftModel, adapter: str) -> Iterator[str]:
+    """Yield the modules whose bias belongs to the adapter's state (PEFT's `bias`)."""
+    which = model.peft_config[adapter].bias
+    if which == "none":
+        return
+    adapted = {name for name, _ in _lora_layers(model, adapter)}
+    for name, module in _modules(model):
+        if isinstance(getattr(module, "bias", None), nn.Parameter) and (which == "all" or name in adapted):
+            yield name
+
+
+def _plain_adapter(model: PeftModel, adapter: str) -> PeftAdapter:
+    layers = plain_layers(model, adapter)
+    if not layers:
+        raise LadderError(f"adapter {adapter!r} has no plain LoRA layer, so it has no ladder")
+    factors = {}
+    for name, layer in layers.items():
+        a, b = (_in_memory(name, side[adapter].weight) for side in (layer.lora_A, layer.lora_B))
+        check_factors(name, b, a, layer.scaling[adapter])
+        factors[name] = a, b, float(layer.scaling[adapter])
+    saved = {
+        f"{name}.{key}": _in_memory(name, tensor)
+        for name, wrapper in _wrappers(model, adapter)
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
+    }
+    base = model.peft_config[adapter].base_model_name_or_path
+    return PeftAdapter(factors, saved, base)
+
+
+def _in_memory(name: str, tensor: Tensor) -> Tensor:
+    if tensor.device.type == "meta":
+        raise LadderError(f"{name}: the adapter's weights are offloaded; load the model without offloading")
+    check_layout(name, tensor, dtypes=DTYPES)
+    return tensor.detach().cpu().clone()
