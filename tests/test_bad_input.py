@@ -28,7 +28,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache, T5Config, 
 
 from chunkwise_lora import ChunkWiseError, ChunkWiseModel, EngineError, LadderError, RankLadder
 from chunkwise_lora.ladder import LADDER_NAME
-from models import ARCHITECTURES, VOCABULARY, adapter, build, peft_model, prompts
+from models import VOCABULARY, adapter, build, peft_model, prompts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -573,7 +573,6 @@ IMPOSSIBLE_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "three dimensions": ({"input_ids": IDS[None]}, "batch, tokens"),
     "a list": ({"input_ids": IDS.tolist()}, "batch, tokens"),
     "None": ({"input_ids": None}, "input_ids"),
-    "too long": ({"input_ids": torch.full((1, 1025), 5)}, "1025.*1024"),
     "mask too wide": ({"input_ids": IDS, "attention_mask": torch.ones(1, 4, dtype=torch.long)}, "attention_mask"),
     "mask of four dimensions": ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)}, "attention_mask"),
 }
@@ -586,8 +585,8 @@ def test_an_impossible_prompt_is_refused(model: ChunkWiseModel, call: str, input
         getattr(model, call)(**inputs)
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in ("bloom", "falcon_alibi")])
-def test_a_prompt_longer_than_the_models_positions_is_refused(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_a_prompt_longer_than_the_models_table_of_positions_is_refused(architecture: str) -> None:
     base = build(architecture)
     positions = base.config.max_position_embeddings
     model = ChunkWiseModel(base, adapter(architecture))

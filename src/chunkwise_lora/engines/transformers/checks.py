@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from chunkwise_lora.engines.transformers.positions import check_positions
 from chunkwise_lora.errors import EngineError
 
 _ROLLS_BACK = "assisted generation removes tokens from the cache again, and the cache may already have dropped others"
@@ -25,6 +27,9 @@ REFUSED_OPTIONS = {
     "inputs_embeds": "plans are made from token ids; pass input_ids instead",
 }
 
+_ARGUMENTS = inspect.signature(GenerationMixin.generate).parameters.keys() | {"tokenizer"}
+"""Arguments of `generate` itself. It takes the tokenizer from its keyword arguments, for stop strings."""
+
 
 class GenerateOptions:
     """The options that apply to a call of `generate`: those of the call, of a generation config, then the model's."""
@@ -38,6 +43,11 @@ class GenerateOptions:
             return self._options[name]
         values = (getattr(config, name, None) for config in self._configs)
         return next((value for value in values if value is not None), None)
+
+    def model_inputs(self) -> set[str]:
+        """Return the names of the call's options that `generate` hands to the model: what is no setting of its own."""
+        settings = vars(GenerationConfig()).keys() | _ARGUMENTS
+        return {name for name, value in self._options.items() if value is not None} - settings
 
 
 def refuse_type(name: str, value: object, *kinds: type) -> None:
@@ -92,7 +102,4 @@ def check_prompt(model: PreTrainedModel, input_ids: Tensor | None, options: Mapp
             f"input_ids hold {low if low < 0 else high}, outside the model's vocabulary of {rows}; "
             "use the tokenizer of this model"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(lengths.max())
-    if positions is not None and longest > positions:
-        raise EngineError(f"a prompt has {longest} tokens, but the model has {positions} positions; shorten the prompt")
+    check_positions(model, int(lengths.max()))

@@ -1,13 +1,25 @@
-"""What the engine needs to know about a model: which KV decisions it allows, its positions and its cache."""
+"""What the engine needs to know about a model: which KV decisions it allows, how prompts may run, its positions."""
 
 from __future__ import annotations
 
 import inspect
-import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from chunkwise_lora.engines.transformers.checks import GenerateOptions
+from chunkwise_lora.engines.transformers.positions import tabled_positions
+
+TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
+"""Inputs that `generate` cuts along the tokens when a prompt runs in several passes."""
+
+LENGTH_FREE_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+"""Kinds of rotary embedding that give a position the same angles in a pass of any length."""
+
+_OUTPUTS_PER_PASS = ("output_hidden_states", "output_attentions")
 
 
 @dataclass(frozen=True)
@@ -20,10 +32,12 @@ class ModelTraits:
     kv_notes: tuple[str, ...]
     """Which KV decisions are not carried out, and why."""
     positions: float
-    """Number of positions with a learned embedding; infinite if positions are computed."""
+    """Number of positions in the model's table of positions; infinite if positions are computed."""
     takes_cache: bool
     """Whether the model accepts the engine's cache. Models that need another kind of cache, such as recurrent models,
     keep their own."""
+    cuts_text: bool
+    """Whether a prompt of text gives the same result in one pass and in several passes that share a cache."""
     parameters: tuple[str, ...]
     """Names of the parameters of the model's `forward`."""
 
@@ -40,10 +54,21 @@ class ModelTraits:
             config=model.config,
             carries_out_kv=carries_out,
             kv_notes=tuple(notes),
-            positions=_learned_positions(model),
+            positions=tabled_positions(model),
             takes_cache=model._supports_default_dynamic_cache(),
+            cuts_text=_cuts_text(model),
             parameters=forward_parameters(model),
         )
+
+    def prompt_passes_are_safe(self, options: GenerateOptions) -> bool:
+        """Return whether the prompts of a call of `generate` may run in several passes.
+
+        They may if that is known to be the same computation: the model allows it for text, the call has no other
+        inputs, no padding, and asks for no outputs of every pass.
+        """
+        if not self.cuts_text or any(getattr(options, name) for name in _OUTPUTS_PER_PASS):
+            return False
+        return options.model_inputs() <= TEXT_INPUTS and not _pads(options.attention_mask)
 
 
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -51,25 +76,57 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _learned_positions(model: PreTrainedModel) -> float:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return math.inf
-    tokens = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-    # OPT and others keep a few rows before the first position.
-    return positions if any(0 <= table.num_embeddings - positions <= 2 for table in tables) else math.inf
+def _cuts_text(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return (
+        model._supports_attention_backend  # its layers mix tokens only by masks and attention of transformers
+        and not model._is_stateful
+        and _caches_only(DynamicCache(config=model.config), DynamicLayer, DynamicSlidingWindowLayer)
+        and set(_layer_types(config)) <= {"full_attention", "sliding_attention"}
+        and set(_rope_types(config)) <= LENGTH_FREE_ROPE
+        and _is_causal(model.get_decoder())
+    )
 
 
 def _kv_support(model: PreTrainedModel) -> tuple[bool, list[str]]:
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return False, ["not carried out: ALiBi ties attention to the order of the cache"]
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return False, [f"not carried out: {type(model).__name__} derives positions from the cache"]
-    kinds = set(getattr(config, "layer_types", None) or ())
+    if "position_ids" not in forward_parameters(model):
+        return False, [f"not carried out: {name} derives positions from the cache"]
+    kinds = set(_layer_types(config))
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         return False, [f"not carried out: layers of type {', '.join(other)} are not supported"]
+    if not model._supports_attention_backend or not _is_causal(model.get_decoder()):
+        return False, [f"not carried out: the attention of {name} may depend on the order of the cache"]
     if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None):
         return True, ["sliding-window layers keep transformers' own cache, which the window already bounds"]
     return True, []
+
+
+def _caches_only(cache: Cache, *kinds: type[CacheLayerMixin]) -> bool:
+    return all(type(layer) in kinds for layer in cache.layers)
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    return list(getattr(config, "layer_types", None) or ())
+
+
+def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
+    """Yield the kinds of rotary embedding, of which types of layer may have one each."""
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None) or {}
+        for each in (parameters, *parameters.values()):
+            if isinstance(each, Mapping):
+                yield each.get("rope_type", each.get("type", "default"))
+
+
+def _is_causal(decoder: nn.Module) -> bool:
+    """Return whether every attention module states that tokens see earlier tokens only."""
+    stated = [getattr(module, "is_causal", None) for module in decoder.modules()]
+    return True in stated and False not in stated
+
+
+def _pads(mask: Tensor | None) -> bool:
+    return mask is not None and not bool(mask.all())
