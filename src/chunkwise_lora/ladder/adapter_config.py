@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from chunkwise_lora.errors import LadderError
 
-PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that do not change the base weights. PiSSA, OLoRA, CorDA, LoftQ and others change them."""
+
+BASE_CHANGES = {
+    "kasa_config": "KaSA changes the weights of the base model",
+    "layer_replication": "layer replication adds layers to the base model",
+    "arrow_config": "Arrow routing needs other adapters on the base model",
+}
+"""Fields with which an adapter needs another base model than the one that is loaded, and why."""
 
 LARGEST_SCALE = 1e30
 """Ranks and alphas are below this, so that a scale never overflows."""
@@ -54,17 +62,28 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def refuse_changed_base(config: dict[str, Any], path: Path) -> None:
-    """Refuse an adapter that fits only a base model that was changed when the adapter was made.
+def refuse_changed_base(config: Mapping[str, Any], where: str) -> None:
+    """Refuse an adapter for which PEFT changes the base model. `where` names the config in errors.
 
     Raises:
         LadderError: The adapter is such a one; the message names the remedies.
     """
+    whole = "load it with peft.PeftModel.from_pretrained, and give that model to ChunkWiseModel"
     if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
         raise LadderError(
-            f"{path}: init_lora_weights = {short(config['init_lora_weights'])} changes the base weights; export it as "
-            "plain LoRA (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            f"{where}: init_lora_weights = {short(config['init_lora_weights'])} changes the base weights; {whole}, or "
+            "save it as plain LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
+    for name, why in BASE_CHANGES.items():
+        if config.get(name):
+            raise LadderError(f"{where}: {name} is set, and {why}; {whole}")
+
+
+def is_replaced(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether modules_to_save names the module, the end of its name, or a module that contains it (PEFT's rule)."""
+    names = config.get("modules_to_save") or ()
+    # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
+    return any(f"{name}." in f"{module}." for name in names) or bool(names and config.get("ensure_weight_tying"))
 
 
 def _is_number(value: object) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder.adapter_config import check_config
-from chunkwise_lora.ladder.adapter_keys import peft_keys
+from chunkwise_lora.ladder.adapter_keys import peft_keys, resized_embeddings
 from chunkwise_lora.ladder.adapter_location import files_in, files_on_hub, find_folder
-from chunkwise_lora.ladder.checks import check_tensor
+from chunkwise_lora.ladder.checks import SHARDED, check_tensor
 from chunkwise_lora.ladder.folder import is_ladder
+from chunkwise_lora.ladder.mlx import from_mlx, is_mlx
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.whole_folder import read_folder
 
@@ -27,7 +28,8 @@ class AdapterFiles:
     """The content of an adapter's files, checked and in the form that PEFT writes."""
 
     config: dict[str, Any]
-    """Fields of `adapter_config.json`."""
+    """Fields of `adapter_config.json`. Embeddings that are stored only because the vocabulary was resized are in
+    `modules_to_save` here, so that PEFT keeps those of the base."""
     tensors: dict[str, Tensor]
     """The tensors by the keys that PEFT gives them when it saves an adapter."""
     config_path: Path
@@ -50,16 +52,21 @@ class AdapterFiles:
             (raw_config, config_path, raw_weights, weights_path), of_ladder = read_folder(
                 folder, lambda: (_read(*files_in(folder)), is_ladder(folder)), self_checking=False
             )
-        config = parse_json(raw_config, config_path)
+        config, tensors = parse_json(raw_config, config_path), parse_tensors(raw_weights, weights_path)
+        if is_mlx(tensors):
+            config, tensors = from_mlx(config, tensors, config_path)
         check_config(config, config_path)
-        tensors = peft_keys(parse_tensors(raw_weights, weights_path), weights_path)
+        tensors = peft_keys(tensors, config, weights_path)
         for name, tensor in tensors.items():
+            if tensor.ndim < 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise LadderError(f"{weights_path}: {name} has shape {list(tensor.shape)}. {SHARDED}")
             check_tensor(f"{weights_path}: {name}", tensor, dtypes=DTYPES)
         if not any(".lora_" in name for name in tensors):
             raise LadderError(
                 f"{weights_path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes"
             )
-        return cls(config, tensors, config_path, weights_path, of_ladder)
+        replaced = [*(config.get("modules_to_save") or []), *resized_embeddings(tensors, config)]
+        return cls({**config, "modules_to_save": replaced or None}, tensors, config_path, weights_path, of_ladder)
 
 
 def _read(config: Path, weights: Path) -> tuple[bytes, Path, bytes, Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.folder import is_ladder
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
+from chunkwise_lora.ladder.whole_folder import read_folder
 
 PICKLE_NAME = "adapter_model.bin"
 
@@ -35,7 +36,7 @@ def find_folder(adapter: str | Path, subfolder: str | None = None) -> Path | Non
         raise LadderError("the adapter's path is empty; give the folder of a PEFT adapter, or a name on the hub")
     folder = Path(adapter) / (subfolder or "")
     if os.path.isdir(folder):  # Path.is_dir can raise
-        return folder if is_ladder(folder) or not _is_missing(folder / CONFIG_NAME) else _only_folder_in(folder)
+        return read_folder(folder, lambda: _folder_within(folder), self_checking=False)
     if os.path.isdir(adapter):
         raise LadderError(f"{folder}: there is no such folder; give a subfolder of {adapter}")
     if os.path.lexists(adapter):
@@ -45,8 +46,12 @@ def find_folder(adapter: str | Path, subfolder: str | None = None) -> Path | Non
     return None
 
 
-def _only_folder_in(folder: Path) -> Path:
-    inside = sorted(islice((path.parent for path in folder.glob(f"*/{CONFIG_NAME}")), MOST_NAMED))
+def _folder_within(folder: Path) -> Path:
+    """Return the folder itself if it holds an adapter, or else the only folder in it that does."""
+    if is_ladder(folder) or not _is_missing(folder / CONFIG_NAME):
+        return folder
+    holders = (path.parent for path in folder.glob(f"*/{CONFIG_NAME}") if not path.parent.name.startswith("."))
+    inside = sorted(islice(holders, MOST_NAMED))
     if len(inside) == 1:
         return inside[0]
     if inside:

@@ -53,7 +53,7 @@ class AdapterSource:
         found = ladder_or_adapter(adapter, revision, subfolder)
         if isinstance(found, RankLadder):
             return cls.of(found)
-        refuse_changed_base(found.config, found.config_path)
+        refuse_changed_base(found.config, str(found.config_path))
         refuse_backtracking_in(found.config, found.config_path)
         policy = format_v1.read_policy(found.config_path.parent)
         return cls(_known_fields(found.config, found.config_path), found.tensors, None, policy)

@@ -37,6 +37,12 @@ LONGEST_NAME = 512
 DEEPEST_NAME = 64
 """Bound on the parts of a name between its dots."""
 
+SHARDED = (
+    "Sharded training (DeepSpeed ZeRO-3, FSDP) leaves such tensors; gather the parameters before saving (ZeRO-3: "
+    "stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
+)
+"""Cause and remedy of tensors that are empty or flat."""
+
 
 def check_name(where: str, name: str) -> None:
     """Check that the name of a module or parameter is printable and of bounded length."""
@@ -66,10 +72,7 @@ def check_layout(
         raise LadderError(f"{where} has dtype {tensor.dtype}; save it in one of {names}")
     sizes = list(tensor.shape)
     if 0 in sizes:
-        raise LadderError(
-            f"{where} is empty (shape {sizes}). Sharded training (DeepSpeed ZeRO-3, FSDP) leaves such tensors; gather "
-            "the parameters before saving (ZeRO-3: stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)"
-        )
+        raise LadderError(f"{where} is empty (shape {sizes}). {SHARDED}")
     if shape is not None and (
         len(sizes) != len(shape) or any(want not in (None, size) for want, size in zip(shape, sizes, strict=True))
     ):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
-from chunkwise_lora.ladder.adapter_config import refuse_changed_base, short
+from chunkwise_lora.ladder.adapter_config import is_replaced, refuse_changed_base, short
 from chunkwise_lora.ladder.adapter_files import AdapterFiles
 from chunkwise_lora.ladder.checks import check_factors, check_tensor
 from chunkwise_lora.ladder.patterns import ModulePatterns
@@ -24,10 +24,7 @@ UNSUPPORTED_FIELDS = {
     "use_bdlora": "BD-LoRA",
     "lora_bias": "a bias on lora_B",
     "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
-    "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters (fused experts)",
     "trainable_token_indices": "trainable tokens",
 }
@@ -86,7 +83,7 @@ def _refuse_other_kinds(config: dict[str, Any], path: Path) -> None:
             raise LadderError(f"{path}: {name} is set ({what}), but {REMEDY}")
     if config.get("bias", "none") != "none":
         raise LadderError(f"{path}: bias = {short(config['bias'])} trains biases of the base, but {REMEDY}")
-    refuse_changed_base(config, path)
+    refuse_changed_base(config, str(path))
 
 
 def _split(
@@ -100,30 +97,27 @@ def _split(
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             sides.setdefault(match[1], {})[match[2]] = tensor
             continue
-        if name.endswith((".base_layer.weight", ".base_layer.bias")):
-            continue  # PEFT adds the base's own parameters where it adapts an output head
+        if name.endswith((".base_layer.weight", ".base_layer.bias", ".lora_velora_embed")):
+            continue  # the base's own parameters, which PEFT adds for an adapted head, and what only training needs
         module, _, _ = name.rpartition(".")
-        if "lora_" in name or not module or not _is_saved(module, config):
+        if "lora_" in name or not module or not is_replaced(module, config):
             raise LadderError(f"{path}: {key} is not part of plain LoRA on linear modules, but {REMEDY}")
-        saved[name] = _single(f"{path}: {key}", tensor)
+        saved[name] = single_precision(f"{path}: {key}", tensor)
     if not sides:
         raise LadderError(f"{path}: holds no LoRA on linear modules, but {REMEDY}")
     return sides, saved
 
 
-def _single(where: str, tensor: Tensor) -> Tensor:
-    """Convert float64 to float32, the widest dtype that a ladder stores."""
+def single_precision(where: str, tensor: Tensor) -> Tensor:
+    """Convert float64 to float32, the widest dtype that a ladder stores, and return other dtypes as they are.
+
+    Raises:
+        LadderError: The range of float32 is too small for the tensor, which `where` names.
+    """
     if tensor.dtype == torch.float64:
         tensor = tensor.float()
         check_tensor(f"{where}, in float32,", tensor)
     return tensor
-
-
-def _is_saved(module: str, config: dict[str, Any]) -> bool:
-    """Whether modules_to_save names the module, the end of its name, or a module that contains it (PEFT's rule)."""
-    names = config.get("modules_to_save") or ()
-    # With ensure_weight_tying, PEFT saves the module tied to a saved one as well.
-    return any(f"{name}." in f"{module}." for name in names) or bool(names and config.get("ensure_weight_tying"))
 
 
 def _factors(where: str, pair: dict[str, Tensor], rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import Embedding, LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper, _ConvNd
 from peft.tuners.lora.tp_layer import LoraParallelLinear
@@ -16,9 +16,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from chunkwise_lora.errors import LadderError
+from chunkwise_lora.ladder.adapter_config import refuse_changed_base
 from chunkwise_lora.ladder.adapter_files import DTYPES
 from chunkwise_lora.ladder.checks import check_factors, check_layout
-from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.peft_adapter import PeftAdapter, single_precision
 from chunkwise_lora.ladder.rank_ladder import RankLadder
 
 REPLACED = "replaced module"
@@ -30,12 +31,13 @@ VARIANTS = {
     "BdLora": "BD-LoRA",
     "Dora": "DoRA",
     "Kasa": "KaSA",
-    "MiCA": "MiCA",
+    "MiCA": None,
     "Montecl": "MonteCLoRA",
     "QALora": "QALoRA",
-    "Velora": "VeLoRA",
+    "Velora": None,
 }
-"""How the names of PEFT's classes of LoRA variants begin, and what the variants are called."""
+"""How the names of PEFT's classes of LoRA variants begin, and what the variants are called. None: the variant changes
+only how an adapter is trained."""
 
 
 def plain_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
@@ -45,7 +47,7 @@ def plain_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
 
 def other_parts(model: PeftModel, adapter: str) -> dict[str, str]:
     """Return all parts of `adapter` that are not plain LoRA: what each one is, by module (or parameter) of the base."""
-    parts = {}
+    parts: dict[str, str] = {}
     for name, layer in _lora_layers(model, adapter):
         if what := _difference(layer, adapter):
             parts[f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name] = what
@@ -53,6 +55,19 @@ def other_parts(model: PeftModel, adapter: str) -> dict[str, str]:
         tokens = isinstance(wrapper, TrainableTokensWrapper)
         parts[name] = "trainable tokens" if tokens else REPLACED
     return parts | dict.fromkeys(_trained_biases(model, adapter), "trained bias")
+
+
+def base_parameters(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of the base model that loading an adapter's tensors would overwrite, by the tensor's key.
+
+    These are trained biases, and embeddings below an adapter, which PEFT stores in case the vocabulary was resized.
+
+    Args:
+        model: The model, after `add_adapter`.
+        tensors: The adapter's tensors by the keys that PEFT gives them in its file.
+    """
+    state = model.state_dict()  # an adapter's own keys hold its name here, and not in the file
+    return {key: state[key] for key in tensors if key in state}
 
 
 def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankLadder:
@@ -80,6 +95,10 @@ def pure_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = Fal
     adapter = model.active_adapter if adapter is None else adapter
     if adapter not in model.peft_config:
         raise LadderError(f"the model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}")
+    config = model.peft_config[adapter]
+    if config.peft_type != PeftType.LORA:
+        raise LadderError(f"adapter {adapter!r} is of type {config.peft_type}; only LoRA can become a ladder")
+    refuse_changed_base(config.to_dict(), f"adapter {adapter!r}")
     refused = {name: what for name, what in other_parts(model, adapter).items() if what != REPLACED}
     if refused:
         name, what = next(iter(refused.items()))
@@ -116,9 +135,6 @@ def _modules(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
 
 def _difference(layer: LoraLayer, adapter: str) -> str | None:
     """Return what an adapter's layer is in words, or None if it is plain LoRA."""
-    if variant := layer.lora_variant.get(adapter):
-        name = type(variant).__name__
-        return next((what for start, what in VARIANTS.items() if name.startswith(start)), f"the LoRA variant {name}")
     for kind, what in (
         (ParamWrapper, "LoRA on a bare parameter"),
         (Embedding, "LoRA on an embedding"),
@@ -134,7 +150,11 @@ def _difference(layer: LoraLayer, adapter: str) -> str | None:
         return "LoRA with a bias"
     if not type(layer).__module__.startswith("peft.tuners.lora."):
         return f"the custom LoRA layer {type(layer).__name__}"
-    return None
+    if adapter not in layer.lora_variant:
+        return None
+    variant = type(layer.lora_variant[adapter]).__name__
+    known = [what for start, what in VARIANTS.items() if variant.startswith(start)]
+    return known[0] if known else f"the LoRA variant {variant}"
 
 
 def _trained_biases(model: PeftModel, adapter: str) -> Iterator[str]:
@@ -158,7 +178,7 @@ def _plain_adapter(model: PeftModel, adapter: str) -> PeftAdapter:
         check_factors(name, b, a, layer.scaling[adapter])
         factors[name] = a, b, float(layer.scaling[adapter])
     saved = {
-        f"{name}.{key}": _in_memory(name, tensor)
+        f"{name}.{key}": single_precision(name, _in_memory(name, tensor))
         for name, wrapper in _wrappers(model, adapter)
         if isinstance(wrapper, ModulesToSaveWrapper)
         for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
