@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from chunkwise_lora import LadderError, RankLadder
+from chunkwise_lora import ChunkWiseConfig, LadderError, RankLadder
 from chunkwise_lora.ladder.adapter_source import AdapterSource
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from chunkwise_lora.ladder.peft_model import base_parameters, ladder_of, other_parts, plain_layers
@@ -511,18 +512,50 @@ def test_errors_of_the_hub_tell_one_cause(monkeypatch: pytest.MonkeyPatch, kind:
     assert not [text for text in others if text in str(refusal.value)]
 
 
-def test_an_adapter_on_the_hub_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shutil.copytree(adapter("llama"), tmp_path / "deep")
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that a stand-in for the hub serves as the folder `deep` of `some/adapter`."""
 
     def download(name: str, file: str, revision: str | None, subfolder: str | None) -> str:
-        assert (name, revision) == ("some/adapter", "v2")
-        if not (tmp_path / str(subfolder) / file).exists():
+        assert (name, revision, subfolder) == ("some/adapter", "v2", "deep")
+        if not (tmp_path / file).exists():
             raise errors.EntryNotFoundError(file)
-        return str(tmp_path / str(subfolder) / file)
+        return str(tmp_path / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return tmp_path
+
+
+def test_an_adapter_on_the_hub_is_read(hub: Path) -> None:
+    shutil.copytree(adapter("llama"), hub, dirs_exist_ok=True)
     source = AdapterSource.load("some/adapter", "v2", "deep")
     assert source.tensors.keys() == AdapterSource.load(adapter("llama")).tensors.keys()
-    (tmp_path / "deep" / WEIGHTS_NAME).unlink()
+    (hub / WEIGHTS_NAME).unlink()
     with pytest.raises(LadderError, match=r"has no adapter_model\.safetensors in deep"):
         AdapterSource.load("some/adapter", "v2", "deep")
+
+
+def test_a_ladder_on_the_hub_keeps_its_policy(hub: Path) -> None:
+    ladder = replace(RankLadder.from_peft(adapter("llama")), policy=ChunkWiseConfig.preset("compact"))
+    ladder.save_pretrained(hub)
+    source = AdapterSource.load("some/adapter", "v2", "deep")
+    assert source.ladder is not None and source.ladder.policy == source.policy == ladder.policy
+
+
+def test_an_adapter_in_the_hubs_cache_is_read_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, file: str, **_: Any) -> str:
+        if not (adapter("llama") / file).exists():
+            raise errors.LocalEntryNotFoundError(file)
+        return str(adapter("llama") / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert AdapterSource.load("some/adapter").ladder is None
+
+
+def test_whole_numbers_of_a_replaced_module_are_read_for_peft_only(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter("llama", "saved_mlp"), tmp_path / "adapter"))
+    buffer = "base_model.model.model.layers.0.mlp.order"
+    edit(folder, lambda tensors: tensors | {buffer: torch.arange(4)})
+    assert AdapterSource.load(folder).tensors[buffer].dtype == torch.int64
+    with pytest.raises(LadderError, match=r"mlp\.order has dtype torch\.int64"):
+        RankLadder.load(folder)

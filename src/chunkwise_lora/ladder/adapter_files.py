@@ -12,15 +12,19 @@ from torch import Tensor
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder.adapter_config import check_config
 from chunkwise_lora.ladder.adapter_keys import peft_keys, resized_embeddings
-from chunkwise_lora.ladder.adapter_location import files_in, files_on_hub, find_folder
+from chunkwise_lora.ladder.adapter_location import files_in, find_folder
 from chunkwise_lora.ladder.checks import SHARDED, check_tensor
 from chunkwise_lora.ladder.folder import is_ladder
+from chunkwise_lora.ladder.hub import adapter_on_hub
 from chunkwise_lora.ladder.mlx import from_mlx, is_mlx
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
 from chunkwise_lora.ladder.whole_folder import read_folder
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes in which an adapter may be stored."""
+
+WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""Dtypes that the buffers of replaced modules may have, too."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class AdapterFiles:
         folder = find_folder(adapter, subfolder)
         if folder is None:
             of_ladder = False
-            raw_config, config_path, raw_weights, weights_path = _read(*files_on_hub(str(adapter), revision, subfolder))
+            raw_config, config_path, raw_weights, weights_path = _read(
+                *adapter_on_hub(str(adapter), revision, subfolder)
+            )
         else:
             (raw_config, config_path, raw_weights, weights_path), of_ladder = read_folder(
                 folder, lambda: (_read(*files_in(folder)), is_ladder(folder)), self_checking=False
@@ -60,7 +66,9 @@ class AdapterFiles:
         for name, tensor in tensors.items():
             if tensor.ndim < 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
                 raise LadderError(f"{weights_path}: {name} has shape {list(tensor.shape)}. {SHARDED}")
-            check_tensor(f"{weights_path}: {name}", tensor, dtypes=DTYPES)
+            check_tensor(
+                f"{weights_path}: {name}", tensor, dtypes=DTYPES if "lora_" in name else DTYPES + WHOLE_NUMBERS
+            )
         if not any(".lora_" in name for name in tensors):
             raise LadderError(
                 f"{weights_path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes"

@@ -1,4 +1,4 @@
-"""Finds the two files of an adapter: in a folder, in the only folder inside it that holds an adapter, or on the hub."""
+"""Finds the files of an adapter in a folder, or in the only folder inside it that holds an adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from chunkwise_lora.errors import LadderError, first_line, shown
+from chunkwise_lora.errors import LadderError, shown
 from chunkwise_lora.ladder.folder import is_ladder
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from chunkwise_lora.ladder.whole_folder import read_folder
@@ -79,49 +79,6 @@ def files_in(folder: Path) -> tuple[Path, Path]:
             "save_pretrained(..., safe_serialization=True)"
         )
     raise LadderError(f"{folder}: no {WEIGHTS_NAME} here; save the adapter again")
-
-
-def files_on_hub(name: str, revision: str | None, subfolder: str | None) -> tuple[Path, Path]:
-    """Download an adapter from the hub, unless it is in the hub's cache, and return the paths of config and weights.
-
-    Raises:
-        LadderError: The hub does not have the adapter, does not give it to this user, or cannot be asked.
-    """
-    config = _download(name, CONFIG_NAME, revision, subfolder)
-    weights = _download(name, WEIGHTS_NAME, revision, subfolder) if config else None
-    weights = weights or (_download(name, MLX_WEIGHTS_NAME, revision, subfolder) if config else None)
-    if config and weights:
-        return config, weights
-    missing = WEIGHTS_NAME if config else CONFIG_NAME
-    raise LadderError(
-        f"{name}: the repository on the hub has no {missing}{f' in {shown(subfolder)}' if subfolder else ''}; give a "
-        "repository with a PEFT adapter, and its subfolder if it has one. Pickled weights (.bin) are not read, because "
-        "they can run code when loaded"
-    )
-
-
-def _download(name: str, file: str, revision: str | None, subfolder: str | None) -> Path | None:
-    """Return the path of a downloaded file, or None if the repository does not have it."""
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder))
-    except errors.GatedRepoError:
-        why = "the hub gives it only to users with access; request access on its page, and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "there is no such folder, and no such public repository on the hub; correct the name, or log in"
-    except errors.RevisionNotFoundError:
-        why = f"the repository on the hub has no revision {shown(revision)}; correct it"
-    except errors.LocalEntryNotFoundError:
-        why = (
-            f"there is no such folder, {file} is not in the hub's cache on this machine, and the hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set); correct the path, or go online"
-        )
-    except errors.EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        why = f"there is no such folder, and the hub answers with an error ({shown(first_line(error))})"
-    raise LadderError(f"{shown(name)}: {why}")
 
 
 def _is_missing(path: Path) -> bool:

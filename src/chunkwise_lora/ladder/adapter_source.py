@@ -37,7 +37,7 @@ class AdapterSource:
 
     @classmethod
     def load(cls, adapter: str | Path, revision: str | None = None, subfolder: str | None = None) -> AdapterSource:
-        """Read an adapter or a ladder from a folder, or an adapter by its name on the hub.
+        """Read an adapter or a ladder from a folder, or by its name on the hub.
 
         Args:
             adapter: The folder, or the name on the hub.

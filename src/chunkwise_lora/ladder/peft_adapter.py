@@ -109,14 +109,14 @@ def _split(
 
 
 def single_precision(where: str, tensor: Tensor) -> Tensor:
-    """Convert float64 to float32, the widest dtype that a ladder stores, and return other dtypes as they are.
+    """Convert float64 to float32, the widest dtype that a ladder stores, and return its other dtypes as they are.
 
     Raises:
-        LadderError: The range of float32 is too small for the tensor, which `where` names.
+        LadderError: A ladder cannot store the tensor, which `where` names.
     """
     if tensor.dtype == torch.float64:
-        tensor = tensor.float()
-        check_tensor(f"{where}, in float32,", tensor)
+        where, tensor = f"{where}, in float32,", tensor.float()
+    check_tensor(where, tensor)
     return tensor
 
 

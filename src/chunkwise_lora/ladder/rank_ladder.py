@@ -19,6 +19,7 @@ from chunkwise_lora.ladder import algebra, folder, format_v1
 from chunkwise_lora.ladder.adapter_files import AdapterFiles
 from chunkwise_lora.ladder.adapter_location import find_folder
 from chunkwise_lora.ladder.contents import Build, LadderContents
+from chunkwise_lora.ladder.hub import ladder_on_hub
 from chunkwise_lora.ladder.module import LadderModule
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.truncation import truncate
@@ -36,7 +37,7 @@ class RankLadder(LadderContents):
 
     @classmethod
     def load(cls, path: str | Path) -> RankLadder:
-        """Load the ladder in the folder `path`, or build the plain SVD ladder of the PEFT adapter there or on the hub.
+        """Load the ladder in the folder `path` or on the hub, or build the plain SVD ladder of the PEFT adapter there.
 
         Raises:
             LadderError: There is neither a ladder nor a PEFT adapter, or it cannot be read.
@@ -221,14 +222,14 @@ class RankLadder(LadderContents):
 def ladder_or_adapter(
     path: str | Path, revision: str | None = None, subfolder: str | None = None
 ) -> RankLadder | AdapterFiles:
-    """Read the ladder in the folder `path`, or else the PEFT adapter there or on the hub.
+    """Read the ladder in the folder `path` or on the hub, or else the PEFT adapter there.
 
     Raises:
         LadderError: There is neither a ladder nor a LoRA adapter, or it cannot be read.
         ConfigError: The ladder's policy is damaged.
     """
     while True:  # until what is read is what was looked for: a writer may put the other kind there meanwhile
-        place = find_folder(path, subfolder)
+        place = find_folder(path, subfolder) or ladder_on_hub(str(path), revision, subfolder)
         if place is not None and folder.is_ladder(place):
             try:
                 return RankLadder.from_pretrained(place)
