@@ -115,6 +115,12 @@ def test_an_adapter_that_a_ladder_cannot_hold_is_refused_with_the_remedy(tmp_pat
         RankLadder.load(other(kind, tmp_path))
 
 
+def test_a_ladder_with_a_dangerous_name_is_refused() -> None:
+    ladder = replace(RankLadder.from_peft(adapter("llama")), saved_modules={"(.*)*x.weight": torch.ones(3)})
+    with pytest.raises(LadderError, match=r"modules_to_save has .* hours"):
+        AdapterSource.of(ladder)
+
+
 @pytest.mark.parametrize("kind", ["plain", "patterns", "saved_mlp"])
 def test_a_ladders_folder_loads_as_the_adapter(tmp_path: Path, kind: str) -> None:
     ladder = RankLadder.from_peft(adapter("llama", kind))
@@ -426,6 +432,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a dangerous pattern": (
         lambda path: edit(path, dict, target_modules=r"(.*)*\.q_proj"),
         r"target_modules has .* hours",
+    ),
+    "a dangerous name of a replaced module": (
+        lambda path: edit(path, dict, modules_to_save=["(.*)*x"]),
+        r"modules_to_save has .* hours",
+    ),
+    "a module named by the file": (
+        lambda path: edit(path, dict, megatron_config={"x": 1}, megatron_core="antigravity"),
+        r"megatron_config is set.*PeftModel\.from_pretrained",
+    ),
+    "a rank for terabytes": (lambda path: edit(path, dict, r=10**9), r"rank 1000000000 is not that of any tensor"),
+    "tokens without tensors": (
+        lambda path: edit(path, dict, trainable_token_indices=list(range(1000))),
+        r"trainable_token_indices does not name the 0 tokens",
     ),
     "a config that PEFT refuses": (
         lambda path: edit(path, dict, layers_pattern="layers", target_modules=["q_proj"]),

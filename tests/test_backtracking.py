@@ -34,10 +34,10 @@ def with_field(folder: Path, field: str, value: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "modules_to_save"])
 @pytest.mark.parametrize("expression", HARMFUL.values(), ids=HARMFUL)
 def test_a_harmful_expression_is_refused_by_file_and_field(tmp_path: Path, field: str, expression: str) -> None:
-    value = expression if field == "target_modules" else {expression: 4}
+    value = {"target_modules": expression, "modules_to_save": [expression]}.get(field, {expression: 4})
     with pytest.raises(LadderError, match=rf"adapter_config\.json: {field}"):
         refuse_backtracking(with_field(tmp_path / "adapter", field, value))
 

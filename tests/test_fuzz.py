@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from peft import EvaConfig, LoraConfig
 from safetensors.torch import save
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, RankLadder, RuntimeScheduler
 from chunkwise_lora.ladder import describe, is_ladder
+from chunkwise_lora.ladder.adapter_source import AdapterSource
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity
 from mutations import mutate_json, mutate_tensors, unpack
 
@@ -239,6 +242,30 @@ def test_a_damaged_folder_loads_as_valid_or_is_refused(kind: str, scratch: Path)
         for name in case:
             (folder / name).unlink()
     assert CASES // 20 < accepted < CASES // 2  # some folders must be refused and some must load
+
+
+def test_a_damaged_adapter_of_any_kind_is_read_for_peft_or_refused(scratch: Path) -> None:
+    options = {"r": 4, "rank_pattern": {"up_proj": 2}, "target_modules": ["q_proj", "up_proj"], "use_dora": True}
+    files = adapter_files()
+    (scratch / "any").mkdir()
+    LoraConfig(**options, modules_to_save=["lm_head"], eva_config=EvaConfig()).save_pretrained(scratch / "any")
+    files["adapter_config.json"] = (scratch / "any" / "adapter_config.json").read_bytes()
+    accepted = 0
+    for seed in range(3_000):
+        write_files(scratch / "any", mutated(files, Random(f"any {seed}")))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                source = AdapterSource.load(scratch / "any")
+                LoraConfig(**source.config)
+        except ChunkWiseError:
+            continue
+        except Exception:
+            pytest.fail(f"seed {seed}: {traceback.format_exc(limit=-6)}")
+        accepted += 1
+        assert all(name.startswith("base_model.model.") and tensor.numel() for name, tensor in source.tensors.items())
+        assert all(tensor.isfinite().all() for tensor in source.tensors.values())
+    assert 300 < accepted < 2_000
 
 
 def test_a_damaged_config_is_read_or_refused() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from torch import Tensor
+
 from chunkwise_lora.errors import LadderError
 
 PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -17,14 +19,18 @@ BASE_CHANGES = {
     "kasa_config": "KaSA changes the weights of the base model",
     "layer_replication": "layer replication adds layers to the base model",
     "arrow_config": "Arrow routing needs other adapters on the base model",
+    "megatron_config": "Megatron's layers come from a package that the file names",
 }
-"""Fields with which an adapter needs another base model than the one that is loaded, and why."""
+"""Fields with which PEFT does more than to add modules to the base model, and what."""
 
 LARGEST_SCALE = 1e30
 """Ranks and alphas are below this, so that a scale never overflows."""
 
 LONGEST_BASE = 4096
 """Bound on the characters of the base model's name, which may be a path."""
+
+LARGEST_SPARE_RANK = 1024
+"""Up to this rank, `r` may be above all ranks of the tensors: `rank_pattern` may give every module its own."""
 
 MOST_SAVED = 1000
 """Bound on the entries of `modules_to_save`."""
@@ -77,6 +83,26 @@ def refuse_changed_base(config: Mapping[str, Any], where: str) -> None:
     for name, why in BASE_CHANGES.items():
         if config.get(name):
             raise LadderError(f"{where}: {name} is set, and {why}; {whole}")
+
+
+def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that PEFT, which first makes the modules and then fills them, makes none that no tensor of the file fills.
+
+    Raises:
+        LadderError: A rank or a list of tokens is far longer than the tensors. `where` names the config in errors.
+    """
+    rows = {name: len(tensor) for name, tensor in tensors.items() if tensor.ndim}
+    most = max(LARGEST_SPARE_RANK, *(count for name, count in rows.items() if ".lora_" in name))
+    rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
+    if rank > most:
+        raise LadderError(f"{where}: the rank {rank} is not that of any tensor of the adapter; correct it")
+    tokens = config.get("trainable_token_indices") or []
+    trained = max((count for name, count in rows.items() if name.endswith("trainable_tokens_delta")), default=0)
+    for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(indices, list) or len(indices) > trained:
+            raise LadderError(
+                f"{where}: trainable_token_indices does not name the {trained} tokens of the adapter; correct it"
+            )
 
 
 def is_replaced(module: str, config: Mapping[str, Any]) -> bool:

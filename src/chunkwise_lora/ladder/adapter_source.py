@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder import format_v1
-from chunkwise_lora.ladder.adapter_config import refuse_changed_base
+from chunkwise_lora.ladder.adapter_config import check_sizes, refuse_changed_base
 from chunkwise_lora.ladder.backtracking import refuse_backtracking_in
 from chunkwise_lora.ladder.peft_files import peft_config, peft_tensors
 from chunkwise_lora.ladder.rank_ladder import RankLadder, ladder_or_adapter
@@ -53,18 +53,26 @@ class AdapterSource:
         found = ladder_or_adapter(adapter, revision, subfolder)
         if isinstance(found, RankLadder):
             return cls.of(found)
-        refuse_changed_base(found.config, str(found.config_path))
-        refuse_backtracking_in(found.config, found.config_path)
+        where = str(found.config_path)
+        refuse_changed_base(found.config, where)
+        refuse_backtracking_in(found.config, where)
+        check_sizes(found.config, found.tensors, where)
         policy = format_v1.read_policy(found.config_path.parent)
-        return cls(_known_fields(found.config, found.config_path), found.tensors, None, policy)
+        return cls(_known_fields(found.config, where), found.tensors, None, policy)
 
     @classmethod
     def of(cls, ladder: RankLadder) -> AdapterSource:
-        """Return a ladder at full rank as an adapter."""
-        return cls(peft_config(ladder), peft_tensors(ladder), ladder, ladder.policy)
+        """Return a ladder at full rank as an adapter.
+
+        Raises:
+            LadderError: A name of a replaced module is a regular expression that could keep PEFT busy for hours.
+        """
+        config = peft_config(ladder)
+        refuse_backtracking_in(config, "the ladder's config")
+        return cls(config, peft_tensors(ladder), ladder, ladder.policy)
 
 
-def _known_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _known_fields(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the fields that PEFT knows, after a check that `LoraConfig` accepts them."""
     known = {name: value for name, value in config.items() if name in FIELDS}
     known["inference_mode"] = True
@@ -72,7 +80,7 @@ def _known_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     unknown.pop("runtime_config", None)
     if unknown:
         warnings.warn(
-            f"{path}: the installed PEFT does not know {shown(', '.join(sorted(unknown)))}, which is ignored; if a "
+            f"{where}: the installed PEFT does not know {shown(', '.join(sorted(unknown)))}, which is ignored; if a "
             "newer PEFT saved the adapter, install that one",
             stacklevel=3,
         )
@@ -80,6 +88,6 @@ def _known_fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT repeats them when the adapter is added
             LoraConfig(**known)
-    except (TypeError, ValueError, ImportError) as error:
-        raise LadderError(f"{path}: PEFT refuses the config ({shown(first_line(error))}); correct it") from None
+    except Exception as error:  # a field of a wrong type can raise anything
+        raise LadderError(f"{where}: PEFT refuses the config ({shown(first_line(error))}); correct it") from None
     return known

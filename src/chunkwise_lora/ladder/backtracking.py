@@ -8,7 +8,7 @@ expressions must be harmless.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
@@ -18,12 +18,15 @@ from chunkwise_lora.errors import LadderError, shown
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME
 from chunkwise_lora.ladder.reading import read_json
 
-FIELDS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
+FIELDS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 """Fields of `adapter_config.json` in which PEFT reads regular expressions."""
 
 MOST_REPEATS = 4
 """Bound on the repeats of varying length that follow each other in one expression. With n of them, a name of k
 characters takes up to k^n steps. Adapters in use have up to 4."""
+
+PLAIN = re.compile(r"[\w.]{1,512}")
+"""Matches names of modules, which hold no repeats."""
 
 LONGEST = 4096
 """Bound on the characters of one expression."""
@@ -40,18 +43,18 @@ def refuse_backtracking(adapter: str | Path) -> None:
     """
     path = Path(adapter) / CONFIG_NAME
     if path.is_file():
-        refuse_backtracking_in(read_json(path), path)
+        refuse_backtracking_in(read_json(path), str(path))
 
 
-def refuse_backtracking_in(config: dict[str, Any], path: Path) -> None:
-    """Do the same as `refuse_backtracking`, for what was read from the `adapter_config.json` at `path`."""
+def refuse_backtracking_in(config: Mapping[str, Any], where: str) -> None:
+    """Do the same as `refuse_backtracking`, for the fields of a config that `where` names in errors."""
     for field in FIELDS:
         for expression in _expressions(config.get(field)):
             try:
                 _check(expression)
             except (ValueError, re.error, OverflowError, RecursionError) as error:
                 raise LadderError(
-                    f"{path}: {field} has '{shown(expression)}', for which PEFT could take hours or fail ({error}); "
+                    f"{where}: {field} has '{shown(expression)}', for which PEFT could take hours or fail ({error}); "
                     "write the names of the modules, or a simpler expression"
                 ) from None
 
@@ -65,6 +68,8 @@ def _expressions(value: Any) -> Iterator[str]:
 
 
 def _check(expression: str) -> None:
+    if PLAIN.fullmatch(expression):
+        return
     if len(expression) > LONGEST:
         raise ValueError(f"{len(expression)} characters, more than {LONGEST}")
     repeats = _count_repeats(_parser.parse(expression), inside=False)
