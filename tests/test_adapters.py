@@ -187,6 +187,11 @@ def test_an_adapter_without_a_plain_layer_has_no_ladder() -> None:
         ladder_of(model, "default")
 
 
+def test_a_model_without_adapters_is_refused() -> None:
+    with pytest.raises(LadderError, match=r"LlamaForCausalLM is no adapter; give .* peft\.PeftModel"):
+        RankLadder.from_peft(build("llama"))  # type: ignore[arg-type]
+
+
 def test_an_adapter_of_a_model_is_chosen_by_name() -> None:
     model = peft_with("llama")
     model.load_adapter(str(adapter("llama", "one_layer")), "other")
@@ -490,6 +495,8 @@ def test_an_adapter_in_a_subfolder_is_found(tmp_path: Path) -> None:
         AdapterSource.load(tmp_path, subfolder="two/mine"),
     ):
         assert len(source.tensors) == 8
+    assert len(RankLadder.from_peft(tmp_path, subfolder="two/mine").modules) == 4
+    assert len(RankLadder.load(tmp_path, subfolder="two").modules) == 4
     with pytest.raises(LadderError, match=r"three: there is no such folder; give a subfolder of"):
         AdapterSource.load(tmp_path, subfolder="three")
 

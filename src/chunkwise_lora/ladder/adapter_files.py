@@ -63,19 +63,19 @@ class AdapterFiles:
             config, tensors = from_mlx(config, tensors, config_path)
         check_config(config, config_path)
         tensors = peft_keys(tensors, config, weights_path)
-        for name, tensor in tensors.items():
-            if tensor.ndim < 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise LadderError(f"{weights_path}: {name} has shape {list(tensor.shape)}. {SHARDED}")
-            check_tensor(
-                f"{weights_path}: {name}", tensor, dtypes=DTYPES if "lora_" in name else DTYPES + WHOLE_NUMBERS
-            )
-        if not any(".lora_" in name for name in tensors):
-            raise LadderError(
-                f"{weights_path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes"
-            )
+        _check_tensors(tensors, weights_path)
         replaced = [*(config.get("modules_to_save") or []), *resized_embeddings(tensors, config)]
         return cls({**config, "modules_to_save": replaced or None}, tensors, config_path, weights_path, of_ladder)
 
 
 def _read(config: Path, weights: Path) -> tuple[bytes, Path, bytes, Path]:
     return read_file(config, LARGEST_JSON), config, read_file(weights), weights
+
+
+def _check_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    if not any(".lora_" in name for name in tensors):
+        raise LadderError(f"{path}: holds no LoRA weights; give the file that save_pretrained of a PEFT model writes")
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 and name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise LadderError(f"{path}: {name} has shape {list(tensor.shape)}. {SHARDED}")
+        check_tensor(f"{path}: {name}", tensor, dtypes=DTYPES if ".lora_" in name else DTYPES + WHOLE_NUMBERS)

@@ -47,13 +47,13 @@ class PeftAdapter:
     """Whether the folder holds a ladder, whose weights at full rank these are."""
 
     @classmethod
-    def load(cls, adapter: str | Path, revision: str | None = None) -> PeftAdapter:
+    def load(cls, adapter: str | Path, revision: str | None = None, subfolder: str | None = None) -> PeftAdapter:
         """Read an adapter from a folder, or by its name on the hub.
 
         Raises:
             LadderError: A file is missing or damaged, the weights are pickled, or the adapter is not plain LoRA.
         """
-        return cls.of(AdapterFiles.load(adapter, revision))
+        return cls.of(AdapterFiles.load(adapter, revision, subfolder))
 
     @classmethod
     def of(cls, files: AdapterFiles) -> PeftAdapter:

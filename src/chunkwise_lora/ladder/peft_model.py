@@ -90,8 +90,13 @@ def pure_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = Fal
     Without a name, the model's active adapter is meant.
 
     Raises:
-        LadderError: The model does not hold the adapter, or the adapter has parts that a ladder cannot hold.
+        LadderError: This is no `PeftModel`, it does not hold the adapter, or the adapter has parts that a ladder cannot
+            hold.
     """
+    if not isinstance(model, PeftModel):
+        raise LadderError(
+            f"a {type(model).__name__} is no adapter; give a folder, a name on the hub or a peft.PeftModel"
+        )
     adapter = model.active_adapter if adapter is None else adapter
     if adapter not in model.peft_config:
         raise LadderError(f"the model has no adapter {adapter!r}; it has {', '.join(map(repr, model.peft_config))}")

@@ -36,14 +36,17 @@ class RankLadder(LadderContents):
     """The ladder of a whole adapter: one `LadderModule` per adapted linear module, and the policy fitted to it."""
 
     @classmethod
-    def load(cls, path: str | Path) -> RankLadder:
+    def load(cls, path: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> RankLadder:
         """Load the ladder in the folder `path` or on the hub, or build the plain SVD ladder of the PEFT adapter there.
+
+        `revision` is a branch, tag or commit on the hub. A `subfolder` need not be given if it is the only one that
+        holds an adapter.
 
         Raises:
             LadderError: There is neither a ladder nor a PEFT adapter, or it cannot be read.
             ConfigError: The policy is damaged.
         """
-        found = ladder_or_adapter(path)
+        found = ladder_or_adapter(path, revision, subfolder)
         if isinstance(found, RankLadder):
             return found
         policy = format_v1.read_policy(found.config_path.parent)
@@ -56,6 +59,7 @@ class RankLadder(LadderContents):
         *,
         adapter_name: str | None = None,
         revision: str | None = None,
+        subfolder: str | None = None,
         as_trained: bool = False,
     ) -> RankLadder:
         """Build the plain SVD ladder of a PEFT LoRA adapter: a folder, a name on the hub, or a model in memory.
@@ -70,7 +74,7 @@ class RankLadder(LadderContents):
             LadderError: The adapter is missing, damaged, stored as pickle, or not plain LoRA.
         """
         if isinstance(adapter, (str, Path)):
-            return cls.of_adapter(PeftAdapter.load(adapter, revision), as_trained)
+            return cls.of_adapter(PeftAdapter.load(adapter, revision, subfolder), as_trained)
         from chunkwise_lora.ladder.peft_model import pure_ladder_of  # imports PEFT, which takes seconds
 
         return pure_ladder_of(adapter, adapter_name, as_trained)
