@@ -45,10 +45,10 @@ from base import Blocks
 from chunkwise_lora import ChunkWiseError, ChunkWiseModel, RankLadder
 from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import TokenBlocks
+from chunkwise_lora.embedded import BASE_NAME
 from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
 from chunkwise_lora.training import GrowRank, NestedRank
 
-BASE_NAME = "chunkwise_lora/embedded/base"
 HELD_OUT = 0.05
 TEST_TOKENS = 60_000
 TEST_ROWS = 500

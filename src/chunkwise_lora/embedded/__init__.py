@@ -13,6 +13,9 @@ _HERE = Path(__file__).parent
 BASE = _HERE / "base"
 """A Llama of 5.5 million parameters, trained on public-domain books."""
 
+BASE_NAME = "chunkwise_lora/embedded/base"
+"""How the embedded adapters, and ladders made from them, name this base model."""
+
 ADAPTERS = {path.name: path for path in sorted((_HERE / "adapters").glob("*"))}
 """Folders of the adapters of this base model, by name. `wiki` (encyclopedia text) and `e2e` (a sentence from facts
 about a restaurant) are PEFT adapters. `wiki-nested` and `e2e-nested` are ladders, calibrated for half of the rank."""

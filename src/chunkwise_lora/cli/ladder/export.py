@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,7 @@ class Figures:
     dtype: str
     """Number format of the adapter weights."""
     nbytes: int
-    """Bytes of the adapter weights, and of the modules that the adapter replaces."""
+    """Bytes of the adapter weights, and of the modules that the adapter replaces. For GGUF, bytes of the file."""
 
 
 def export(
@@ -45,8 +46,19 @@ def export(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Folder to write the PEFT adapter to, other than a ladder's folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder to write the PEFT adapter to, other than a ladder's folder; for GGUF, the file to write.",
+        ),
     ],
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="peft: a PEFT adapter folder. gguf: a file for llama.cpp and programs built on it, such as Ollama.",
+        ),
+    ] = "peft",
     mean_rank: Annotated[
         str | None,
         typer.Option(
@@ -65,21 +77,70 @@ def export(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Number format to write: float32, bfloat16 or float16. By default that of LADDER."),
+        typer.Option(
+            help="Number format to write: float32, bfloat16 or float16, by default that of LADDER; for GGUF f32 (the "
+            "default), f16 or q8_0."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Base model, for GGUF only: its GGUF file, a folder or a name on the hub. By default the one that "
+            "LADDER names. Only its config is read.",
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Write one rung of a ladder as a plain PEFT adapter, which runs without ChunkWise LoRA.
+    """Write one rung of a ladder as a plain adapter, which runs without ChunkWise LoRA.
 
-    Every token then runs at the rank of that rung. PEFT, vLLM and other programs that read PEFT adapters can use it.
+    Every token then runs at the rank of that rung. PEFT, vLLM and other programs that read PEFT adapters can use it; in
+    the format gguf, llama.cpp and programs built on it.
     The command prints what the lower rank loses: the KL divergence from full rank, if `chunkwise calibrate` or
     `chunkwise ladder measure` measured it, and the share of the squared singular values (or of the importance, for a
     calibrated ladder) that is kept.
     """
     wanted = share("--mean-rank", mean_rank)
+    if file_format not in ("peft", "gguf"):
+        raise ChunkWiseError(f"--format {file_format}: choose one of peft, gguf")
+    if base is not None and file_format != "gguf":
+        raise ChunkWiseError("--base is only for --format gguf; leave it out")
     source = embedded.find(ladder)
 
-    from chunkwise_lora.ladder import RankLadder, is_ladder, truncate  # slow to import: only after all refusals
+    from chunkwise_lora.ladder import RankLadder, truncate  # slow to import: only after all refusals
+
+    if file_format == "peft":
+        _check_folder(source, output)
+        chosen_dtype = None if dtype is None else dtype_named(dtype)
+
+    loaded = RankLadder.load(source)
+    stored_dtype, stored_bytes = _as_stored(source, loaded)
+    found = truncate(loaded, 1.0 if wanted is None else wanted, one_rank)
+    before = _figures(loaded, _name(stored_dtype), stored_bytes)
+    if file_format == "gguf":
+        from chunkwise_lora.ladder.gguf import write_gguf
+
+        named = embedded.BASE if loaded.base_model == embedded.BASE_NAME else None
+        write_gguf(found.ladder, output, base=base or named, dtype=dtype or "f32")
+        after = _figures(found.ladder, dtype or "f32", output.stat().st_size)
+        usage = f"llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"
+    else:
+        exported = found.ladder.to(chosen_dtype or stored_dtype)
+        exported.save_adapter(output)
+        after = _figures(exported, _name(chosen_dtype or stored_dtype), _nbytes(exported))
+        usage = f"PeftModel.from_pretrained(base, {str(output)!r})"
+
+    console.print(_table(before, after))
+    print_plain(_what_is_lost(found, one_rank))
+    print_plain(f"Written to {output}. To use it:")
+    print_plain(f"    {usage}", wrap=False)
+    content = {"before": asdict(before), "after": asdict(after), "kl": found.kl, "energy_kept": found.energy_kept}
+    write_json(json_file, {**content, "ranks": {name: module.rank for name, module in found.ladder.modules.items()}})
+
+
+def _check_folder(source: str | Path, output: Path) -> None:
+    """Refuse to replace the adapter that is exported, or any ladder."""
+    from chunkwise_lora.ladder import is_ladder
 
     if os.path.isdir(source) and os.path.isdir(output) and os.path.samefile(source, output):
         raise ChunkWiseError(
@@ -91,26 +152,14 @@ def export(
             "at full rank; give another folder for the export"
         )
 
-    chosen_dtype = None if dtype is None else dtype_named(dtype)
-    loaded = RankLadder.load(source)
-    stored_dtype, stored_bytes = _as_stored(source, loaded)
-    found = truncate(loaded, 1.0 if wanted is None else wanted, one_rank)
-    exported = found.ladder.to(chosen_dtype or stored_dtype)
-    exported.save_adapter(output)
 
-    before = _figures(loaded, stored_dtype, stored_bytes)
-    after = _figures(exported, chosen_dtype or stored_dtype, _nbytes(exported))
-    console.print(_table(before, after))
-    print_plain(_what_is_lost(found, one_rank))
-    print_plain(f"Written to {output}. To use it:")
-    print_plain(f"    PeftModel.from_pretrained(base, {str(output)!r})", wrap=False)
-    content = {"before": asdict(before), "after": asdict(after), "kl": found.kl, "energy_kept": found.energy_kept}
-    write_json(json_file, {**content, "ranks": {name: module.rank for name, module in exported.modules.items()}})
-
-
-def _figures(ladder: RankLadder, dtype: torch.dtype, nbytes: int) -> Figures:
+def _figures(ladder: RankLadder, dtype: str, nbytes: int) -> Figures:
     ranks = [module.rank for module in ladder.modules.values()]
-    return Figures(ladder.rung_ranks[-1], min(ranks), max(ranks), str(dtype).removeprefix("torch."), nbytes)
+    return Figures(ladder.rung_ranks[-1], min(ranks), max(ranks), dtype, nbytes)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _nbytes(ladder: RankLadder) -> int:
