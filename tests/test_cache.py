@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers as t
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler, Trace
+import models
+from caches import new_cache, run_pass
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler, Trace
+from chunkwise_lora.engines.transformers import FastPaths
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache, ChunkWiseLayer, Int8Pool, quantise
 from chunkwise_lora.method.config import (
     ChunkingConfig,
@@ -25,8 +30,10 @@ from chunkwise_lora.method.config import (
     SelectionConfig,
 )
 from chunkwise_lora.method.kv_policy import KVDecision
-from models import FAST, PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
+from models import PAD, VOCABULARY, adapter, build, greedy, peft_model, prompts
 
+FAST = {"all fast paths": FastPaths(), "our attention alone": FastPaths(kernels=False, products=False)}
+"""KV policies need our attention."""
 INT8 = LevelKVPolicy(precision="int8")
 POLICIES: dict[str, tuple[LevelKVPolicy, ...]] = {
     "int8": (INT8, INT8, LevelKVPolicy()),
@@ -393,6 +400,50 @@ def test_decisions_that_the_engine_leaves_undone_are_named(
         assert trace_of(model).kv_bytes == trace_of(model).kv_bytes_full
 
 
+GPT_NEO = {
+    "window shorter than the text": lambda: gpt_neo(16),
+    "window beyond the text": lambda: gpt_neo(1024),
+}
+
+
+def gpt_neo(window: int) -> t.PreTrainedConfig:
+    """A model with attention code of its own: half of the layers see a window, and tell positions by slots."""
+    return t.GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=window,
+        max_position_embeddings=256,
+        initializer_range=0.18,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+
+
+@pytest.mark.parametrize("reason", ["eager attention", "no fast attention", "falcon", *GPT_NEO])
+def test_a_cache_that_attention_reads_in_another_way_is_kept_whole_and_this_is_named(
+    reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = reason if reason in (*GPT_NEO, "falcon") else "llama"
+    monkeypatch.setattr(models, "ARCHITECTURES", models.ARCHITECTURES | GPT_NEO)
+    base = build(architecture)
+    if reason == "eager attention":
+        base.set_attn_implementation("eager")
+    fast = FastPaths(attention=reason != "no fast attention")
+    policy = LevelKVPolicy(precision="int8", evict="snapkv", keep_share=0.5)
+    model = ChunkWiseModel(base, adapter(architecture), kv_only(policy, policy, policy), fast)
+    tokens, logits = greedy(model, prompts(), 40)
+    (note,) = trace_of(model).kv_notes
+    assert "not carried out: the" in note and note in caplog.text
+    assert trace_of(model).kv_bytes >= trace_of(model).kv_bytes_full
+    expected_tokens, expected_logits = greedy(peft_model(architecture), prompts(), 40)
+    assert torch.equal(tokens, expected_tokens)
+    assert (logits - expected_logits).abs().max() < 1e-4
+
+
 def test_there_is_no_note_if_all_decisions_are_carried_out() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), kv_only(*POLICIES["all"]))
     model.generate(**prompts(), max_new_tokens=4)
@@ -478,70 +529,263 @@ class Reference:
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
         self.cold: set[int] = set()
-        self.position = 0
+        self.dropped: dict[int, int] = {}
+        """For each dropped token, the number of tokens that the sequence had."""
+        self.columns: list[int | None] = []
+        """The token in each column of the input; None for padding."""
 
-    def add(self, keys: Tensor) -> list[int]:
+    @property
+    def position(self) -> int:
+        return sum(token is not None for token in self.columns)
+
+    def add(self, keys: Tensor, padding: int) -> list[int]:
         tokens = list(range(self.position, self.position + len(keys)))
         self.keys |= dict(zip(tokens, keys, strict=True))
-        self.position += len(keys)
+        self.columns += [*[None] * padding, *tokens]
         return tokens
 
     def carry_out(self, decision: KVDecision) -> None:
         for token in range(decision.start, decision.end):
             if decision.action == "drop":
+                self.dropped[token] = self.position
                 self.keys.pop(token, None)
             elif decision.action == "int8" and token in self.keys and token not in self.cold:
                 self.keys[token] = roundtrip(self.keys[token])
                 self.cold.add(token)
+
+    def is_exact(self, columns: int) -> bool:
+        """Whether a cache of this number of columns would hold the same tokens."""
+        length = sum(token is not None for token in self.columns[:columns])
+        return all(token >= length or when <= length for token, when in self.dropped.items())
+
+    def crop(self, columns: int) -> None:
+        self.columns = self.columns[:columns]
+        for held in (self.keys, self.dropped):
+            for token in [token for token in held if token >= self.position]:
+                del held[token]
+        self.cold = {token for token in self.cold if token < self.position}
 
 
 def as_set(keys: Iterator[Tensor]) -> set[tuple[float, ...]]:
     return {tuple(key.flatten().tolist()) for key in keys}
 
 
-@given(data=st.data())
-def test_random_decisions_change_the_cache_exactly_as_the_reference(data: st.DataObject) -> None:
-    heads, width, batch = 2, 4, data.draw(st.integers(1, 3))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
-    model_config = build("llama").config
-    cache = ChunkWiseCache(model_config, 1.0, carries_out=True)
-    references = [Reference() for _ in range(batch)]
-    columns: list[np.ndarray] = []
-    for step in range(data.draw(st.integers(1, 6))):
-        tokens = data.draw(st.integers(1, 6)) if step == 0 else data.draw(st.integers(1, 2))
-        pads = [data.draw(st.integers(0, tokens - 1)) if step == 0 else 0 for _ in range(batch)]
-        keys = torch.randn(batch, heads, tokens, width, generator=generator)
-        new = np.full((batch, tokens), NO_TOKEN)
-        for row, reference in enumerate(references):
-            new[row, pads[row] :] = reference.add(keys[row, :, pads[row] :].transpose(0, 1))
-        columns.append(new != NO_TOKEN)
-        mask = cache.slot_mask(columns[-1])
-        for layer in range(len(cache.layers)):
-            seen_keys, seen_values = cache.update(keys, 2 * keys, layer)
-            for row, reference in enumerate(references):
-                # Without a mask, slots are the columns of the input.
-                used = torch.from_numpy(np.concatenate(columns, axis=1)[row] if mask is None else mask[row])
-                held = seen_keys[row][:, used].transpose(0, 1)
-                assert as_set(iter(held)) == as_set(iter(reference.keys.values()))
-                assert torch.allclose(seen_values[row][:, used].transpose(0, 1), 2 * held)
-        cache.note(new)
+class Both:
+    """A cache and its references, changed in the same way."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.draw = data.draw
+        batch = self.draw(st.integers(1, 3))
+        self.generator = torch.Generator().manual_seed(self.draw(st.integers(0, 1000)))
+        self.cache = new_cache()
+        self.references = [Reference() for _ in range(batch)]
+
+    @property
+    def columns(self) -> int:
+        return len(self.references[0].columns)
+
+    def run_pass(self) -> None:
+        tokens = self.draw(st.integers(1, 2 if self.columns else 6))
+        pads = [0 if self.columns else self.draw(st.integers(0, tokens - 1)) for _ in self.references]
+        keys = torch.randn(len(pads), 2, tokens, 4, generator=self.generator)
+        new = np.full((len(pads), tokens), NO_TOKEN)
+        for row, (reference, pad) in enumerate(zip(self.references, pads, strict=True)):
+            new[row, pad:] = reference.add(keys[row, :, pad:].transpose(0, 1), pad)
+        visible = torch.from_numpy(run_pass(self.cache, new, [keys] * len(self.cache.layers)))
+        for layer in self.cache.chunkwise_layers:
+            for row, (seen_keys, seen_values) in enumerate(zip(*layer.read(), strict=True)):
+                held = seen_keys[:, visible[row]].transpose(0, 1)
+                assert as_set(iter(held)) == as_set(iter(self.references[row].keys.values()))
+                assert torch.allclose(seen_values[:, visible[row]].transpose(0, 1), 2 * held)
+
+    def carry_out(self) -> None:
         decisions: list[list[KVDecision]] = []
-        for reference in references:
-            spans = data.draw(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5)), max_size=2))
+        for reference in self.references:
+            spans = self.draw(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5)), max_size=2))
             # Drops come last, because expiry follows the decisions for closed chunks.
-            actions = sorted((data.draw(st.sampled_from(["keep", "int8", "drop"])) for _ in spans), key="drop".__eq__)
+            actions = sorted((self.draw(st.sampled_from(["keep", "int8", "drop"])) for _ in spans), key="drop".__eq__)
             decisions.append(
                 [KVDecision(s, min(s + n, reference.position), a) for (s, n), a in zip(spans, actions, strict=True)]
             )
             for decision in decisions[-1]:
                 reference.carry_out(decision)
-        cache.carry_out(decisions)
-        if data.draw(st.booleans()):
-            order = [data.draw(st.integers(0, batch - 1)) for _ in range(batch)]
-            cache.reorder_cache(torch.tensor(order))
-            references = [copy.deepcopy(references[row]) for row in order]
-            columns = [part[order] for part in columns]
-    assert cache.get_seq_length() == cache.layers[0].seen
+        self.cache.carry_out(decisions)
+
+    def select(self) -> None:
+        kind = self.draw(st.sampled_from(["reorder", "repeat", "indices", "flags"]))
+        batch = len(self.references)
+        if kind == "repeat":
+            repeats = self.draw(st.integers(1, 2))
+            order = [row for row in range(batch) for _ in range(repeats)]
+            self.cache.batch_repeat_interleave(repeats)
+        elif kind == "flags":
+            flags = [row == 0 or self.draw(st.booleans()) for row in range(batch)]
+            order = [row for row in range(batch) if flags[row]]
+            self.cache.batch_select_indices(torch.tensor(flags))
+        else:
+            size = batch if kind == "reorder" else self.draw(st.integers(1, 3))
+            order = [self.draw(st.integers(0, batch - 1)) for _ in range(size)]
+            act = self.cache.reorder_cache if kind == "reorder" else self.cache.batch_select_indices
+            act(torch.tensor(order))
+        self.references = [copy.deepcopy(self.references[row]) for row in order]
+
+    def crop(self) -> None:
+        columns = self.draw(st.integers(1, self.columns))
+        exact = [n for n in range(columns + 1) if all(reference.is_exact(n) for reference in self.references)]
+        if exact[-1] < columns:
+            with pytest.raises(EngineError, match=f"keep {exact[-1]} and run the others again"):
+                self.cache.crop(columns)
+            columns = exact[-1]
+        self.cache.crop(self.draw(st.sampled_from([columns or -self.columns, columns - self.columns])))
+        for reference in self.references:
+            reference.crop(columns)
+
+
+@given(data=st.data())
+def test_random_calls_change_the_cache_exactly_as_the_reference(data: st.DataObject) -> None:
+    both = Both(data)
+    both.run_pass()
+    for _ in range(data.draw(st.integers(1, 8))):
+        getattr(both, data.draw(st.sampled_from(["run_pass", "carry_out", "select", "crop"])))()
+        assert both.cache.get_seq_length() == both.cache.get_seq_length(1) == both.columns
+    both.run_pass()
+
+
+def cache_of(tokens: int, record_queries: bool = False) -> ChunkWiseCache:
+    """A cache of one sequence, filled in one pass."""
+    cache = new_cache(record_queries=record_queries)
+    run_pass(cache, np.arange(tokens)[None], torch.randn(2, 1, 2, tokens, 4))
+    return cache
+
+
+def tokens_in_use(cache: ChunkWiseCache) -> int:
+    return int(cache._slots.visible(np.empty((1, 0), bool)).sum())
+
+
+@pytest.mark.parametrize("policy", ["near_duplicates", "snapkv"])
+def test_a_crop_into_a_chunk_that_was_scored_is_refused_and_one_at_its_start_scores_it_again(policy: str) -> None:
+    cache = cache_of(20, record_queries=policy == "snapkv")
+    chunks = [KVDecision(a, b, "keep", evict=policy, keep_share=0.5) for a, b in ((2, 8), (8, 14))]
+    cache.carry_out([chunks])
+    assert tokens_in_use(cache) == 20 - 3 - 3
+    for length in (3, 8, 14):  # the next token closes a chunk
+        with pytest.raises(EngineError, match=rf"crop\({length}\): .* keep 2 and run the others again"):
+            cache.crop(length)
+    cache.crop(15)
+    cache.carry_out([chunks])
+    assert tokens_in_use(cache) == 15 - 3 - 3, "a plan that runs again scores no chunk twice"
+    cache.crop(2)
+    run_pass(cache, np.arange(2, 15)[None], torch.randn(2, 1, 2, 13, 4))
+    cache.carry_out([chunks])
+    assert tokens_in_use(cache) == 15 - 3 - 3
+
+
+def test_a_crop_keeps_int8_and_frees_the_memory_of_what_it_forgets() -> None:
+    cache = cache_of(400)
+    cache.carry_out([[KVDecision(4, 300, "int8")]])
+    before = cache.nbytes
+    cache.crop(200)
+    assert cache.nbytes < 0.55 * before
+    assert [layer.cold[0].used for layer in cache.chunkwise_layers if layer.cold] == [196, 196]
+    assert cache.full_nbytes == 2 * 2 * 200 * 2 * 4 * 4
+
+
+def test_a_window_that_has_slid_cannot_be_cropped_and_the_cache_stays_as_it_was() -> None:
+    model = ChunkWiseModel(build("gemma3"), adapter("gemma3"), kv_only(*POLICIES["int8"]))
+    cache = model.generate(**prompts((20,)), max_new_tokens=8, return_dict_in_generate=True).past_key_values
+    with pytest.raises(EngineError, match=r"crop\(20\): a DynamicSlidingWindowLayer cannot be cropped: "):
+        cache.crop(20)
+    assert {layer.get_seq_length() for layer in cache.layers} == {27}
+    cache = model.generate(**prompts((8,)), max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    cache.crop(8)
+    assert {layer.get_seq_length() for layer in cache.layers} == {8}
+
+
+def test_a_cache_that_was_reset_is_as_new() -> None:
+    cache = cache_of(40, record_queries=True)
+    cache.carry_out([[KVDecision(2, 30, "int8"), KVDecision(2, 8, "drop")]])
+    cache.reset()
+    assert cache.get_seq_length() == cache.used_nbytes == cache.full_nbytes == 0
+    run_pass(cache, np.arange(12)[None].repeat(3, 0), torch.randn(2, 3, 2, 12, 4))
+    cache.carry_out([[KVDecision(0, 9, "keep", evict="snapkv", keep_share=0.5)]] * 3)
+    assert cache.chunkwise_layers[0].seen == 12
+
+
+# What a pass must do, so that slots may move
+
+
+def test_a_pass_that_leaves_out_the_cache_or_runs_twice_is_an_error() -> None:
+    cache = cache_of(6)
+    with pytest.raises(EngineError, match=r"should hold 7 tokens per sequence .* layers hold 6; the model does not"):
+        cache.check_used(1)
+    for index in range(2):
+        cache.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), index)
+    cache.check_used(1)
+    cache.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), 1)
+    with pytest.raises(EngineError, match="layers hold 7, 8"):
+        cache.check_used(1)
+
+
+def test_layers_that_a_model_never_uses_are_left_out() -> None:
+    cache = new_cache()
+    cache.slot_mask(np.ones((1, 30), bool))
+    cache.update(torch.randn(1, 2, 30, 4), torch.randn(1, 2, 30, 4), 1)
+    cache.layers[1].note_reading(torch.randn(1, 2, 30, 4), None, 0.5)
+    cache.check_used(30)
+    cache.note(np.arange(30)[None])
+    cache.carry_out([[KVDecision(0, 20, "int8")]])
+    assert cache.layers[1].cold is not None and cache.layers[1].hot == 10
+
+
+WRONG_MASKS: dict[str, Tensor | None] = {
+    "of another size": torch.ones(1, 1, 1, 12, dtype=torch.bool),
+    "that hides a slot": torch.arange(13)[None, None, None] != 5,
+    "with a bias by position": -torch.arange(13.0)[None, None, None].flip(-1),
+}
+
+
+@pytest.mark.parametrize("mask", WRONG_MASKS.values(), ids=WRONG_MASKS)
+def test_a_mask_that_is_not_over_the_slots_keeps_them_in_place_and_once_they_have_moved_it_is_an_error(
+    mask: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, moved = cache_of(12), cache_of(12)
+    moved.carry_out([[KVDecision(2, 10, "int8")]])
+    for held in (cache, moved):
+        held.slot_mask(np.ones((1, 1), bool))
+        for index in range(2):
+            held.update(*torch.randn(2, 1, 2, 1, 4), index)
+    with pytest.raises(EngineError, match="have moved the cache's entries, but the model's attention masks are not"):
+        moved.chunkwise_layers[0].note_reading(torch.randn(1, 2, 1, 4), mask, 0.5)
+    for layer in cache.chunkwise_layers:
+        layer.note_reading(torch.randn(1, 2, 1, 4), mask, 0.5)
+    cache.note(np.array([[12]]))
+    assert cache.notes == ()
+    cache.carry_out([[KVDecision(2, 10, "int8")]])
+    (note,) = cache.notes
+    assert "not carried out: the model's attention masks" in note and note in caplog.text
+    assert cache.nbytes >= cache.full_nbytes
+
+
+def test_without_a_mask_attention_sees_all_slots() -> None:
+    cache = cache_of(40)
+    cache.carry_out([[KVDecision(2, 40, "int8")]])
+    for new, right in (([[True]], True), ([[False]], False), ([[True, True]], False)):
+        cache.slot_mask(np.array(new))
+        query = torch.randn(1, 2, len(new[0]), 4)
+        with nullcontext() if right else pytest.raises(EngineError, match="masks are not over the slots"):
+            cache.chunkwise_layers[0].note_reading(query, None, 0.5)
+
+
+def test_a_pass_that_was_not_planned_or_reads_moved_slots_in_another_way_is_an_error() -> None:
+    cache = cache_of(12)
+    cache.carry_out([[KVDecision(2, 10, "int8")]])
+    with pytest.raises(EngineError, match="in a pass that was not planned"):
+        cache.chunkwise_layers[0].note_reading(torch.randn(1, 2, 1, 4), None, 0.5)
+    cache.slot_mask(np.ones((1, 1), bool))
+    for index in range(2):
+        cache.update(*torch.randn(2, 1, 2, 1, 4), index)
+    with pytest.raises(EngineError, match="does not read its cache through the engine's attention function"):
+        cache.note(np.array([[12]]))
 
 
 def test_a_long_generation_needs_no_more_memory_than_a_short_one() -> None:

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from caches import new_cache, run_pass
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, ConfigError
-from chunkwise_lora.engines.transformers import FastPaths
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
 from chunkwise_lora.engines.vllm.loading import kv_left_undone
 from chunkwise_lora.method.config import (
@@ -51,7 +51,7 @@ def evicting(name: str, keep_share: float = 0.5, **others: Any) -> ChunkWiseConf
 
 def tokens_held(cache: ChunkWiseCache, row: int) -> set[int]:
     """The tokens of one sequence that the cache still holds."""
-    return {int(token) for slots in (cache._hot, cache._cold) for token in slots[row] if token != NO_TOKEN}
+    return {int(token) for slots in (cache._slots.hot, cache._slots.cold) for token in slots[row] if token != NO_TOKEN}
 
 
 def run_prompt(model: ChunkWiseModel, inputs: dict[str, Tensor], **options: Any) -> Any:
@@ -276,12 +276,10 @@ class Stream:
 
     def run(self, pieces: list[tuple[int, int]]) -> set[int]:
         """Feed the states in pieces. The decision for a chunk comes with the pass in which the next chunk begins."""
-        cache = ChunkWiseCache(build("llama").config, 1.0, carries_out=True, record_queries=True)
+        cache = new_cache(record_queries=True)
         for start, end in pieces:
-            for index, layer in enumerate(cache.chunkwise_layers):
-                cache.update(self.keys[index][:, :, start:end], 2 * self.keys[index][:, :, start:end], index)
-                layer.note_queries(self.queries[index][:, :, start:end], 0.5)
-            cache.note(np.arange(start, end)[None])
+            piece = slice(start, end)
+            run_pass(cache, np.arange(start, end)[None], self.keys[..., piece, :], self.queries[..., piece, :])
             chunks = [(a, b) for a, b in pairwise([0, *self.ends]) if start <= b < end]
             cache.carry_out([[KVDecision(a, b, "keep", evict=self.policy, keep_share=0.5) for a, b in chunks]])
         assert not cache.notes
@@ -328,25 +326,6 @@ def test_queries_of_closed_chunks_are_freed() -> None:
 def test_no_queries_are_kept_if_no_policy_reads_them() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"), evicting("knorm"))
     assert all(layer.queries is None for layer in run_prompt(model, prompts()).chunkwise_layers)
-
-
-@pytest.mark.parametrize("reason", ["another implementation", "no fast attention"])
-def test_a_policy_that_needs_queries_is_named_if_attention_does_not_give_them(
-    reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = build("llama")
-    if reason == "another implementation":
-        base.set_attn_implementation("eager")
-    fast = FastPaths(attention=reason != "no fast attention")
-    model = ChunkWiseModel(base, adapter("llama"), evicting("snapkv"), fast)
-    tokens, logits = greedy(model, prompts(), 24)
-    assert model.trace is not None
-    (note,) = model.trace.kv_notes
-    assert "'snapkv' not carried out" in note and note in caplog.text
-    assert model.trace.kv_bytes >= model.trace.kv_bytes_full
-    expected_tokens, expected_logits = greedy(peft_model("llama"), prompts(), 24)
-    assert torch.equal(tokens, expected_tokens)
-    assert (logits - expected_logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mistral"])

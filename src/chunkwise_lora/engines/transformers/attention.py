@@ -40,10 +40,9 @@ def attention(
         not options.get("dropout") and options.get("position_bias") is None and options.get("is_causal") is not False
     )
     if getattr(value, "layer", None) is layer and isinstance(layer, ChunkWiseLayer):
-        layer.read_by_attention = True
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        layer.note_queries(query, scaling)
+        layer.note_reading(query, attention_mask, scaling)
         if plain and layer.attends(query, attention_mask):
             return layer.attend(query, attention_mask, scaling), None
         key, value = layer.read()

@@ -12,6 +12,7 @@ class FastPaths:
     kernels: bool = True
     """C kernels for the adapter product and the attention of decode steps, on a CPU with a C compiler."""
     attention: bool = True
-    """Our attention function, which reads INT8 entries without converting them. It replaces only `sdpa`."""
+    """Our attention function, which reads INT8 entries without converting them. It replaces only `sdpa`. Without it, KV
+    policies are not carried out."""
     products: bool = True
     """Linear layers computed in float32 from the same weights, on a CPU that emulates the model's half precision."""

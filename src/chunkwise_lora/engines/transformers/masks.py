@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from chunkwise_lora.engines.transformers import versions
 from chunkwise_lora.engines.transformers.cache import ChunkWiseCache
 
 
@@ -34,7 +35,7 @@ def mask_over_slots(
         "inputs_embeds": torch.empty(
             (*input_ids.shape, 0), dtype=cache.chunkwise_layers[0].dtype, device=input_ids.device
         ),
-        "past_key_values": cache,
+        versions.CACHE: cache,
     }
     return {
         "full_attention": create_causal_mask(attention_mask=slots, **shared),

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkwise_lora.backends.native import give_memory_back
 from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
 from chunkwise_lora.engines.transformers.cache.queries import OpenChunkQueries
-from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, kept, packed, picked, within
+from chunkwise_lora.engines.transformers.cache.reading import Reading
+from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, SlotTable, kept, packed, picked, within
 from chunkwise_lora.engines.transformers.cache.states import chunk_states
+from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.eviction import evicted_tokens
 from chunkwise_lora.method.kv_policies import needs_queries
 from chunkwise_lora.method.kv_policy import KVDecision
@@ -39,6 +41,8 @@ _KEEP, _INT8, _DROP = 0, 1, 2
 
 class ChunkWiseCache(Cache):
     """A `ChunkWiseLayer` for every layer with full attention, and transformers' own layers for sliding windows.
+
+    Every pass over the cache runs between `slot_mask` and `check_used`, `note` and `carry_out`, in that order.
 
     Args:
         config: The model's configuration.
@@ -65,15 +69,17 @@ class ChunkWiseCache(Cache):
         )
         self.chunkwise_layers = [layer for layer in self.layers if isinstance(layer, ChunkWiseLayer)]
         """The layers that carry out KV decisions."""
-        self._cold = np.empty((0, 0), np.int64)
-        """(batch, cold slots) the token in each cold slot, `NO_TOKEN` where it is unused."""
-        self._hot = np.empty((0, 0), np.int64)
-        """(batch, hot slots) the token in each hot slot."""
-        self._in_columns = True
-        """Whether slots still are the columns of the input, padding included."""
-        self._queries = OpenChunkQueries(self.chunkwise_layers) if record_queries and self.chunkwise_layers else None
         self.notes: tuple[str, ...] = ()
         """Which decisions were not carried out so far, and why."""
+        self._record_queries = record_queries and bool(self.chunkwise_layers)
+        self._start()
+
+    def _start(self) -> None:
+        self._slots = SlotTable()
+        self._reading = Reading()
+        for layer in self.chunkwise_layers:
+            layer.reading = self._reading
+        self._queries = OpenChunkQueries(self.chunkwise_layers) if self._record_queries else None
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the column of the first query in a mask: after all slots."""
@@ -81,21 +87,52 @@ class ChunkWiseCache(Cache):
         return layer.slots if isinstance(layer, ChunkWiseLayer) else super().get_query_offset(layer_idx)
 
     def slot_mask(self, new: np.ndarray) -> np.ndarray | None:
-        """Return (batch, slots + tokens) bool: the slots that each sequence uses, then `new` (batch, tokens).
+        """Begin a pass, and return (batch, slots + tokens) bool: the slots that each sequence uses, then `new`.
 
         None if slots are still the columns of the input, so that the mask of the input is right.
+
+        Args:
+            new: (batch, tokens) bool, False for padding.
         """
-        if self._in_columns:
-            return None
-        return np.concatenate([self._cold != NO_TOKEN, self._hot != NO_TOKEN, new], axis=1)
+        visible = self._slots.visible(new)
+        self._reading.begin(visible)
+        return None if self._slots.in_columns else visible
+
+    def check_used(self, columns: int) -> None:
+        """Check that the layers have received the tokens of a pass. Call it after the pass, before `note`.
+
+        Args:
+            columns: Columns of the pass, padding included.
+
+        Raises:
+            EngineError: A layer has received another number of tokens.
+        """
+        kinds = (ChunkWiseLayer, DynamicLayer, DynamicSlidingWindowLayer)
+        held = {layer.get_seq_length() for layer in self.layers if type(layer) in kinds}
+        # A layer that has received nothing at all belongs to attention that reads another layer's cache, or none.
+        if held and held - {0} != {self._slots.columns + columns}:
+            raise EngineError(
+                f"the cache should hold {self._slots.columns + columns} tokens per sequence after this pass, but its "
+                f"layers hold {', '.join(map(str, sorted(held)))}; the model does not use the cache that it was given, "
+                "or another call has used it"
+            )
 
     def note(self, tokens: np.ndarray) -> None:
-        """Record which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
-        if not len(self._hot):
-            self._hot = self._cold = np.empty((len(tokens), 0), np.int64)
-        self._hot = np.concatenate([self._hot, tokens], axis=1)
+        """Record which tokens (batch, n) the last pass added, `NO_TOKEN` for padding.
+
+        Raises:
+            EngineError: Attention has not read the slots that KV decisions have moved.
+        """
+        if not self._slots.columns:
+            self.chunkwise_layers[:] = [layer for layer in self.chunkwise_layers if layer.is_initialized]
+        self._slots.add(tokens)
+        self._reading.end(all(layer.was_read for layer in self.chunkwise_layers))
         if self._queries is not None:
-            self._queries.note(tokens)
+            if self._reading.obstacle is None:
+                self._queries.note(tokens)
+            else:
+                self._queries.stop()
+                self._queries = None
 
     def carry_out(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
         """Quantise and drop entries after a pass.
@@ -106,34 +143,46 @@ class ChunkWiseCache(Cache):
         if self.chunkwise_layers and any(
             decision.acts for sequence_decisions in decisions for decision in sequence_decisions
         ):
-            self._act(decisions)
+            if self._reading.obstacle is None:
+                self._act(decisions)
+            elif not self.notes:
+                self.notes = (f"not carried out: {self._reading.obstacle}",)
+                logger.warning("KV policy: %s", *self.notes)
         if self._queries is not None:
             self._queries.close(decisions)
+            for row, sequence_decisions in enumerate(decisions):
+                for decision in sequence_decisions:
+                    self._slots.settle(row, decision)
 
     def _act(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
-        fate = np.full(self._hot.shape, _KEEP)
+        slots = self._slots
+        fate = np.full(slots.hot.shape, _KEEP)
         for row, sequence_decisions in enumerate(decisions):
-            for decision in sequence_decisions:
-                hot = within(self._hot[row], decision)
+            new = [decision for decision in sequence_decisions if not slots.is_settled(row, decision)]
+            for decision in new:
+                hot = within(slots.hot[row], decision)
                 if decision.action == "int8":
                     fate[row, hot] = _INT8
                 elif decision.action == "drop":
                     fate[row, hot] = _DROP
-                    self._cold[row, within(self._cold[row], decision)] = NO_TOKEN
-            self._evict(row, sequence_decisions, fate[row])
-        self._in_columns = False
-        to_cold = packed((fate == _INT8) & (self._hot != NO_TOKEN))
+                    slots.cold[row, within(slots.cold[row], decision)] = NO_TOKEN
+            self._evict(row, new, fate[row])
+            for decision in new:
+                if decision.action == "drop" or decision.scores_tokens:
+                    slots.settle(row, decision)
+        slots.in_columns, self._reading.moved = False, True
+        to_cold = packed((fate == _INT8) & (slots.hot != NO_TOKEN))
         if to_cold.shape[1]:
             self._each(ChunkWiseLayer.quantise, to_cold)
-            self._cold = np.concatenate([self._cold, picked(self._hot, to_cold)], axis=1)
-        self._hot[fate != _KEEP] = NO_TOKEN
-        kept_cold, kept_hot = kept(self._cold), kept(self._hot)
+            slots.cold = np.concatenate([slots.cold, picked(slots.hot, to_cold)], axis=1)
+        slots.hot[fate != _KEEP] = NO_TOKEN
+        kept_cold, kept_hot = kept(slots.cold), kept(slots.hot)
         if kept_cold is not None or kept_hot is not None:
             self._each(ChunkWiseLayer.sweep, kept_cold, kept_hot)
         if kept_cold is not None:
-            self._cold = picked(self._cold, kept_cold)
+            slots.cold = picked(slots.cold, kept_cold)
         if kept_hot is not None:
-            self._hot = picked(self._hot, kept_hot)
+            slots.hot = picked(slots.hot, kept_hot)
 
     def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
         """Call `act` for each layer that carries out KV decisions, with `slots`, each (batch, n)."""
@@ -147,43 +196,95 @@ class ChunkWiseCache(Cache):
     @torch.no_grad()
     def _evict(self, row: int, decisions: Sequence[KVDecision], fate: np.ndarray) -> None:
         """Mark in `fate` (slots,) the hot tokens of one sequence that the scores of KV policies drop."""
-        scored = [possible for decision in decisions if (possible := self._possible(decision)).scores_tokens]
+        scored = [decision for decision in decisions if decision.scores_tokens]
         for read_queries in (False, True):
             alike = [decision for decision in scored if needs_queries(decision.evict) is read_queries]
             queries = self._queries if read_queries else None
             for batch in _batches(alike):
-                slots = [within(self._hot[row], decision) for decision in batch]
+                slots = [within(self._slots.hot[row], decision) for decision in batch]
                 columns = [queries.columns(row, decision) for decision in batch] if queries else ()
                 values = any(decision.evict is not None for decision in batch)
                 states = chunk_states(self.chunkwise_layers, row, slots, values, queries, columns)
                 for decision, chunk_slots, chunk in zip(batch, slots, states, strict=True):
                     fate[chunk_slots[evicted_tokens(decision, chunk)]] = _DROP
 
-    def _possible(self, decision: KVDecision) -> KVDecision:
-        """Return the part of a decision that can be carried out, and note the other part."""
-        if not needs_queries(decision.evict) or (self._queries is not None and self._queries.complete):
-            return decision
-        note = (
-            f"KV policy {decision.evict!r} not carried out: it reads queries, which the model's attention does not "
-            "provide; load the model with attn_implementation='sdpa' and leave FastPaths.attention on"
-        )
-        if note not in self.notes:
-            logger.warning("%s", note)
-            self.notes = (*self.notes, note)
-        return replace(decision, evict=None, keep_share=None)
+    def select(self, sequences: Tensor) -> None:
+        """Keep only `sequences` (n,) of the batch, in that order. A sequence may be named several times."""
+        for layer in self.layers:
+            if isinstance(layer, ChunkWiseLayer):
+                layer.select(sequences)
+            else:
+                layer.reorder_cache(sequences)
+        order = sequences.cpu().numpy()
+        self._slots.select(order)
+        if self._queries is not None:
+            self._queries.select(order)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences as a beam search chose."""
-        super().reorder_cache(beam_idx)
-        if len(self._hot):
-            order = beam_idx.cpu().numpy()
-            self._hot, self._cold = self._hot[order], self._cold[order]
-            if self._queries is not None:
-                self._queries.select(order)
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times; copies lie next to each other."""
+        self.select(torch.arange(len(self._slots.real)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the sequences `indices`: (n,) their numbers, or (batch,) bool."""
+        self.select(torch.arange(len(self._slots.real))[torch.as_tensor(indices).cpu()])
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last tokens.
+
+        Tokens that were dropped do not come back, and tokens in INT8 stay in INT8.
+
+        Args:
+            max_length: Columns to keep, padding included. As in transformers, a negative number says how many columns
+                to remove, and 0 does nothing.
+
+        Raises:
+            EngineError: The cache does not hold all tokens that a cache of this length would hold, because a KV
+                decision has dropped some of them since, or a sliding window has.
+        """
+        columns = max_length if max_length > 0 else self._slots.columns + max_length
+        if columns >= self._slots.columns:
+            return
+        if columns < 0:
+            raise EngineError(f"crop({max_length}): the cache holds {self._slots.columns} tokens per sequence")
+        if (exact := self._slots.exact_columns(columns)) < columns:
+            raise EngineError(
+                f"crop({max_length}): later KV decisions have dropped some of the first {columns} tokens; keep "
+                f"{exact} and run the others again, or use a config without KV policy"
+            )
+        self._crop_plain_layers(columns - self._slots.columns, f"crop({max_length})")
+        cold, hot = self._slots.crop(columns)
+        self._each(partial(ChunkWiseLayer.crop, seen=columns), cold, hot)
+        if self._queries is not None:
+            self._queries.crop(self._slots.lengths)
+
+    def _crop_plain_layers(self, removed: int, call: str) -> None:
+        """Crop transformers' own layers by `removed` tokens, a negative number as transformers has it."""
+        try:
+            for layer in self.layers:
+                if not isinstance(layer, ChunkWiseLayer):
+                    layer.crop(removed)
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise EngineError(f"{call}: a {type(layer).__name__} cannot be cropped: {error}") from None
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._start()
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the slots in use, over all layers."""
+        return sum(
+            layer.used_nbytes if isinstance(layer, ChunkWiseLayer) else _plain_nbytes(layer) for layer in self.layers
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, over all layers."""
+        """Bytes of storage, with room for later tokens, over all layers."""
         return sum(layer.nbytes if isinstance(layer, ChunkWiseLayer) else _plain_nbytes(layer) for layer in self.layers)
 
     @property

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from chunkwise_lora.backends.native import AttentionPools, PoolTensors, kernels
 from chunkwise_lora.engines.transformers.cache.pool import Int8Pool, appended, quantise, take
+from chunkwise_lora.engines.transformers.cache.reading import Reading
 from chunkwise_lora.errors import EngineError
 
 
@@ -41,6 +42,10 @@ class ChunkWiseLayer(CacheLayerMixin):
         """Keys and values in INT8; None until the first token is quantised."""
         self.queries: list[Tensor] | None = None
         """Queries (batch, query heads, tokens, head_dim) of recent passes; None if no KV policy reads them."""
+        self.reading: Reading | None = None
+        """Checks the masks of attention; None if the layer has no cache around it."""
+        self.was_read = False
+        """Whether `attention` has read what the last `update` returned."""
         self.scaling = 1.0
         """Factor that the model's attention puts on products of queries and keys; known once queries are."""
         self._use_kernels = use_kernels
@@ -69,6 +74,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.keys = appended(self.keys, self.hot, key_states)
         self.values = appended(self.values, self.hot, value_states)
+        self.was_read = False
         self.seen += key_states.shape[2]
         self.hot += key_states.shape[2]
         keys, values = self._hot() if self.read_by_attention else self.read()
@@ -86,11 +92,23 @@ class ChunkWiseLayer(CacheLayerMixin):
     def _hot(self) -> tuple[Tensor, Tensor]:
         return self.keys[:, :, : self.hot], self.values[:, :, : self.hot]
 
-    def note_queries(self, query: Tensor, scaling: float) -> None:
-        """Keep the queries (batch, query heads, tokens, head_dim) of a pass if a KV policy reads them."""
-        if self.queries is not None:
+    def note_reading(self, query: Tensor, mask: Tensor | None, scaling: float) -> None:
+        """Note that `attention` reads this layer. It does so several times per pass if layers share their cache.
+
+        Args:
+            query: (batch, query heads, tokens, head_dim). It is kept if a KV policy reads it.
+            mask: (batch, 1, tokens, slots) or None.
+            scaling: Factor of the scores.
+
+        Raises:
+            EngineError: The mask is not over the slots of the cache, although KV decisions have moved them.
+        """
+        if self.reading is not None:
+            self.reading.compare(mask, query.shape[2])
+        if self.queries is not None and not self.was_read:
             self.queries.append(query.detach())
             self.scaling = scaling
+        self.read_by_attention = self.was_read = True
 
     def attends(self, query: Tensor, mask: Tensor | None) -> bool:
         """Return whether `attend` supports this query and mask: one token per sequence, a mask over slots or none."""
@@ -179,25 +197,45 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def select(self, sequences: Tensor) -> None:
         """Keep only `sequences` of the batch, in that order."""
+        if not self.is_initialized:
+            return
+        sequences = sequences.to(self.device)
         self.keys, self.values = self.keys[sequences], self.values[sequences]
         for pool in self.cold or ():
             pool.select(sequences)
         if self.queries is not None:
             self.queries = [queries[sequences] for queries in self.queries]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the sequences as a beam search chose."""
-        if self.is_initialized:
-            self.select(beam_idx.to(self.device))
+    def crop(self, cold: Tensor, hot: Tensor, seen: int) -> None:
+        """Keep only the slots `cold` and `hot`, each (batch, n), of the first `seen` tokens."""
+        self.sweep(cold if self.cold else None, hot)
+        self.seen = seen
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        if not self.is_initialized:
+            return
+        self.seen = self.hot = 0
+        self.cold = self._pools = None
+        self.keys = self.values = self.keys.new_empty(0)
+        self.is_initialized = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
+        """Bytes of storage, with room for later tokens."""
         if not self.is_initialized:
             return 0
         tensors = (self.keys, self.values, *(self.queries or ()))
         hot = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         return hot + sum(pool.nbytes for pool in self.cold or ())
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the slots in use."""
+        if not self.is_initialized:
+            return 0
+        states = (*self._hot(), *(self.queries or ()))
+        return sum(tensor.nbytes for tensor in states) + sum(pool.used_nbytes for pool in self.cold or ())
 
     @property
     def full_nbytes(self) -> int:

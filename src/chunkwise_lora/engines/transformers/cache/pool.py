@@ -61,8 +61,13 @@ class Int8Pool:
         return both
 
     @property
+    def used_nbytes(self) -> int:
+        """Bytes of the slots in use."""
+        return sum(tensor[:, :, : self.used].nbytes for tensor in (self.codes, self.scales, self.others))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of storage."""
+        """Bytes of storage, with room for later tokens."""
         return sum(tensor.untyped_storage().nbytes() for tensor in (self.codes, self.scales, self.others))
 
 

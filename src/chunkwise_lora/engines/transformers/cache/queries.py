@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
 from chunkwise_lora.engines.transformers.cache.pool import take
-from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, kept, picked, within
+from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, kept, packed, picked, within
 from chunkwise_lora.method.kv_policy import KVDecision
 
 
@@ -28,19 +28,12 @@ class OpenChunkQueries:
         self._opened = np.empty(0, np.int64)
         """(batch,) the first token of each open chunk."""
         self._passes = 0
-        self.complete = True
-        """Whether every layer received its queries in every pass. Once False, nothing is kept any more."""
         for layer in layers:
             layer.queries = []
 
     def note(self, tokens: np.ndarray) -> None:
         """Record which tokens (batch, n) the last pass added, `NO_TOKEN` for padding."""
         self._passes += 1
-        if not self.complete or not all(self._received(layer, tokens.shape[1]) for layer in self._layers):
-            self.complete = False
-            for layer in self._layers:
-                layer.queries = None
-            return
         if not len(self._tokens):
             self._tokens = np.empty((len(tokens), 0), np.int64)
             self._opened = np.zeros(len(tokens), np.int64)
@@ -58,28 +51,36 @@ class OpenChunkQueries:
 
     def close(self, decisions: Sequence[Sequence[KVDecision]]) -> None:
         """Free the queries of chunks that `decisions`, one list per sequence, have closed."""
-        if not self.complete or not any(decisions):
+        if not any(decisions):
             return
         for row, sequence_decisions in enumerate(decisions):
             self._opened[row] = max([self._opened[row], *(decision.end for decision in sequence_decisions)])
         self._tokens[self._tokens < self._opened[:, None]] = NO_TOKEN
         columns = kept(self._tokens)
-        if columns is None:
-            return
-        self._join()
-        index = torch.from_numpy(np.maximum(columns, 0))
-        for layer in self._layers:
-            layer.queries = [take(self.read(layer), index.to(layer.device))]
-        self._tokens = picked(self._tokens, columns)
+        if columns is not None:
+            self._keep(columns)
 
     def select(self, order: np.ndarray) -> None:
         """Keep only the sequences `order`, as the layers do."""
         if len(self._tokens):
             self._tokens, self._opened = self._tokens[order], self._opened[order]
 
-    def _received(self, layer: ChunkWiseLayer, width: int) -> bool:
-        queries = layer.queries or []
-        return len(queries) == self._passes and queries[-1].shape[2] == width
+    def crop(self, lengths: np.ndarray) -> None:
+        """Keep only the first tokens of each sequence, `lengths` (batch,)."""
+        self._opened = np.minimum(self._opened, lengths)
+        self._keep(packed((self._tokens != NO_TOKEN) & (self._tokens < lengths[:, None])))
+
+    def stop(self) -> None:
+        """Free all queries and receive no more."""
+        for layer in self._layers:
+            layer.queries = None
+
+    def _keep(self, columns: np.ndarray) -> None:
+        self._join()
+        index = torch.from_numpy(np.maximum(columns, 0))
+        for layer in self._layers:
+            layer.queries = [take(self.read(layer), index.to(layer.device))]
+        self._tokens = picked(self._tokens, columns)
 
     def _join(self) -> None:
         """Put the queries of all passes into one tensor per layer."""

@@ -1,4 +1,4 @@
-"""Which token lies in which slot of the cache: (batch, slots) arrays of token positions."""
+"""Which token lies in which slot of a cache. All layers of a cache hold the same tokens in the same slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,92 @@ NO_TOKEN = -1
 
 WASTE = 16
 """Unused slots are removed if there are at least this number, and at least an eighth of all slots."""
+
+
+class SlotTable:
+    """The tokens of every sequence and their slots.
+
+    A *column* is a place in the input that all sequences of a batch share, padding included. At first, hot slots are
+    columns. After KV decisions they are not, so masks must then be over slots.
+    """
+
+    def __init__(self) -> None:
+        self.real = np.empty((0, 0), bool)
+        """(batch, columns) the columns that hold tokens, not padding."""
+        self.cold = np.empty((0, 0), np.int64)
+        """(batch, cold slots) the token in each cold slot, `NO_TOKEN` where it is unused."""
+        self.hot = np.empty((0, 0), np.int64)
+        """(batch, hot slots) the token in each hot slot."""
+        self.due = np.empty((0, 0), np.int64)
+        """(batch, columns) for each token, the smallest length of the sequence at which a KV decision may have dropped
+        it or its query; 0 if none has."""
+        self.in_columns = True
+        """Whether hot slots still are columns."""
+
+    @property
+    def columns(self) -> int:
+        """Columns added so far."""
+        return self.real.shape[1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(batch,) the number of tokens of each sequence."""
+        return self.real.sum(1)
+
+    def visible(self, new: np.ndarray) -> np.ndarray:
+        """Return (batch, slots + tokens) bool: the slots in use, cold slots first, then `new` (batch, tokens)."""
+        if not len(self.real):
+            return new
+        return np.concatenate([self.cold != NO_TOKEN, self.hot != NO_TOKEN, new], axis=1)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Add columns with tokens (batch, n) to the hot slots, `NO_TOKEN` for padding."""
+        if not len(self.real):
+            self.real = np.empty((len(tokens), 0), bool)
+            self.hot, self.cold, self.due = np.empty((3, len(tokens), 0), np.int64)
+        self.real = np.concatenate([self.real, tokens != NO_TOKEN], axis=1)
+        self.hot = np.concatenate([self.hot, tokens], axis=1)
+        self.due = np.concatenate([self.due, np.zeros_like(tokens)], axis=1)
+
+    def settle(self, row: int, decision: KVDecision) -> None:
+        """Record a decision of one sequence that drops tokens or queries."""
+        due = self.due[row, decision.start : decision.end]
+        # A chunk closes with the next token. Chunks are dropped at some token of the pass.
+        np.maximum(due, self.real[row].sum() if decision.action == "drop" else decision.end + 1, out=due)
+
+    def is_settled(self, row: int, decision: KVDecision) -> bool:
+        """Return whether a decision for a closed chunk was recorded before. After `crop`, plans decide it again."""
+        due = self.due[row, decision.start : decision.end]
+        return decision.action != "drop" and len(due) > 0 and bool((due > 0).all())
+
+    def select(self, order: np.ndarray) -> None:
+        """Keep only the sequences `order`, in that order."""
+        if len(self.real):
+            self.real, self.cold, self.hot, self.due = (
+                table[order] for table in (self.real, self.cold, self.hot, self.due)
+            )
+
+    def exact_columns(self, columns: int) -> int:
+        """Return the largest number of columns, up to `columns`, to which `crop` leaves every token that it should."""
+        exact = np.ones(columns + 1, bool)
+        for real, due in zip(self.real, self.due, strict=True):
+            latest = np.concatenate([[0], np.maximum.accumulate(due)])
+            lengths = np.concatenate([[0], np.cumsum(real[:columns])])
+            exact &= latest[lengths] <= lengths
+        return int(np.flatnonzero(exact)[-1])
+
+    def crop(self, columns: int) -> tuple[np.ndarray, np.ndarray]:
+        """Forget the tokens after the first `columns`. Returns the cold and hot slots that stay, each (batch, n)."""
+        self.real, self.due = self.real[:, :columns], self.due[:, :columns]
+        lengths = self.lengths[:, None]
+        self.due[np.arange(columns) >= lengths] = 0
+        if self.in_columns:
+            stay = np.repeat(np.arange(columns)[None], len(self.real), axis=0)
+        else:
+            stay = packed((self.hot != NO_TOKEN) & (self.hot < lengths))
+        cold = packed((self.cold != NO_TOKEN) & (self.cold < lengths))
+        self.cold, self.hot = picked(self.cold, cold), picked(self.hot, stay)
+        return cold, stay
 
 
 def kept(tokens: np.ndarray) -> np.ndarray | None:
