@@ -1,4 +1,4 @@
-"""The one list of tiny base models and the one list of LoRA adapters that the tests run over."""
+"""Tiny base models, and the one list of LoRA adapters that the tests run over."""
 
 from __future__ import annotations
 
@@ -16,59 +16,43 @@ import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from architectures import ARCHITECTURES, IMAGES, PAD, VOCABULARY
 from chunkwise_lora.engines.transformers import FastPaths
 
-VOCABULARY = 97
-PAD = 0
 FAST = {"all fast paths": FastPaths(), "no fast path": FastPaths(kernels=False, attention=False, products=False)}
-SLIDING_WINDOW = 16
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.18,
-    "pad_token_id": PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-_LLAMA_LIKE = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+TYPICAL = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "falcon_alibi",
+    "opt",
+    "bloom",
+    "qwen3_moe",
+)
+"""The architectures of tests that go into depth. Of all others, `test_architectures` tests the essentials."""
+
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-_HYBRID = ["sliding_attention", "full_attention"]
-_MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+_LANGUAGE_MODEL = r".*\.(language_model|text_model)\.layers\..*_proj"
+_NO_OUTPUT = ["in_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+"""Linear layers beside the outputs of Mamba's layers, which PEFT cannot adapt in some models."""
 
-ARCHITECTURES: dict[str, Callable[[], t.PreTrainedConfig]] = {
-    "llama": lambda: t.LlamaConfig(**_LLAMA_LIKE),
-    "mistral": lambda: t.MistralConfig(**_LLAMA_LIKE, sliding_window=SLIDING_WINDOW),
-    "qwen2": lambda: t.Qwen2Config(**_LLAMA_LIKE),
-    "qwen3": lambda: t.Qwen3Config(**_LLAMA_LIKE, head_dim=16),
-    "gemma2": lambda: t.Gemma2Config(
-        **_LLAMA_LIKE, head_dim=16, sliding_window=SLIDING_WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=16
-    ),
-    "gemma3": lambda: t.Gemma3TextConfig(
-        **_LLAMA_LIKE, head_dim=16, sliding_window=SLIDING_WINDOW, layer_types=_HYBRID, query_pre_attn_scalar=16
-    ),
-    "phi": lambda: t.PhiConfig(**_LLAMA_LIKE, tie_word_embeddings=True),
-    "phi3": lambda: t.Phi3Config(**_LLAMA_LIKE),
-    "gpt2": lambda: t.GPT2Config(**_COMMON, n_positions=256),
-    "gpt_neox": lambda: t.GPTNeoXConfig(**_COMMON, intermediate_size=48, max_position_embeddings=1024),
-    "falcon": lambda: t.FalconConfig(**_COMMON, multi_query=True, parallel_attn=True, new_decoder_architecture=False),
-    "falcon_alibi": lambda: t.FalconConfig(**_COMMON, multi_query=True, alibi=True),
-    "opt": lambda: t.OPTConfig(
-        **{k: v for k, v in _COMMON.items() if k != "initializer_range"},
-        ffn_dim=48,
-        max_position_embeddings=256,
-        word_embed_proj_dim=32,
-        init_std=0.18,
-    ),
-    "bloom": lambda: t.BloomConfig(**_COMMON, tie_word_embeddings=False),
-    "qwen3_moe": lambda: t.Qwen3MoeConfig(**_LLAMA_LIKE, **_MOE, head_dim=16),
+TARGETS: dict[str, Any] = {
+    "qwen3_moe": _ATTENTION,
+    "llama4": [*_ATTENTION, "gate_proj", "up_proj", "down_proj"],
+    "phimoe": _ATTENTION,
+    **dict.fromkeys(("mamba", "mamba2", "falcon_h1", "nemotron_h"), _NO_OUTPUT),
+    **dict.fromkeys(IMAGES, _LANGUAGE_MODEL),
 }
-"""Configs of tiny models. The sliding windows of `mistral`, `gemma2` and `gemma3` are shorter than the tests' texts."""
-
-TARGETS: dict[str, Any] = {"qwen3_moe": _ATTENTION}
-"""Target modules for architectures in which "all-linear" would include routed experts."""
+"""Target modules for architectures in which tests do not adapt all linear layers, or PEFT cannot."""
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -95,21 +79,29 @@ def build(architecture: str, **changes: Any) -> t.PreTrainedModel:
     config = ARCHITECTURES[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
+    kind = t.AutoModelForImageTextToText if architecture in IMAGES else t.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = t.AutoModelForCausalLM.from_config(config)
+        model = kind.from_config(config)
+        if architecture in IMAGES:  # whose projection may be zero at first
+            language = set(model.get_decoder().parameters())
+            for parameter in model.parameters():
+                parameter.data += 0 if parameter in language else 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = None
     return model.eval()
 
 
 @cache
-def adapter(architecture: str, kind: str = "plain", seed: int = 1) -> Path:
-    """The folder of a PEFT adapter with random weights, which are large enough to change the generated tokens."""
+def adapter(architecture: str, kind: str = "plain", seed: int = 1, targets: str | None = None) -> Path:
+    """The folder of a PEFT adapter with random weights, which are large enough to change the generated tokens.
+
+    Its target modules are `targets` if they are given, then those of `TARGETS`, then all linear layers.
+    """
     options = {
         "r": 8,
         "lora_alpha": 16,
         "init_lora_weights": False,
-        "target_modules": TARGETS.get(architecture, "all-linear"),
+        "target_modules": targets or TARGETS.get(architecture, "all-linear"),
         **ADAPTERS[kind],
     }
     with torch.random.fork_rng():
@@ -118,7 +110,7 @@ def adapter(architecture: str, kind: str = "plain", seed: int = 1) -> Path:
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name or (".lora_B." in name and kind == "orthogonal"):
                 parameter.data += 0.1 * torch.randn_like(parameter)
-    folder = _scratch() / f"{architecture}-{kind}-{seed}"
+    folder = _scratch() / "-".join((architecture, kind, str(seed), *([targets] if targets else [])))
     model.save_pretrained(str(folder))
     return folder
 

@@ -29,7 +29,7 @@ from chunkwise_lora.method.config import (
     SelectionConfig,
 )
 from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
-from models import ARCHITECTURES, FAST, adapter, build, greedy, linear_outputs_plus, prompts
+from models import FAST, TYPICAL, adapter, build, greedy, linear_outputs_plus, prompts
 
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
 
@@ -228,7 +228,7 @@ def test_generation_equals_the_gate_form_without_any_cache(
     assert len({rank for sequence in adapted for rank in sequence.ranks}) > 3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TYPICAL)
 def test_a_changing_plan_with_a_cache_equals_one_pass_over_the_whole_text(architecture: str) -> None:
     model = ChunkWiseModel(build(architecture), adapter(architecture), CHANGING)
     cached = greedy(model, prompts(), 24)

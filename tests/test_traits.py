@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +74,8 @@ def test_the_first_prompt_past_the_configured_length_is_logged(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize(
-    ("architecture", "expected"), [("gpt2", 256), ("opt", 256), ("llama", float("inf")), ("bloom", float("inf"))]
+    ("architecture", "expected"),
+    [("gpt2", 1024), ("opt", 1024), ("gptj", 1024), ("llama", math.inf), ("bloom", math.inf), ("xglm", math.inf)],
 )
 def test_only_tables_of_positions_limit_a_sequence(architecture: str, expected: float) -> None:
     assert ModelTraits.of(build(architecture)).positions == expected
@@ -145,3 +148,19 @@ def test_the_rope_of_every_type_of_layer_counts(monkeypatch: pytest.MonkeyPatch)
     assert cuts("gemma3", **TEXT)
     monkeypatch.setitem(models.ARCHITECTURES, "roped", with_rope("gemma3", kinds))
     assert not cuts("roped", **TEXT)
+
+
+# Modules
+
+
+@pytest.mark.parametrize("architecture", [*models.TYPICAL, *models.IMAGES])
+def test_the_modules_that_see_the_tokens_of_a_pass_are_those_of_the_language_model_and_the_head(
+    architecture: str,
+) -> None:
+    model = build(architecture)
+    traits = ModelTraits.of(model)
+    named = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    seeing = {name for name in named if traits.sees_tokens(name)}
+    elsewhere = {name for name in named if re.search("vis|connector|projector", name)}
+    assert seeing == named - elsewhere
+    assert bool(elsewhere) == (architecture in models.IMAGES)

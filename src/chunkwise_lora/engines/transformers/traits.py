@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkwise_lora.engines.transformers.checks import GenerateOptions
 from chunkwise_lora.engines.transformers.positions import tabled_positions
@@ -19,6 +19,7 @@ TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 LENGTH_FREE_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Kinds of rotary embedding that give a position the same angles in a pass of any length."""
 
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _OUTPUTS_PER_PASS = ("output_hidden_states", "output_attentions")
 
 
@@ -40,6 +41,10 @@ class ModelTraits:
     """Whether a prompt of text gives the same result in one pass and in several passes that share a cache."""
     parameters: tuple[str, ...]
     """Names of the parameters of the model's `forward`."""
+    text_model: str
+    """Name of the module that computes the hidden states of a pass's tokens; empty for the model itself."""
+    head: str
+    """Name of the module that computes logits from them."""
 
     @property
     def vocab_size(self) -> int:
@@ -58,7 +63,13 @@ class ModelTraits:
             takes_cache=model._supports_default_dynamic_cache(),
             cuts_text=_cuts_text(model),
             parameters=forward_parameters(model),
+            text_model=_name_of(model, model.get_decoder()),
+            head=_name_of(model, model.get_output_embeddings()),
         )
+
+    def sees_tokens(self, name: str) -> bool:
+        """Return whether the module `name` sees the tokens of a pass. A vision tower sees parts of images instead."""
+        return name == self.head or not self.text_model or f"{name}.".startswith(f"{self.text_model}.")
 
     def prompt_passes_are_safe(self, options: GenerateOptions) -> bool:
         """Return whether the prompts of a call of `generate` may run in several passes.
@@ -76,15 +87,18 @@ def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:
+    return next((name for name, other in model.named_modules() if other is module), "")
+
+
 def _cuts_text(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
+    cached = {type(layer) for layer in DynamicCache(config=config).layers}
     return (
-        model._supports_attention_backend  # its layers mix tokens only by masks and attention of transformers
-        and not model._is_stateful
-        and _caches_only(DynamicCache(config=model.config), DynamicLayer, DynamicSlidingWindowLayer)
-        and set(_layer_types(config)) <= {"full_attention", "sliding_attention"}
+        _mixes_tokens_by_attention_only(model)
+        and cached <= {DynamicLayer, DynamicSlidingWindowLayer}
+        and set(_layer_types(config)) <= _ATTENTION_LAYERS
         and set(_rope_types(config)) <= LENGTH_FREE_ROPE
-        and _is_causal(model.get_decoder())
     )
 
 
@@ -96,17 +110,13 @@ def _kv_support(model: PreTrainedModel) -> tuple[bool, list[str]]:
     if "position_ids" not in forward_parameters(model):
         return False, [f"not carried out: {name} derives positions from the cache"]
     kinds = set(_layer_types(config))
-    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+    if other := sorted(kinds - _ATTENTION_LAYERS):
         return False, [f"not carried out: layers of type {', '.join(other)} are not supported"]
-    if not model._supports_attention_backend or not _is_causal(model.get_decoder()):
+    if not _mixes_tokens_by_attention_only(model):
         return False, [f"not carried out: the attention of {name} may depend on the order of the cache"]
     if "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None) is not None):
         return True, ["sliding-window layers keep transformers' own cache, which the window already bounds"]
     return True, []
-
-
-def _caches_only(cache: Cache, *kinds: type[CacheLayerMixin]) -> bool:
-    return all(type(layer) in kinds for layer in cache.layers)
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
@@ -122,10 +132,12 @@ def _rope_types(config: PreTrainedConfig) -> Iterator[str]:
                 yield each.get("rope_type", each.get("type", "default"))
 
 
-def _is_causal(decoder: nn.Module) -> bool:
-    """Return whether every attention module states that tokens see earlier tokens only."""
-    stated = [getattr(module, "is_causal", None) for module in decoder.modules()]
-    return True in stated and False not in stated
+def _mixes_tokens_by_attention_only(model: PreTrainedModel) -> bool:
+    """Return whether tokens affect later tokens only through transformers' attention functions and causal masks."""
+    if not model._supports_attention_backend or model._is_stateful:
+        return False
+    causal = [getattr(module, "is_causal", None) for module in model.get_decoder().modules()]
+    return True in causal and False not in causal
 
 
 def _pads(mask: Tensor | None) -> bool:
