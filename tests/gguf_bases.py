@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +20,13 @@ ARCHITECTURES = {
 """llama.cpp's architecture by the name in `models.ARCHITECTURES`."""
 
 
-def write_base(model: t.PreTrainedModel, architecture: str, path: Path) -> Path:
-    """Write a model of one of `ARCHITECTURES` in float32, without a tokenizer. Returns `path`."""
+def write_base(
+    model: t.PreTrainedModel, architecture: str, path: Path, fields: Mapping[str, int | str | list[int]] | None = None
+) -> Path:
+    """Write a model of one of `ARCHITECTURES` in float32, without a tokenizer. Returns `path`.
+
+    `fields` are written in addition to, or instead of, those of the model.
+    """
     config = model.config
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[architecture]])
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -47,6 +52,9 @@ def write_base(model: t.PreTrainedModel, architecture: str, path: Path) -> Path:
         writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     if architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
+    adders = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    for key, value in (fields or {}).items():
+        adders[type(value)](key, value)
     for name, weight in _tensors(model, architecture):
         writer.add_tensor(name, weight.detach().float().contiguous().numpy())
     writer.write_header_to_file()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.ladder.gguf import DTYPES, GgufBase, write_gguf
 from chunkwise_lora.ladder.gguf.architectures import Architecture
+from chunkwise_lora.ladder.gguf.header import LIST, GgufHeader
 from gguf_bases import ARCHITECTURES as RUNNABLE
 from gguf_bases import interleaved, write_base
 from models import ARCHITECTURES, VOCABULARY, adapter, build, peft_model
@@ -309,22 +312,74 @@ def test_a_base_must_be_named(tmp_path: Path) -> None:
     ladder = RankLadder.load(adapter("llama"))
     _refused("--base", replace(ladder, base_model=None), tmp_path)
     _refused("nowhere.*--base", replace(ladder, base_model="nowhere"), tmp_path)
+    _refused("nowhere.gguf.*No such file", ladder, tmp_path, base="nowhere.gguf")
     named = replace(ladder, base_model=str(base_of("llama", tmp_path)))
     assert write(named, tmp_path).exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"hello" * 100, b"GGUF\3\0\0\0" + bytes([255]) * 100])
+ENDLESS_LIST = struct.pack("<4sIQQQ4sIIQ", b"GGUF", 3, 0, 1, 4, b"list", 9, 5, 2**40) + bytes(100)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"hello" * 100, b"GGUF\3\0\0\0" + bytes([255]) * 100, ENDLESS_LIST])
 def test_a_damaged_base_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "base.gguf").write_bytes(content)
     _refused("base.gguf: is not a GGUF file", RankLadder.load(adapter("llama")), tmp_path, base=tmp_path / "base.gguf")
 
 
-def test_a_base_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_is_cut_off_in_its_header_is_refused(tmp_path: Path) -> None:
     whole = write_base(build("llama"), "llama", tmp_path / "base.gguf").read_bytes()
-    for share in (0.005, 0.01, 0.02, 0.5, 0.99):
-        (tmp_path / "cut.gguf").write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(LadderError, match=r"cut.gguf"):
+    header = whole.index(b"output_norm.weight")
+    for length in range(0, header, 7):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(LadderError, match=r"cut.gguf: is not a GGUF file"):
             GgufBase.load(tmp_path / "cut.gguf")
+
+
+@given(st.data())
+def test_a_damaged_header_is_read_or_refused(data: st.DataObject) -> None:
+    header = bytearray(_base_bytes()[:2000])
+    for _ in range(data.draw(st.integers(1, 3))):
+        header[data.draw(st.integers(4, len(header) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "base.gguf").write_bytes(header)
+        with contextlib.suppress(LadderError):
+            GgufBase.load(Path(folder) / "base.gguf")
+
+
+@cache
+def _base_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_base(build("llama"), "llama", Path(folder) / "base.gguf").read_bytes()
+
+
+def test_the_header_is_what_the_package_gguf_reads(tmp_path: Path) -> None:
+    path = write_base(build("gemma3"), "gemma3", tmp_path / "base.gguf")
+    found, reader = GgufHeader.read(path), GGUFReader(path)
+    fields = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("GGUF.")}
+    assert found.fields == {name: LIST if isinstance(value, list) else value for name, value in fields.items()}
+    assert LIST in found.fields.values()
+    assert found.shapes == {item.name: tuple(item.shape.tolist()[::-1]) for item in reader.tensors}
+
+
+def test_a_base_in_several_files_is_read_from_its_first(tmp_path: Path) -> None:
+    ladder = RankLadder.load(adapter("llama"))
+    path = write_base(build("llama"), "llama", tmp_path / "base.gguf", fields={"split.count": 2})
+    assert GgufBase.load(path).shapes is None
+    assert (
+        write(ladder, tmp_path, base=path).read_bytes()
+        == write(ladder, tmp_path / "whole", base=base_of("llama", tmp_path)).read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.block_count", 0), ("llama.attention.head_count", [4, 4]), ("llama.embedding_length", "x")],
+)
+def test_a_field_that_is_no_number_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = write_base(build("llama"), "llama", tmp_path / "base.gguf", fields={key: value})
+    _refused(
+        f"base.gguf: its {key} is .*, not a positive number", RankLadder.load(adapter("llama")), tmp_path, base=path
+    )
 
 
 def test_an_adapter_is_not_a_base(tmp_path: Path) -> None:

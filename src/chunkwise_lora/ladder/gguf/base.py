@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from chunkwise_lora.errors import LadderError, first_line, shown
 from chunkwise_lora.ladder.gguf.architectures import ARCHITECTURES, Architecture
+from chunkwise_lora.ladder.gguf.header import GgufHeader
+
+MOST_BLOCKS = 1024
+"""Bound on the layers of a model. The deepest have about 130."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class GgufBase:
     shapes: Mapping[str, tuple[int, ...]] | None = None
     """Shapes by tensor name, (out, in) for a linear module. None if they are not known."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.blocks <= MOST_BLOCKS:
+            raise LadderError(f"{self.source}: {self.blocks} layers, not 1 to {MOST_BLOCKS}; get the base model again")
+
     @classmethod
     def load(cls, source: str | Path) -> GgufBase:
         """Read a base model: a GGUF file, a folder with a config.json, or a name on the hub.
@@ -43,7 +49,7 @@ class GgufBase:
         Raises:
             LadderError: It cannot be read, or adapters for its architecture cannot be exported.
         """
-        if os.path.isfile(source):
+        if os.path.isfile(source) or str(source).endswith(".gguf"):
             return _from_gguf(Path(source))
         return _from_config(str(source))
 
@@ -81,13 +87,8 @@ def _kv_heads(config: Any, heads: int) -> int:
 
 
 def _from_gguf(path: Path) -> GgufBase:
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:  # a damaged file raises many kinds of errors
-        raise LadderError(
-            f"{path}: is not a GGUF file that can be read ({first_line(error)}); download or convert it again"
-        ) from None
-    fields = {name: value.contents() for name, value in reader.fields.items() if not name.startswith("tokenizer.")}
+    header = GgufHeader.read(path)
+    fields = header.fields
     if fields.get("general.type", "model") != "model":
         raise LadderError(
             f"{path}: its general.type is '{shown(fields['general.type'])}', not 'model'; give the base model's file"
@@ -105,8 +106,7 @@ def _from_gguf(path: Path) -> GgufBase:
         return value
 
     heads = number("attention.head_count")
-    whole = fields.get("split.count", 1) <= 1  # otherwise this file holds only some of the tensors
-    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+    whole = fields.get("split.count", 1) in (0, 1)  # otherwise this file holds only some of the tensors
     return GgufBase(
         str(path),
         architecture,
@@ -114,8 +114,8 @@ def _from_gguf(path: Path) -> GgufBase:
         heads,
         number("attention.head_count_kv", heads),
         number("embedding_length"),
-        whole and "output.weight" not in shapes,
-        shapes if whole else None,
+        whole and "output.weight" not in header.shapes,
+        header.shapes if whole else None,
     )
 
 

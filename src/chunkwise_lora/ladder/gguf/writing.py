@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, LlamaFileType
 from gguf.quants import quantize
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from chunkwise_lora.errors import LadderError, first_line
 from chunkwise_lora.files import write_atomically
 from chunkwise_lora.ladder.contents import LadderContents
 from chunkwise_lora.ladder.gguf.base import GgufBase
+from chunkwise_lora.ladder.gguf.header import GgufHeader
 from chunkwise_lora.ladder.gguf.placement import place
 from chunkwise_lora.ladder.module import LadderModule
 
@@ -81,10 +82,9 @@ def _check_target(path: Path) -> None:
 
 def _is_adapter(path: Path) -> bool:
     try:
-        kind = GGUFReader(path).fields["general.type"]
-    except Exception:  # another or a damaged file
+        return GgufHeader.read(path).fields.get("general.type") == "adapter"
+    except LadderError:  # another or a damaged file
         return False
-    return kind.contents() == "adapter"
 
 
 def _write(ladder: LadderContents, file: Path, base: GgufBase, dtype: str) -> None:
