@@ -141,20 +141,21 @@ def test_query_and_key_rows_of_llama_are_interleaved(tmp_path: Path) -> None:
     assert heads["q"] != heads["k"]
     for side, count in heads.items():
         trained = product(ladder.modules[f"model.layers.0.self_attn.{side}_proj"])
-        assert torch.allclose(found[f"blk.0.attn_{side}.weight"], interleaved(trained, count), atol=1e-6)
+        assert torch.allclose(found[f"blk.0.attn_{side}.weight"], interleaved(trained, count), atol=1e-5)
     value = product(ladder.modules["model.layers.0.self_attn.v_proj"])
-    assert torch.allclose(found["blk.0.attn_v.weight"], value, atol=1e-6)
+    assert torch.allclose(found["blk.0.attn_v.weight"], value, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "bloom"])
 def test_fused_rows_are_collected_into_queries_keys_and_values(tmp_path: Path, architecture: str) -> None:
     ladder = RankLadder.load(adapter(architecture))
     found = products(write(ladder, tmp_path, base=base_of(architecture, tmp_path)))
-    heads, head_size = 4, 8
+    config = ARCHITECTURES[architecture]()
+    heads, head_size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     trained = next(product(module) for name, module in ladder.modules.items() if name.endswith("query_key_value"))
     by_head = trained.unflatten(0, (heads, 3, head_size))
     expected = torch.cat([by_head[:, part].flatten(0, 1) for part in range(3)])
-    assert torch.allclose(found["blk.0.attn_qkv.weight"], expected, atol=1e-6)
+    assert torch.allclose(found["blk.0.attn_qkv.weight"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", EXPORTABLE)
