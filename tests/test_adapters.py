@@ -522,6 +522,7 @@ HUB_ERRORS = {
     "GatedRepoError": "request access",
     "EntryNotFoundError": "has no adapter_config.json",
     "HfHubHTTPError": "answers with an error",
+    "HFValidationError": "cannot be the name",
 }
 
 

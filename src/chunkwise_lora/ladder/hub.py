@@ -89,6 +89,8 @@ class _Repository:
             )
         except errors.EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except errors.HFValidationError:
+            why = "there is no such folder, and this cannot be the name of a repository on the hub; correct it"
+        except Exception as error:  # a broken connection or a full disk can raise anything
             why = f"there is no such folder, and the hub answers with an error ({shown(first_line(error))})"
         raise LadderError(f"{shown(self.name)}: {why}")
