@@ -7,6 +7,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from peft import PeftModel, PeftType
 from peft.tuners.lora import Embedding, LoraLayer
@@ -71,7 +72,7 @@ def base_parameters(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankLadder:
-    """Build the ladder of the plain layers and the replaced modules of `adapter`, in float32 on the CPU.
+    """Build the ladder of the plain layers of `adapter`, in float32 on the CPU. It holds no replaced modules.
 
     Args:
         model: The model that holds the adapter.
@@ -81,11 +82,16 @@ def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankL
     Raises:
         LadderError: The adapter has no plain layer, or its weights are not finite, not in memory or not complete.
     """
-    return RankLadder.of_adapter(_plain_adapter(model, adapter), as_trained)
+    layers = plain_layers(model, adapter)
+    if not layers:
+        raise LadderError(f"adapter {adapter!r} has no plain LoRA layer, so it has no ladder")
+    factors = {name: _factors(name, layer, adapter) for name, layer in layers.items()}
+    base = model.peft_config[adapter].base_model_name_or_path
+    return RankLadder.of_adapter(PeftAdapter(factors, {}, base), as_trained)
 
 
-def pure_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = False) -> RankLadder:
-    """Do the same as `ladder_of`, but refuse an adapter of which a ladder would not hold everything.
+def whole_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = False) -> RankLadder:
+    """Build the ladder of all of an adapter: do the same as `ladder_of`, and add the replaced modules.
 
     Without a name, the model's active adapter is meant.
 
@@ -112,7 +118,7 @@ def pure_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = Fal
             f"a ladder holds plain LoRA only, but adapter {adapter!r} has {what} on {name}{more}; "
             "ChunkWiseModel(model) runs these parts at full rank"
         )
-    return ladder_of(model, adapter, as_trained)
+    return replace(ladder_of(model, adapter, as_trained), saved_modules=_replaced_parameters(model, adapter))
 
 
 def _lora_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
@@ -173,26 +179,25 @@ def _trained_biases(model: PeftModel, adapter: str) -> Iterator[str]:
             yield name
 
 
-def _plain_adapter(model: PeftModel, adapter: str) -> PeftAdapter:
-    layers = plain_layers(model, adapter)
-    if not layers:
-        raise LadderError(f"adapter {adapter!r} has no plain LoRA layer, so it has no ladder")
-    factors = {}
-    for name, layer in layers.items():
-        a, b = (_in_memory(name, side[adapter].weight) for side in (layer.lora_A, layer.lora_B))
-        check_factors(name, b, a, layer.scaling[adapter])
-        factors[name] = a, b, float(layer.scaling[adapter])
-    saved = {
-        f"{name}.{key}": single_precision(name, _in_memory(name, tensor))
+def _factors(name: str, layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor, float]:
+    """Return copies of lora_A (r, in) and lora_B (out, r), and the scale."""
+    a, b = (_copy(name, side[adapter].weight) for side in (layer.lora_A, layer.lora_B))
+    scale = float(layer.scaling[adapter])
+    check_factors(name, b, a, scale)
+    return a, b, scale
+
+
+def _replaced_parameters(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Return copies of the parameters of the adapter's `modules_to_save`, by their name in the base model."""
+    return {
+        f"{name}.{key}": single_precision(name, _copy(name, tensor))
         for name, wrapper in _wrappers(model, adapter)
         if isinstance(wrapper, ModulesToSaveWrapper)
         for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
     }
-    base = model.peft_config[adapter].base_model_name_or_path
-    return PeftAdapter(factors, saved, base)
 
 
-def _in_memory(name: str, tensor: Tensor) -> Tensor:
+def _copy(name: str, tensor: Tensor) -> Tensor:
     if tensor.device.type == "meta":
         raise LadderError(f"{name}: the adapter's weights are offloaded; load the model without offloading")
     check_layout(name, tensor, dtypes=DTYPES)
