@@ -79,6 +79,8 @@ def _from_config(source: str) -> GgufBase:
 
 
 def _kv_heads(config: Any, heads: int) -> int:
+    if config.model_type in ("bloom", "gpt_neox"):  # these models do not read num_key_value_heads
+        return heads
     if config.model_type == "falcon":
         if config.new_decoder_architecture:
             return config.num_kv_heads
