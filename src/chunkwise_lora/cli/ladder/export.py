@@ -109,26 +109,17 @@ def export(
 
     from chunkwise_lora.ladder import RankLadder, truncate  # slow to import: only after all refusals
 
+    chosen_dtype = dtype_named(dtype) if dtype is not None and file_format == "peft" else None
     if file_format == "peft":
         _check_folder(source, output)
-        chosen_dtype = None if dtype is None else dtype_named(dtype)
-
     loaded = RankLadder.load(source)
     stored_dtype, stored_bytes = _as_stored(source, loaded)
-    found = truncate(loaded, 1.0 if wanted is None else wanted, one_rank)
     before = _figures(loaded, _name(stored_dtype), stored_bytes)
-    if file_format == "gguf":
-        from chunkwise_lora.ladder.gguf import write_gguf
-
-        named = embedded.BASE if loaded.base_model == embedded.BASE_NAME else None
-        write_gguf(found.ladder, output, base=base or named, dtype=dtype or "f32")
-        after = _figures(found.ladder, dtype or "f32", output.stat().st_size)
-        usage = f"llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"
+    found = truncate(loaded, 1.0 if wanted is None else wanted, one_rank)
+    if file_format == "peft":
+        after, usage = _write_peft(found.ladder, output, chosen_dtype or stored_dtype)
     else:
-        exported = found.ladder.to(chosen_dtype or stored_dtype)
-        exported.save_adapter(output)
-        after = _figures(exported, _name(chosen_dtype or stored_dtype), _nbytes(exported))
-        usage = f"PeftModel.from_pretrained(base, {str(output)!r})"
+        after, usage = _write_gguf(found.ladder, output, dtype or "f32", base)
 
     console.print(_table(before, after))
     print_plain(_what_is_lost(found, one_rank))
@@ -151,6 +142,23 @@ def _check_folder(source: str | Path, output: Path) -> None:
             f"--output {output}: holds a ladder, and the export would replace it. PEFT can load that folder as it is, "
             "at full rank; give another folder for the export"
         )
+
+
+def _write_peft(ladder: RankLadder, output: Path, dtype: torch.dtype) -> tuple[Figures, str]:
+    """Write a PEFT adapter. Returns its figures and how to use it."""
+    exported = ladder.to(dtype)
+    exported.save_adapter(output)
+    return _figures(exported, _name(dtype), _nbytes(exported)), f"PeftModel.from_pretrained(base, {str(output)!r})"
+
+
+def _write_gguf(ladder: RankLadder, output: Path, dtype: str, base: str | None) -> tuple[Figures, str]:
+    """Write a GGUF adapter. Returns its figures and how to use it."""
+    from chunkwise_lora.ladder.gguf import write_gguf
+
+    named = embedded.BASE if ladder.base_model == embedded.BASE_NAME else None
+    write_gguf(ladder, output, base=base or named, dtype=dtype)
+    usage = f"llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"
+    return _figures(ladder, dtype, output.stat().st_size), usage
 
 
 def _figures(ladder: RankLadder, dtype: str, nbytes: int) -> Figures:
