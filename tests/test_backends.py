@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora import EngineError
-from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on, base, register_backend
+from chunkwise_lora.backends import AnyBackend, Columns, Limits, PreparedPass, backend_on, base, register_backend
 from chunkwise_lora.backends.native.backend import FEW_TOKENS, NativeBackend
 from chunkwise_lora.backends.torch_products import TorchBackend
 from chunkwise_lora.ladder import LadderModule
@@ -176,3 +178,48 @@ def test_without_a_compiler_the_native_backend_does_not_run(monkeypatch: pytest.
     assert type(backend_on(CPU, torch.float32)) is TorchBackend
     with pytest.raises(EngineError, match="native does not run on cpu"):
         backend_on(CPU, torch.float32, name="native")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [3, FEW_TOKENS + 1])
+def test_passes_of_several_threads_each_run_their_own_adapters(kind: type[AnyBackend], tokens: int) -> None:
+    modules = {name: modules_of([(8, 3)], 12, [[0, 3]], seed) for seed, name in enumerate("abcd")}
+    backend = kind(CPU, torch.float32)
+    layers = [backend.add_layer(str(number), 12, [Columns(0, 8)]) for number in range(4)]
+    for name, of_layer in modules.items():
+        backend.load(name, dict.fromkeys(("0", "1", "2", "3"), of_layer))
+    expected = {name: (module.up @ module.down).T for name, (module,) in modules.items()}
+
+    def run(name: str) -> float:
+        x, worst = torch.randn(tokens, 12), 0.0
+        for _ in range(100):
+            prepared = backend.prepare(PassPlan((Segment(name, 1),), 1, tokens))
+            for layer in layers:
+                y = backend.apply(layer, torch.zeros(tokens, 8), x, prepared)
+                worst = max(worst, float((y - x @ expected[name]).abs().max()))
+        return worst
+
+    with ThreadPoolExecutor(4) as threads:
+        assert max(threads.map(run, "abcd")) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [3, FEW_TOKENS + 1])
+def test_a_prepared_pass_keeps_the_factors_of_its_adapters(kind: type[AnyBackend], tokens: int) -> None:
+    backend = kind(CPU, torch.float32)
+    layer = backend.add_layer("layer", 12, [Columns(0, 8)])
+    (old,), (new,) = (modules_of([(8, 3)], 12, [[0, 3]], seed) for seed in range(2))
+    plan, x = PassPlan((Segment("a", 1),), 1, tokens), torch.randn(tokens, 12)
+
+    def added(prepared: PreparedPass) -> Tensor:
+        return backend.apply(layer, torch.zeros(tokens, 8), x, prepared)
+
+    backend.load("a", {"layer": [old]})
+    before = backend.prepare(plan)
+    backend.load("a", {"layer": [new]})
+    replaced = backend.prepare(plan)
+    backend.unload("a")
+    gc.collect()
+    assert torch.allclose(added(before), x @ old.down.T @ old.up.T, atol=1e-4)
+    assert torch.allclose(added(replaced), x @ new.down.T @ new.up.T, atol=1e-4)
+    assert not added(backend.prepare(plan)).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunkwise_lora import ChunkWiseConfig
-from chunkwise_lora.backends import AnyBackend, Columns, Limits
+from chunkwise_lora.backends import AnyBackend, Columns, Limits, PreparedPass
 from chunkwise_lora.backends.torch_products import TorchBackend
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method import segments as grouping
@@ -23,6 +24,7 @@ from chunkwise_lora.method.sequence import AdapterInfo, SequencePlanner
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, TritonBackend
+from chunkwise_lora.backends.triton.schedule import Schedule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = {
@@ -53,11 +55,15 @@ def adapter(rank: int, rungs: int, seed: int = 0) -> dict[str, list[LadderModule
 class BackendRun:
     """A backend with the layers, and the pass that it runs."""
 
+    prepared: PreparedPass
+    passes: list[PreparedPass]
+
     def __init__(self, backend: AnyBackend) -> None:
         self.backend = backend
         self.layers = {name: backend.add_layer(name, *shape) for name, shape in LAYERS.items()}
 
     def plan(self, plan: PassPlan) -> None:
+        vars(self).pop("prepared", None)  # an engine, too, ends a pass before it prepares the next one
         self.prepared = self.backend.prepare(plan)
 
     def added(self, layer: str, y: Tensor, x: Tensor) -> Tensor:
@@ -224,18 +230,41 @@ def test_a_schedule_is_filled_again_only_for_another_plan(monkeypatch: pytest.Mo
     triton, _ = both()
     triton.backend.load("a", adapter(3, 1))
     sizes: list[int] = []
-    schedule = triton.backend._schedule
-    update = schedule.update
+    update = Schedule.update
 
-    def count(slots: Any, weights: Any) -> None:
+    def count(schedule: Schedule, slots: Any, weights: Any) -> None:
         sizes.append(len(slots))
-        update(slots, weights)
+        update(schedule, slots, weights)
 
-    monkeypatch.setattr(schedule, "update", count)
+    monkeypatch.setattr(Schedule, "update", count)
     two, three, idle = PassPlan((Segment("a", 0),), 1, 2), PassPlan((Segment("a", 0),), 1, 3), PassPlan((), 1, 2)
     for plan in [two, two, idle, two, three, three, two]:
         triton.plan(plan)
     assert sizes == [2, 3, 2]
+
+
+def test_passes_may_run_in_turns_and_while_adapters_change() -> None:
+    pair = both(adapters=1)
+    segment = Segment("a", 0, None, np.array([1]))
+    for each in pair:
+        each.backend.load("a", adapter(3, 1))
+        passes = [each.backend.prepare(PassPlan((segment,), 1, tokens)) for tokens in (2, 3)]
+        each.passes = [*passes, each.backend.prepare(PassPlan((replace(segment, rows=np.array([0])),), 1, 3))]
+
+    def results(which: int) -> Tensor:
+        for each in pair:
+            each.prepared = each.passes[which]
+        return assert_same(pair, each.prepared.plan.tokens)
+
+    assert results(0).any() and results(2).any() and results(1).any() and results(0).any()
+    triton, _ = pair
+    triton.backend.unload("a")
+    triton.backend.load("b", adapter(80, 70))  # in the same place, with more rungs
+    y = torch.randn(3, 40).to(DEVICE)
+    for prepared in triton.passes:
+        triton.prepared = prepared
+        added = triton.added("down", y, torch.randn(3, 72).to(DEVICE))
+        assert torch.equal(added, y), "another adapter never takes its place"
 
 
 def test_a_pass_without_segments_adds_nothing() -> None:

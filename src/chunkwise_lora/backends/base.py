@@ -8,7 +8,8 @@ with up (out, r), down (r, in), the weights p_t (rungs,) of token t and the modu
 may hold several modules that share x, such as query, key and value; each adds to its own columns of y.
 
 An engine uses it in this order: `add_layer` once per layer, `load` and `unload` per adapter, `prepare` once per
-forward pass, `apply` in every layer. `prepare` returns the state of a pass; the backend itself keeps none.
+forward pass, `apply` in every layer. `prepare` returns the state of a pass; the backend itself keeps none, so several
+threads can run passes at once.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ PassT = TypeVar("PassT", bound=PreparedPass)
 
 
 class Backend(ABC, Generic[LayerT, PassT]):
-    """Computes the adapter product on one device. All methods run on the thread of the forward pass.
+    """Computes the adapter product on one device.
+
+    Passes may run at once in several threads, each with its own prepared pass. `add_layer`, `load` and `unload` are
+    called by one thread at a time, and not while another thread calls `prepare`. A pass that was prepared before may
+    still run meanwhile and afterwards.
 
     Args:
         device: The device of the layers.
@@ -110,7 +115,7 @@ class Backend(ABC, Generic[LayerT, PassT]):
 
     @abstractmethod
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
-        """Copy an adapter to the device. It replaces an adapter with the same key.
+        """Copy an adapter to the device. It replaces an adapter with the same key, in passes prepared from now on.
 
         Args:
             adapter: Key of the adapter.
@@ -120,7 +125,8 @@ class Backend(ABC, Generic[LayerT, PassT]):
 
     @abstractmethod
     def unload(self, adapter: str) -> None:
-        """Free an adapter if it is loaded. In passes that still name it, it adds nothing."""
+        """Free an adapter if it is loaded. Passes prepared from now on run without it. A pass that was prepared before
+        keeps the factors in memory, or runs without them."""
 
     @abstractmethod
     def prepare(self, plan: PassPlan) -> PassT:

@@ -27,20 +27,18 @@ class Factors:
         """(rungs, r) float32"""
 
 
-class TorchLayer(Layer):
-    """A layer with the factors of the loaded adapters."""
+TorchAdapter = Mapping[str, Sequence[Factors]]
+"""The factors of an adapter: by name of the layer, one per adapted module. It never changes, so passes can share it."""
 
-    def __init__(self, name: str, in_features: int, columns: Sequence[Columns]) -> None:
-        super().__init__(name, in_features, columns)
-        self.factors: dict[str, list[Factors]] = {}
-        """By adapter, one per adapted module of the layer."""
+NOTHING: TorchAdapter = {}
+"""An adapter that is not loaded."""
 
 
 class DeviceSegment:
-    """A segment with its tensors on a device."""
+    """A segment with its tensors on a device, and the factors of its adapter."""
 
-    def __init__(self, segment: Segment, device: torch.device) -> None:
-        self.adapter, self.rung = segment.adapter, segment.rung
+    def __init__(self, segment: Segment, adapter: TorchAdapter, device: torch.device) -> None:
+        self.adapter, self.rung = adapter, segment.rung
         self.weights = None if segment.weights is None else torch.from_numpy(segment.weights).to(device)
         """(tokens, rungs)"""
         self.rows = None if segment.rows is None else torch.from_numpy(segment.rows).to(device)
@@ -60,22 +58,25 @@ class DeviceSegment:
 class TorchPass(PreparedPass):
     """The segments of a pass on a device."""
 
-    def __init__(self, plan: PassPlan, device: torch.device) -> None:
+    def __init__(self, plan: PassPlan, adapters: Mapping[str, TorchAdapter], device: torch.device) -> None:
         super().__init__(plan)
-        self.segments = [DeviceSegment(segment, device) for segment in plan.segments]
+        self.segments = [
+            DeviceSegment(segment, adapters.get(segment.adapter, NOTHING), device) for segment in plan.segments
+        ]
         self.widened = Widened()
         """Inputs in float32, on a CPU that emulates half precision."""
 
 
-class TorchBackend(Backend[TorchLayer, TorchPass]):
+class TorchBackend(Backend[Layer, TorchPass]):
     """Computes two matrix products per segment and module."""
 
     name = "torch"
 
     def __init__(self, device: torch.device, dtype: torch.dtype, limits: Limits | None = None) -> None:
         super().__init__(device, dtype, limits)
-        self._layers: dict[str, TorchLayer] = {}
-        self._adapters: dict[str, list[TorchLayer]] = {}
+        self._columns: dict[str, tuple[Columns, ...]] = {}
+        """By name of the layer."""
+        self._adapters: dict[str, TorchAdapter] = {}
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
@@ -87,32 +88,36 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
         """Keys of the loaded adapters."""
         return frozenset(self._adapters)
 
-    def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> TorchLayer:
+    def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> Layer:
         """Register a layer."""
-        layer = self._layers[name] = TorchLayer(name, in_features, columns)
+        layer = Layer(name, in_features, columns)
+        self._columns[name] = layer.columns
         return layer
 
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
         """Copy an adapter to the device."""
-        self.unload(adapter)
-        self._adapters[adapter] = [self._layers[name] for name in modules]
-        for layer, layer_modules in zip(self._adapters[adapter], modules.values(), strict=True):
-            layer.factors[adapter] = [
+        self._adapters[adapter] = {
+            name: [
                 Factors(module, columns, self.device, self.dtype)
-                for columns, module in zip(layer.columns, layer_modules, strict=True)
+                for columns, module in zip(self._columns[name], of_layer, strict=True)
                 if module is not None
             ]
+            for name, of_layer in modules.items()
+        }
 
     def unload(self, adapter: str) -> None:
-        """Free an adapter."""
-        for layer in self._adapters.pop(adapter, ()):
-            del layer.factors[adapter]
+        """Free an adapter once no prepared pass uses it."""
+        self._adapters.pop(adapter, None)
+
+    def factors(self, adapter: str) -> TorchAdapter:
+        """Return the factors of an adapter; nothing if it is not loaded."""
+        return self._adapters.get(adapter, NOTHING)
 
     def prepare(self, plan: PassPlan) -> TorchPass:
         """Copy the segments to the device."""
-        return TorchPass(plan, self.device)
+        return TorchPass(plan, self._adapters, self.device)
 
-    def apply(self, layer: TorchLayer, y: Tensor, x: Tensor, prepared: TorchPass) -> Tensor:
+    def apply(self, layer: Layer, y: Tensor, x: Tensor, prepared: TorchPass) -> Tensor:
         """Add the adapter product, segment by segment and module by module."""
         if y.requires_grad:
             y = y.clone()
@@ -122,7 +127,7 @@ class TorchBackend(Backend[TorchLayer, TorchPass]):
             x = prepared.widened.of(x)
         for segment in prepared.segments:
             rows = x if segment.rows is None else x[segment.rows]
-            for factors in layer.factors.get(segment.adapter, ()):
+            for factors in segment.adapter.get(layer.name, ()):
                 if factors.ranks[segment.rung]:
                     _add(y, rows, segment, factors)
         return y.view(shape)

@@ -10,55 +10,68 @@ from torch import Tensor
 
 from chunkwise_lora.backends import native
 from chunkwise_lora.backends.base import Backend, Columns, Layer, Limits, PreparedPass
-from chunkwise_lora.backends.torch_products import TorchBackend, TorchLayer, TorchPass
+from chunkwise_lora.backends.torch_products import TorchAdapter, TorchBackend, TorchPass
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method.segments import PassPlan
 
 FEW_TOKENS = 32
 """Largest number of tokens of a pass for which the kernels are faster than PyTorch's matrix products."""
 
+MOST_MIXTURES = 32
+"""Largest number of mixtures of adapters whose addresses are kept for the next pass."""
 
-class NativeLayer(Layer):
-    """A layer with the factors of the loaded adapters, as tensors and as addresses."""
 
-    def __init__(self, products: TorchLayer) -> None:
-        super().__init__(products.name, products.in_features, products.columns)
-        self.products = products
-        self._slices: dict[str, Array[native.Slice]] = {}
-        self._adapters: tuple[str, ...] | None = None
-        self._array: Array[native.Layer]
+class NativeAdapter:
+    """The factors of an adapter as addresses. It never changes, and keeps the factors in memory."""
 
-    def set(self, adapter: str) -> None:
-        """Store the addresses of the adapter's current factors, or remove them if it has none here."""
-        self._adapters = None
-        self._slices.pop(adapter, None)
-        factors = self.products.factors.get(adapter)
-        if factors:
-            self._slices[adapter] = native.slices_of(
-                [(*module.slices[-1], torch.tensor(module.ranks), module.columns.offset) for module in factors]
+    def __init__(self, factors: TorchAdapter) -> None:
+        self.slices: Mapping[str, Array[native.Slice]] = {
+            layer: native.slices_of(
+                [(*module.slices[-1], torch.tensor(module.ranks), module.columns.offset) for module in modules]
             )
+            for layer, modules in factors.items()
+            if modules
+        }
+        """By name of the layer."""
 
-    def of(self, adapters: tuple[str, ...]) -> Array[native.Layer]:
-        """Return the slices of these adapters, one adapter per segment of a pass."""
-        if adapters != self._adapters:
-            self._array = native.layers_of([self._slices.get(adapter) for adapter in adapters])
-            self._adapters = adapters
-        return self._array
+
+NOTHING = NativeAdapter({})
+"""An adapter that is not loaded."""
+
+
+class Addresses:
+    """The addresses of the adapters of a pass, one per segment, layer by layer. Passes of several threads can share it.
+
+    An array of a layer is made when the layer first runs. If two threads make it at once, both arrays are the same.
+    """
+
+    def __init__(self, adapters: Sequence[NativeAdapter]) -> None:
+        self._adapters = adapters
+        self._layers: dict[str, Array[native.Layer]] = {}
+
+    def of(self, layer: str) -> Array[native.Layer]:
+        """Return the slices that each segment's adapter has in a layer."""
+        found = self._layers.get(layer)
+        if found is None:
+            slices = [adapter.slices.get(layer) for adapter in self._adapters]
+            found = self._layers[layer] = native.layers_of(slices)
+        return found
 
 
 class NativePass(PreparedPass):
     """The segments of a pass, as tensors and, if the kernels run it, as addresses."""
 
-    def __init__(self, products: TorchPass) -> None:
+    def __init__(self, products: TorchPass, addresses: Addresses) -> None:
         super().__init__(products.plan)
         self.products = products
+        self.addresses = addresses
         self.array: Array[native.Segment] | None = None
         if products.plan.tokens <= FEW_TOKENS:
             segments = [(segment.rung, segment.weights, segment.rows) for segment in products.segments]
             self.array = native.segments_of(segments, products.plan.tokens)
 
 
-class NativeBackend(Backend[NativeLayer, NativePass]):
+class NativeBackend(Backend[Layer, NativePass]):
     """Makes one call per layer for all modules and segments, on a CPU with a C compiler."""
 
     name = "native"
@@ -69,7 +82,9 @@ class NativeBackend(Backend[NativeLayer, NativePass]):
         assert kernels is not None  # checked by `supports`
         self._kernels = kernels
         self._products = TorchBackend(device, dtype, limits)
-        self._layers: dict[str, NativeLayer] = {}
+        self._adapters: dict[str, NativeAdapter] = {}
+        self._addresses: dict[tuple[NativeAdapter, ...], Addresses] = {}
+        """The addresses of recent passes. A batch usually runs the same adapters in every pass."""
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
@@ -81,28 +96,33 @@ class NativeBackend(Backend[NativeLayer, NativePass]):
         """Keys of the loaded adapters."""
         return self._products.adapters
 
-    def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> NativeLayer:
+    def add_layer(self, name: str, in_features: int, columns: Sequence[Columns]) -> Layer:
         """Register a layer."""
-        layer = self._layers[name] = NativeLayer(self._products.add_layer(name, in_features, columns))
-        return layer
+        return self._products.add_layer(name, in_features, columns)
 
     def load(self, adapter: str, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
         """Store an adapter's factors and their addresses."""
         self._products.load(adapter, modules)
-        for layer in self._layers.values():
-            layer.set(adapter)
+        self._adapters[adapter] = NativeAdapter(self._products.factors(adapter))
+        self._addresses = {}
 
     def unload(self, adapter: str) -> None:
-        """Free an adapter."""
+        """Free an adapter once no prepared pass uses it."""
         self._products.unload(adapter)
-        for layer in self._layers.values():
-            layer.set(adapter)
+        self._adapters.pop(adapter, None)
+        self._addresses = {}
 
     def prepare(self, plan: PassPlan) -> NativePass:
-        """Store the addresses of the segments."""
-        return NativePass(self._products.prepare(plan))
+        """Store the addresses of the segments and of their adapters."""
+        adapters = tuple([self._adapters.get(key, NOTHING) for key in plan.adapters])
+        addresses = self._addresses.get(adapters)
+        if addresses is None:
+            if len(self._addresses) >= MOST_MIXTURES:
+                self._addresses = {}
+            addresses = self._addresses[adapters] = Addresses(adapters)
+        return NativePass(self._products.prepare(plan), addresses)
 
-    def apply(self, layer: NativeLayer, y: Tensor, x: Tensor, prepared: NativePass) -> Tensor:
+    def apply(self, layer: Layer, y: Tensor, x: Tensor, prepared: NativePass) -> Tensor:
         """Add all segments and modules in one call if the kernels can read the tensors, or else by PyTorch."""
         if (
             prepared.array is not None
@@ -111,6 +131,6 @@ class NativeBackend(Backend[NativeLayer, NativePass]):
             and y.is_contiguous()
             and not y.requires_grad
         ):
-            self._kernels.add_segments(y, x, layer.of(prepared.plan.adapters), prepared.array)
+            self._kernels.add_segments(y, x, prepared.addresses.of(layer.name), prepared.array)
             return y
-        return self._products.apply(layer.products, y, x, prepared.products)
+        return self._products.apply(layer, y, x, prepared.products)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -27,8 +30,27 @@ class TritonLayer(Layer):
         self.table = table
 
 
-class TritonBackend(Backend[TritonLayer, PreparedPass]):
-    """Holds a table per layer and one schedule, which `prepare` fills, so only one pass can run at a time."""
+@dataclass(eq=False)
+class Filled:
+    """A schedule and the plan that it holds."""
+
+    schedule: Schedule
+    plan: PassPlan | None = None
+
+
+class TritonPass(PreparedPass):
+    """A plan in a schedule of its own. The schedule serves another pass once this one is no longer in use."""
+
+    def __init__(self, plan: PassPlan) -> None:
+        super().__init__(plan)
+        self.schedule: Schedule | None = None
+        """None if the plan has no segments."""
+        self.version = 0
+        """The version of the tables that the schedule was filled for."""
+
+
+class TritonBackend(Backend[TritonLayer, TritonPass]):
+    """Holds a table per layer, and a schedule per pass that is in use."""
 
     name = "triton"
 
@@ -39,9 +61,13 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         """The slot of each adapter in all tables."""
         self.layers: dict[str, TritonLayer] = {}
         """By name."""
-        self._schedule = Schedule(limits.tokens, limits.adapters, FIRST_RUNGS, device)
-        self._scheduled: PassPlan | None = None
-        """The plan that the schedule holds."""
+        self._limits = limits
+        self._rungs = FIRST_RUNGS
+        self._version = 0
+        """Counts the changes of the tables. Schedules of older versions are not used any more."""
+        self._unused: list[Filled] = []
+        """Schedules of this version that no pass uses."""
+        self._lock = Lock()
 
     @classmethod
     def supports(cls, device: torch.device, dtype: torch.dtype, limits: Limits | None) -> bool:
@@ -58,9 +84,9 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         table = AdapterTable(
             in_features,
             columns,
-            slots=self._schedule.slots,
+            slots=self._limits.adapters,
             max_rank=FIRST_RANK,
-            rungs=self._schedule.rungs,
+            rungs=self._rungs,
             device=self.device,
             dtype=self.dtype,
         )
@@ -71,45 +97,65 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
         """Copy an adapter to the device."""
         self.unload(adapter)
         self._make_room(modules)
-        slot = self.slots[adapter] = min({*range(self._schedule.slots)} - {*self.slots.values()})
+        slot = self.slots[adapter] = min({*range(self._limits.adapters)} - {*self.slots.values()})
         for name, layer_modules in modules.items():
             self.layers[name].table.set(slot, layer_modules)
 
     def unload(self, adapter: str) -> None:
-        """Free an adapter."""
-        self._scheduled = None
+        """Free an adapter. Prepared passes run without it."""
+        self._version, self._unused = self._version + 1, []
         if adapter in self.slots:
             slot = self.slots.pop(adapter)
             for layer in self.layers.values():
                 layer.table.remove(slot)
 
-    def prepare(self, plan: PassPlan) -> PreparedPass:
-        """Fill the schedule with the plan, unless it holds this plan already because plans are constant."""
-        if plan.segments and plan is not self._scheduled:
-            self._schedule.update(*self._slots_and_weights(plan))
-            self._scheduled = plan
-        return PreparedPass(plan)
+    def prepare(self, plan: PassPlan) -> TritonPass:
+        """Fill a schedule with the plan, unless an unused one holds this plan already because plans are constant."""
+        prepared = TritonPass(plan)
+        self._schedule(prepared)
+        return prepared
 
-    def apply(self, layer: TritonLayer, y: Tensor, x: Tensor, prepared: PreparedPass) -> Tensor:
+    def apply(self, layer: TritonLayer, y: Tensor, x: Tensor, prepared: TritonPass) -> Tensor:
         """Add all segments and modules in two launches."""
-        if not prepared.plan.segments or self._schedule.idle:
+        if prepared.version != self._version:  # adapters have been loaded or unloaded since it was prepared
+            self._schedule(prepared)
+        schedule = prepared.schedule
+        if schedule is None or schedule.idle:
             return y
         if y.requires_grad:
             y = y.clone()
         shape, table = y.shape, layer.table
         y, x = y.reshape(-1, shape[-1]), x.reshape(-1, x.shape[-1])
         if x.dtype == y.dtype == table.dtype and x.stride(1) == y.stride(1) == 1:
-            table.add(y, x, self._schedule)
+            table.add(y, x, schedule)
         else:  # a layer in another dtype, such as a router in float32
             added = torch.zeros(y.shape, dtype=table.dtype, device=y.device)
-            table.add(added, x.to(table.dtype).contiguous(), self._schedule)
+            table.add(added, x.to(table.dtype).contiguous(), schedule)
             y += added
         return y.view(shape)
+
+    def _schedule(self, prepared: TritonPass) -> None:
+        """Give a pass a schedule that holds its plan."""
+        prepared.version = self._version
+        if not prepared.plan.segments:
+            return
+        with self._lock:
+            unused = self._unused
+            filled = next((one for one in unused if one.plan is prepared.plan), unused[0] if unused else None)
+            if filled is not None:
+                unused.remove(filled)
+        if filled is None:
+            filled = Filled(Schedule(self._limits.tokens, self._limits.adapters, self._rungs, self.device))
+        if filled.plan is not prepared.plan:
+            filled.schedule.update(*self._slots_and_weights(prepared.plan))
+            filled.plan = prepared.plan
+        prepared.schedule = filled.schedule
+        weakref.finalize(prepared, unused.append, filled)
 
     def _slots_and_weights(self, plan: PassPlan) -> tuple[np.ndarray, np.ndarray]:
         """Return (tokens,) slots and (tokens, rungs) weights of a plan."""
         slots = np.full(plan.tokens, -1)
-        weights = np.zeros((plan.tokens, self._schedule.rungs), np.float32)
+        weights = np.zeros((plan.tokens, self._rungs), np.float32)
         for segment in plan.segments:
             rows = slice(None) if segment.rows is None else segment.rows
             slots[rows] = self.slots.get(segment.adapter, -1)
@@ -121,15 +167,12 @@ class TritonBackend(Backend[TritonLayer, PreparedPass]):
 
     def _make_room(self, modules: Mapping[str, Sequence[LadderModule | None]]) -> None:
         most = dict.fromkeys(modules, 0)
-        rungs = old = self._schedule.rungs
         for name, layer_modules in modules.items():
             for module in filter(None, layer_modules):
                 most[name] = max(most[name], module.rank)
-                rungs = _doubled(rungs, len(module.ranks))
-        if rungs > old:
-            self._schedule = Schedule(self._schedule.max_tokens, self._schedule.slots, rungs, self.device)
+                self._rungs = _doubled(self._rungs, len(module.ranks))
         for name, layer in self.layers.items():
-            layer.table.grow(_doubled(layer.table.max_rank, most.get(name, 0)), rungs)
+            layer.table.grow(_doubled(layer.table.max_rank, most.get(name, 0)), self._rungs)
 
 
 def _doubled(size: int, needed: int) -> int:
