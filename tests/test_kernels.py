@@ -68,24 +68,25 @@ def assert_close(result: Tensor, expected: Tensor, summands: Tensor | None = Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
     seed=st.integers(0, 2**31),
-    counts=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    counts=st.lists(st.integers(1, 5) | st.integers(15, 40), min_size=1, max_size=3),
+    inputs=st.sampled_from([40, 41]),
     ranks=st.lists(st.integers(0, 40), min_size=2, max_size=4),
     widths=st.lists(st.integers(1, 600), min_size=1, max_size=3),
     gated=st.booleans(),
 )
 def test_adding_segments_equals_two_products_per_adapter_and_module(
-    dtype: torch.dtype, seed: int, counts: list[int], ranks: list[int], widths: list[int], gated: bool
+    dtype: torch.dtype, seed: int, counts: list[int], inputs: int, ranks: list[int], widths: list[int], gated: bool
 ) -> None:
     torch.manual_seed(seed)
     tokens, ranks = sum(counts) + 1, sorted(ranks)
-    x, y = torch.randn(tokens, 40).to(dtype), torch.randn(tokens, sum(widths) + 5).to(dtype)
+    x, y = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, sum(widths) + 5).to(dtype)
     expected, sizes = y.double(), y.double().abs()
     adapters, segments, rung = [], [], len(ranks) - 1
     for rows in torch.randperm(tokens)[: tokens - 1].split(counts):
         weights = torch.rand(len(rows), len(ranks)) * (torch.rand(len(rows), len(ranks)) > 0.3)
         modules, offset = [], 5
         for width in widths:
-            down, up = torch.randn(ranks[-1], 40).to(dtype) / 6, torch.randn(ranks[-1], width).to(dtype)
+            down, up = torch.randn(ranks[-1], inputs).to(dtype) / 6, torch.randn(ranks[-1], width).to(dtype)
             modules.append((down, up, torch.tensor(ranks), offset))
             table = torch.arange(ranks[-1]) < torch.tensor(ranks)[:, None]
             gates = weights.double() @ table.double() if gated else table[rung].double()

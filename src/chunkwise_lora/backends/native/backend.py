@@ -1,4 +1,8 @@
-"""The adapter product in C, for passes of few tokens on a CPU. Other passes run in PyTorch (`torch_products`)."""
+"""The adapter product in C on a CPU.
+
+It runs passes of few tokens, and, in bfloat16 on processors that multiply bfloat16 numbers directly, all passes. Other
+passes run in PyTorch (`torch_products`).
+"""
 
 from __future__ import annotations
 
@@ -61,12 +65,13 @@ class Addresses:
 class NativePass(PreparedPass):
     """The segments of a pass, as tensors and, if the kernels run it, as addresses."""
 
-    def __init__(self, products: TorchPass, addresses: Addresses) -> None:
+    def __init__(self, products: TorchPass, addresses: Addresses, has_blocks: bool) -> None:
         super().__init__(products.plan)
         self.products = products
         self.addresses = addresses
+        self.has_few_tokens = products.plan.tokens <= FEW_TOKENS
         self.array: Array[native.Segment] | None = None
-        if products.plan.tokens <= FEW_TOKENS:
+        if self.has_few_tokens or has_blocks:
             segments = [(segment.rung, segment.weights, segment.rows) for segment in products.segments]
             self.array = native.segments_of(segments, products.plan.tokens)
 
@@ -120,12 +125,13 @@ class NativeBackend(Backend[Layer, NativePass]):
             if len(self._addresses) >= MOST_MIXTURES:
                 self._addresses = {}
             addresses = self._addresses[adapters] = Addresses(adapters)
-        return NativePass(self._products.prepare(plan), addresses)
+        return NativePass(self._products.prepare(plan), addresses, self._kernels.has_blocks)
 
     def apply(self, layer: Layer, y: Tensor, x: Tensor, prepared: NativePass) -> Tensor:
         """Add all segments and modules in one call if the kernels can read the tensors, or else by PyTorch."""
         if (
             prepared.array is not None
+            and (prepared.has_few_tokens or layer.in_features % 2 == 0)
             and x.dtype == y.dtype == self.dtype
             and x.is_contiguous()
             and y.is_contiguous()

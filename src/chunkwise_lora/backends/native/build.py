@@ -37,7 +37,7 @@ from chunkwise_lora.errors import ChunkWiseError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "typed.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "typed.h", "bfloat16_dot.h")]
 """The first is compiled and includes the others."""
 OPTIONS = ["-O3", "-fno-math-errno", "-shared", "-fPIC"]
 FLAGS: list[list[str]] = [
@@ -211,7 +211,7 @@ def _loaded(path: Path, works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL | N
         if works(library):
             return library
         logger.info("the compiled kernels compute wrong results: %s", path)
-    except (OSError, AttributeError, ChunkWiseError, MemoryError) as error:  # AttributeError: a kernel is missing
+    except (OSError, AttributeError, ValueError, ChunkWiseError, MemoryError) as error:  # a kernel may be missing
         logger.info("the compiled kernels do not work: %s", error)
     return None
 

@@ -2,6 +2,7 @@
 // one new token over a cache of INT8 and full-precision entries. Each stored byte is read once, and nothing is copied.
 //
 // typed.h holds the kernels. It is included once per element type, so one library serves float32, bfloat16 and float16.
+// bfloat16_dot.h holds the product of many tokens, for processors that multiply bfloat16 numbers directly.
 // No kernel keeps arrays of unbounded size on the stack. Every kernel returns one of the codes below.
 #include <math.h>
 #include <stdint.h>
@@ -13,6 +14,7 @@
 enum { DONE, NO_MEMORY, BAD_ROWS, BAD_RUNG, BAD_SLICE, BAD_CACHE };
 enum { FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };  // element types, as a Slice names them
 enum { COLUMNS = 256, DIRECTIONS = 8, SLOTS = 32, KNOWN_WIDTH = 256, SMALL = 4096, PARALLEL_WORK = 100000 };
+enum { MANY_TOKENS = 16 };  // from this number of tokens on, a segment runs in blocks, where there is a kernel for it
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -60,11 +62,11 @@ typedef struct {
   float *peaks, *totals, *sums;  // (group,), (group,), (group, width)
 } Partial;
 
-// Where the intermediate results of one segment are.
+// Where the intermediate results of one segment are, and how many of its tokens run here.
 typedef struct {
   float *z;       // (tokens, directions)
   int64_t *tops;  // (tokens,) the highest rung that each token uses
-  int64_t directions, groups, blocks;
+  int64_t tokens, directions, groups, blocks;
 } Run;
 
 INLINE float float_of(uint32_t bits) {
@@ -157,6 +159,14 @@ static int check_cache(const Shape *s) {
     if (s->places[h] >= s->int8_heads || -1 - s->places[h] >= s->heads - s->int8_heads) return BAD_CACHE;
   return DONE;
 }
+
+// On processors with AMX, PyTorch's products use it and are likely to be faster.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
+#define BFLOAT16_DOT 1
+#include "bfloat16_dot.h"
+#else
+#define BFLOAT16_DOT 0
+#endif
 
 #define NAMED(name) name##_float32
 #define ELEMENT float

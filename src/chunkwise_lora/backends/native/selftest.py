@@ -21,9 +21,14 @@ def works(library: ctypes.CDLL) -> bool:
     """Return whether a library computes two small products and an attention correctly, in every element type.
 
     Raises:
-        AttributeError: It lacks a kernel.
+        AttributeError, ValueError: It lacks a kernel.
     """
-    return all(_multiplies(library, name) and _adds(library, name) and _attends(library, name) for name in ELEMENTS)
+    return all(
+        _multiplies(library, name)
+        and all(_adds(library, name, copies) for copies in (1, 50))
+        and _attends(library, name)
+        for name in ELEMENTS
+    )
 
 
 def _multiplies(library: ctypes.CDLL, element: str) -> bool:
@@ -32,16 +37,18 @@ def _multiplies(library: ctypes.CDLL, element: str) -> bool:
     return code == 0 and np.array_equal(_wide(y, element), _X @ _DOWN.T)
 
 
-def _adds(library: ctypes.CDLL, element: str) -> bool:
-    """Test one gated segment of one token, in columns 1 to 4. All element types are exact for small whole numbers."""
-    y, x, down, up = (_narrow(array, element) for array in (np.ones((2, 6)), _X, _DOWN, _UP))
-    ranks, rows, weights = np.array([1, 3]), np.array([1]), np.ones((1, 2), np.float32)
+def _adds(library: ctypes.CDLL, element: str, copies: int) -> bool:
+    """Test one gated segment, `copies` of a token, in columns 1 to 4. All element types are exact for small whole
+    numbers."""
+    tokens = copies + 1
+    y, x, down, up = (_narrow(array, element) for array in (np.ones((tokens, 6)), _X[[0] + [1] * copies], _DOWN, _UP))
+    ranks, rows, weights = np.array([1, 3]), np.arange(1, tokens), np.ones((copies, 2), np.float32)
     module = Slice(down.ctypes.data, up.ctypes.data, ranks.ctypes.data, 4, 1, 4, 3, 2, ELEMENTS[element])
     layers = (Layer * 1)(Layer((Slice * 1)(module), 1))
-    segments = (Segment * 1)(Segment(weights.ctypes.data, rows.ctypes.data, 1, 2, 1))
-    code = Functions(library, element).add_segments(y.ctypes.data, x.ctypes.data, layers, segments, 1, 2, 4, 6, 1)
-    expected = np.ones((2, 6), np.float32)
-    expected[1, 1:5] += (_X[1] @ _DOWN.T * [2, 1, 1]) @ _UP
+    segments = (Segment * 1)(Segment(weights.ctypes.data, rows.ctypes.data, 1, 2, copies))
+    code = Functions(library, element).add_segments(y.ctypes.data, x.ctypes.data, layers, segments, 1, tokens, 4, 6, 1)
+    expected = np.ones((tokens, 6), np.float32)
+    expected[1:, 1:5] += (_X[1] @ _DOWN.T * [2, 1, 1]) @ _UP
     return code == 0 and np.array_equal(_wide(y, element), expected)
 
 

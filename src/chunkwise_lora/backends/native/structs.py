@@ -54,7 +54,7 @@ class Functions:
     """The functions of a library for one element type. They take addresses, and return 0 or an error code.
 
     Raises:
-        AttributeError: The library lacks a function.
+        AttributeError, ValueError: The library lacks a function or a constant.
     """
 
     def __init__(self, library: ctypes.CDLL, element: str) -> None:
@@ -63,6 +63,7 @@ class Functions:
             found.argtypes, found.restype = list(arguments), c_int
             return found
 
+        self.has_blocks = bool(c_int.in_dll(library, f"has_blocks_{element}").value)
         address, number = c_void_p, c_int64
         self.add_segments = function(
             "add_segments", address, address, POINTER(Layer), POINTER(Segment), *[number] * 4, c_int

@@ -57,7 +57,7 @@ static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEM
     const Run run = runs[p];
     const Slice *slices = layers[p].slices;
 #pragma omp for collapse(2) schedule(static) nowait
-    for (int64_t t = 0; t < segment.tokens; t++) {
+    for (int64_t t = 0; t < run.tokens; t++) {
       for (int64_t g = 0; g < run.groups; g++) {
         float *z = run.z + t * run.directions;
         for (int64_t s = 0; s < layers[p].count; z += slices[s++].ranks[segment.rung]) {
@@ -78,7 +78,7 @@ static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEM
     const Run run = runs[p];
     const Slice *slices = layers[p].slices;
 #pragma omp for collapse(2) schedule(static) nowait
-    for (int64_t t = 0; t < segment.tokens; t++) {
+    for (int64_t t = 0; t < run.tokens; t++) {
       for (int64_t b = 0; b < run.blocks; b++) {
         int64_t s = 0, from = b * COLUMNS;
         const float *z = run.z + t * run.directions;
@@ -93,43 +93,59 @@ static __attribute__((noinline)) void NAMED(run_segments)(ELEMENT *y, const ELEM
   }
 }
 
+// Whether segments of MANY_TOKENS and more run in blocks, if the number of inputs is even.
+const int NAMED(has_blocks) = BFLOAT16_DOT && ELEMENT_CODE == BFLOAT16;
+
 // Adds the adapter product of a pass to one layer: y (tokens, width) += up^T (g_t * (down x_t)) in the columns of every
 // slice, for the tokens of every segment. No token is in two segments. x is (tokens, in).
 int NAMED(add_segments)(ELEMENT *y, const ELEMENT *x, const Layer *layers, const Segment *segments, int64_t count,
                         int64_t tokens, int64_t in, int64_t width, int threads) {
-  int64_t numbers = 0, all_tokens = 0, work = 0;
+  int64_t numbers = 0, few_tokens = 0, few_work = 0, many_work = 0;
   for (int64_t p = 0; p < count; p++) {
     const int bad = check(layers + p, segments + p, tokens, in, width, ELEMENT_CODE);
     if (bad) return bad;
-    all_tokens += segments[p].tokens;
-    for (int64_t s = 0; s < layers[p].count; s++)
-      numbers += segments[p].tokens * layers[p].slices[s].ranks[segments[p].rung];
+    const int few = !NAMED(has_blocks) || in % 2 || segments[p].tokens < MANY_TOKENS;
+    few_tokens += few ? segments[p].tokens : 0;
+    for (int64_t s = 0; s < layers[p].count; s++) {
+      const Slice *slice = layers[p].slices + s;
+      const int64_t directions = segments[p].tokens * slice->ranks[segments[p].rung];
+      numbers += few ? directions : 0;
+      *(few ? &few_work : &many_work) += directions * (in + slice->out);
+    }
   }
+#if BFLOAT16_DOT
+  if (many_work) {
+    const int failed = add_many((uint16_t *)y, (const uint16_t *)x, layers, segments, count, in, width,
+                                many_work > PARALLEL_WORK ? threads : 1);
+    if (failed) return failed;
+  }
+#endif
+  if (!few_work) return DONE;
   int64_t small[SMALL / sizeof(int64_t)];
-  const size_t bytes = count * sizeof(Run) + all_tokens * sizeof(int64_t) + numbers * sizeof(float);
+  const size_t bytes = count * sizeof(Run) + few_tokens * sizeof(int64_t) + numbers * sizeof(float);
   Run *runs = bytes <= sizeof small ? (Run *)small : malloc(bytes);
   if (!runs) return NO_MEMORY;
   int64_t *tops = (int64_t *)(runs + count);
-  float *z = (float *)(tops + all_tokens);
+  float *z = (float *)(tops + few_tokens);
   for (int64_t p = 0; p < count; p++) {
     const Segment segment = segments[p];
-    Run run = {z, tops, 0, 0, 0};
+    const int few = !NAMED(has_blocks) || in % 2 || segment.tokens < MANY_TOKENS;
+    Run run = {z, tops, few ? segment.tokens : 0, 0, 0, 0};
     for (int64_t s = 0; s < layers[p].count; s++) {
       const Slice *slice = layers[p].slices + s;
       const int64_t rank = slice->ranks[segment.rung], groups = (rank + DIRECTIONS - 1) / DIRECTIONS;
       run.directions += rank;
       run.blocks += (slice->out + COLUMNS - 1) / COLUMNS;
       run.groups = groups > run.groups ? groups : run.groups;
-      work += segment.tokens * rank * (in + slice->out);
     }
-    for (int64_t t = 0; t < segment.tokens; t++) {
+    for (int64_t t = 0; t < run.tokens; t++) {
       tops[t] = segment.rung;
       while (segment.weights && tops[t] > 0 && segment.weights[t * segment.rungs + tops[t]] == 0) tops[t]--;
     }
-    z += segment.tokens * run.directions, tops += segment.tokens;
+    z += run.tokens * run.directions, tops += run.tokens;
     runs[p] = run;
   }
-  if (threads > 1 && work > PARALLEL_WORK) {
+  if (threads > 1 && few_work > PARALLEL_WORK) {
 #pragma omp parallel num_threads(threads)
     NAMED(run_segments)(y, x, layers, segments, runs, count, in, width);
   } else {

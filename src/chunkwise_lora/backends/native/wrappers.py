@@ -177,6 +177,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
         functions = Functions(library, NAMES[dtype])
+        self.has_blocks = functions.has_blocks
+        """Whether `add_segments` is faster than PyTorch for many tokens, too, if the width of the input is even."""
         self._add_segments, self._multiply, self._attend = functions.add_segments, functions.multiply, functions.attend
 
     def add_segments(self, y: Tensor, x: Tensor, layers: Array[Layer], segments: Array[Segment]) -> None:
