@@ -41,8 +41,7 @@ def layer_of(states: Tensor, cold: int) -> ChunkWiseLayer:
     layer.update(*states)
     if cold:
         slots = torch.arange(states.shape[3])[None]
-        layer.quantise(slots[:, :cold])
-        layer.sweep(None, slots[:, cold:])
+        layer.rearrange(to_cold=slots[:, :cold], hot=slots[:, cold:])
     return layer
 
 

@@ -131,8 +131,7 @@ def test_attention_over_nan_and_infinity_equals_sdpa(value: float, cold: bool) -
     layer.update(states, states.clone())
     if cold:
         slots = torch.arange(40)[None]
-        layer.quantise(slots[:, :20])
-        layer.sweep(None, slots[:, 20:])
+        layer.rearrange(to_cold=slots[:, :20], hot=slots[:, 20:])
     query = torch.randn(1, 4, 1, 16)
     assert layer.attends(query, None)
     output = layer.attend(query, None, 0.25)
@@ -381,8 +380,7 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
     layer.update(*states)
     if cold:
         slots = torch.arange(cold + hot).expand(batch, -1)
-        layer.quantise(slots[:, :cold])
-        layer.sweep(None, slots[:, cold:])
+        layer.rearrange(to_cold=slots[:, :cold], hot=slots[:, cold:])
     query = 2 * torch.randn(batch, heads * group, 1, width).to(dtype)
     mask = None
     if masked:
@@ -391,7 +389,7 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
     kernels_of(dtype)
     assert layer.attends(query, mask)
     output = layer.attend(query, mask, 0.2)
-    layer.dtype = torch.float32  # INT8 is then widened without rounding
+    layer.keys, layer.values = layer.keys.float(), layer.values.float()  # INT8 is then widened without rounding
     keys, values = (states.double() for states in layer.read())
     expected = nn.functional.scaled_dot_product_attention(
         query.double(), keys, values, mask, scale=0.2, enable_gqa=True
@@ -404,8 +402,7 @@ def test_calls_without_a_kernel_use_sdpa_over_the_widened_cache(tokens: int) -> 
     layer, states = ChunkWiseLayer(use_kernels=False), torch.randn(2, 1, 2, 20, 8)
     layer.update(*states)
     slots = torch.arange(20)[None]
-    layer.quantise(slots[:, :10])
-    layer.sweep(None, slots[:, 10:])
+    layer.rearrange(to_cold=slots[:, :10], hot=slots[:, 10:])
     new = torch.randn(2, 1, 2, tokens, 8)
     layer.read_by_attention = True
     keys, values = layer.update(*new)

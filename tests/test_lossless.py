@@ -196,8 +196,7 @@ def test_lossless_keeps_every_direction_and_every_byte() -> None:
     model.generate(**prompts(), max_new_tokens=8, do_sample=False)
     trace = model.trace
     assert trace is not None
-    # The cache has room for more tokens: 16 slots, in addition to 11 + 7.
-    assert trace.kv_bytes * 18 == trace.kv_bytes_full * (11 + 1 + 16)
+    assert trace.kv_bytes == trace.kv_bytes_full, "so few tokens get no room for more"
     full = model.ladders["default"].rung_ranks[-1]
     assert [len(sequence.ranks) for sequence in trace.sequences] == [5 + 7, 11 + 7, 8 + 7]
     assert [sequence.mean_rank for sequence in trace.sequences] == pytest.approx([full] * 3)

@@ -21,7 +21,7 @@ from chunkwise_lora.backends.native import give_memory_back
 from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
 from chunkwise_lora.engines.transformers.cache.queries import OpenChunkQueries
 from chunkwise_lora.engines.transformers.cache.reading import Reading
-from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, SlotTable, kept, packed, picked, within
+from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, SlotTable, within
 from chunkwise_lora.engines.transformers.cache.states import chunk_states
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.eviction import evicted_tokens
@@ -171,27 +171,23 @@ class ChunkWiseCache(Cache):
                 if decision.action == "drop" or decision.scores_tokens:
                     slots.settle(row, decision)
         slots.in_columns, self._reading.moved = False, True
-        to_cold = packed((fate == _INT8) & (slots.hot != NO_TOKEN))
-        if to_cold.shape[1]:
-            self._each(ChunkWiseLayer.quantise, to_cold)
-            slots.cold = np.concatenate([slots.cold, picked(slots.hot, to_cold)], axis=1)
-        slots.hot[fate != _KEEP] = NO_TOKEN
-        kept_cold, kept_hot = kept(slots.cold), kept(slots.hot)
-        if kept_cold is not None or kept_hot is not None:
-            self._each(ChunkWiseLayer.sweep, kept_cold, kept_hot)
-        if kept_cold is not None:
-            slots.cold = picked(slots.cold, kept_cold)
-        if kept_hot is not None:
-            slots.hot = picked(slots.hot, kept_hot)
+        slots.drop(fate == _DROP)
+        new = (fate == _INT8) & (slots.hot != NO_TOKEN) & ~slots.waiting
+        leaving = slots.leaving(slots.waiting | new)
+        rounded = np.stack(np.nonzero(new & ~leaving)) if (new & ~leaving).any() else None
+        slots.waiting |= new
+        to_cold = slots.to_cold(leaving) if leaving.any() else None
+        changes = (rounded, to_cold, *slots.sweep())
+        if any(change is not None for change in changes):
+            self._each(ChunkWiseLayer.rearrange, *changes)
 
-    def _each(self, act: Callable[..., None], *slots: np.ndarray | None) -> None:
-        """Call `act` for each layer that carries out KV decisions, with `slots`, each (batch, n)."""
-        tensors = [None if index is None else torch.from_numpy(np.maximum(index, 0)) for index in slots]
-        many = sum(tensor.shape[1] for tensor in tensors if tensor is not None) >= MANY_SLOTS
+    def _each(self, act: Callable[..., None], *indices: np.ndarray | None) -> None:
+        """Call `act` for each layer that carries out KV decisions, with indices of slots."""
+        tensors = [None if index is None else torch.from_numpy(np.maximum(index, 0)) for index in indices]
         for layer in self.chunkwise_layers:
             act(layer, *(None if tensor is None else tensor.to(layer.device) for tensor in tensors))
-            if many and layer.device.type == "cpu":
-                give_memory_back()
+        if any(tensor is not None and tensor.shape[1] >= MANY_SLOTS for tensor in tensors):
+            give_memory_back()
 
     @torch.no_grad()
     def _evict(self, row: int, decisions: Sequence[KVDecision], fate: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from chunkwise_lora.backends.native import AttentionPools, PoolTensors, kernels
-from chunkwise_lora.engines.transformers.cache.pool import Int8Pool, appended, quantise, take
+from chunkwise_lora.engines.transformers.cache.pool import ROOM, Int8Pool, appended, dequantise, quantise, take
 from chunkwise_lora.engines.transformers.cache.reading import Reading
 from chunkwise_lora.errors import EngineError
 
@@ -48,6 +48,8 @@ class ChunkWiseLayer(CacheLayerMixin):
         """Whether `attention` has read what the last `update` returned."""
         self.scaling = 1.0
         """Factor that the model's attention puts on products of queries and keys; known once queries are."""
+        self._heads: Tensor | None = None
+        """The heads that INT8 applies to; None until the first token is quantised."""
         self._use_kernels = use_kernels
         self._pools: tuple[tuple[object, ...], AttentionPools | None] | None = None
 
@@ -72,10 +74,11 @@ class ChunkWiseLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = appended(self.keys, self.hot, key_states)
-        self.values = appended(self.values, self.hot, value_states)
         self.was_read = False
         self.seen += key_states.shape[2]
+        room = self._room(self.hot + key_states.shape[2])
+        self.keys = appended(self.keys, self.hot, key_states, room)
+        self.values = appended(self.values, self.hot, value_states, room)
         self.hot += key_states.shape[2]
         keys, values = self._hot() if self.read_by_attention else self.read()
         keys.layer = values.layer = self  # type: ignore[attr-defined]
@@ -86,8 +89,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         keys, values = self._hot()
         if self.cold is None:
             return keys, values
-        cold_keys, cold_values = (pool.read(self.dtype) for pool in self.cold)
-        return torch.cat([cold_keys, keys], dim=2), torch.cat([cold_values, values], dim=2)
+        return self.cold[0].read(keys), self.cold[1].read(values)
 
     def _hot(self) -> tuple[Tensor, Tensor]:
         return self.keys[:, :, : self.hot], self.values[:, :, : self.hot]
@@ -155,17 +157,42 @@ class ChunkWiseLayer(CacheLayerMixin):
         """Return the state of a copy, without addresses: a copy has other storage, and prepares its own."""
         return self.__dict__ | {"_pools": None}
 
-    def quantise(self, slots: Tensor) -> None:
-        """Copy hot `slots` (batch, n) into the cold pool. They stay in the hot pool until `sweep` removes them."""
-        keys, values = take(self.keys, slots), take(self.values, slots)
-        if self.cold is None:
-            heads = self._int8_heads(keys, values)
-            self.cold = Int8Pool(keys, heads), Int8Pool(values, heads)
-        self.cold[0].append(keys)
-        self.cold[1].append(values)
+    @torch.no_grad()
+    def rearrange(
+        self,
+        rounded: Tensor | None = None,
+        to_cold: Tensor | None = None,
+        cold: Tensor | None = None,
+        hot: Tensor | None = None,
+    ) -> None:
+        """Carry out KV decisions, in this order.
 
-    def sweep(self, cold: Tensor | None, hot: Tensor | None) -> None:
-        """Keep only the slots `cold` and `hot` of the two pools, each (batch, n). None keeps the whole pool."""
+        Args:
+            rounded: (2, n) sequences and hot slots of tokens that are rounded to INT8 and stay in the hot pool.
+            to_cold: (batch, n) hot slots of tokens that are copied to the cold pool, in INT8.
+            cold: (batch, n) cold slots that stay; None for all.
+            hot: (batch, n) hot slots that stay; None for all.
+        """
+        if rounded is not None:
+            self._round(*rounded)
+        if to_cold is not None:
+            keys, values = take(self.keys, to_cold), take(self.values, to_cold)
+            if self.cold is None:
+                heads = self._int8_heads(keys, values)
+                self.cold = Int8Pool(keys, heads), Int8Pool(values, heads)
+            for pool, states in zip(self.cold, (keys, values), strict=True):
+                pool.append(states, self._room(pool.used + to_cold.shape[1]))
+        self._sweep(cold, hot)
+
+    def _round(self, sequences: Tensor, slots: Tensor) -> None:
+        """Round hot states to what INT8 makes of them, each at sequences[i] and slots[i]."""
+        keys, values = (states[sequences, :, slots].transpose(0, 1)[None] for states in (self.keys, self.values))
+        heads = self._int8_heads(keys, values)
+        for storage, states in ((self.keys, keys), (self.values, values)):
+            rounded = dequantise(*quantise(states[0, heads]), storage.dtype)
+            storage[sequences[:, None], heads, slots[:, None]] = rounded.transpose(0, 1)
+
+    def _sweep(self, cold: Tensor | None, hot: Tensor | None) -> None:
         if cold is not None:
             for pool in self.cold or ():
                 pool.pick(cold)
@@ -174,14 +201,23 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.hot = hot.shape[1]
 
     def _int8_heads(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the heads with the smallest rounding error in INT8, measured on the first states to be quantised."""
-        errors = torch.zeros(keys.shape[1], device=keys.device)
-        for states in (keys, values):
-            codes, scales = quantise(states)
-            difference = codes.float() * scales.float() - states.float()
-            errors += difference.square().sum((0, 2, 3)) / states.float().square().sum((0, 2, 3)).clamp_min(1e-12)
-        count = round(self.int8_head_share * len(errors))
-        return errors.argsort()[:count].sort().values
+        """Return the heads that INT8 applies to: those with the smallest rounding error in the first states, each
+        (batch, heads, tokens, head_dim)."""
+        if self._heads is None:
+            count = round(self.int8_head_share * keys.shape[1])
+            errors = torch.zeros(keys.shape[1], device=keys.device)
+            for states in (keys, values) if 0 < count < keys.shape[1] else ():
+                difference = dequantise(*quantise(states), torch.float32) - states.float()
+                errors += difference.square().sum((0, 2, 3)) / states.float().square().sum((0, 2, 3)).clamp_min(1e-12)
+            self._heads = errors.argsort(stable=True)[:count].sort().values
+        return self._heads
+
+    def _room(self, slots: int) -> int:
+        """Return the room that storage of this number of slots gets when it grows, in slots.
+
+        More room makes copies rarer. All pools together get at most a 20th of what the tokens would take in full.
+        """
+        return min(self.seen // (20 if self.cold is None else 40), max(ROOM, slots // 20))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of slots after `query_length` more tokens, and the offset 0."""
@@ -208,7 +244,7 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def crop(self, cold: Tensor, hot: Tensor, seen: int) -> None:
         """Keep only the slots `cold` and `hot`, each (batch, n), of the first `seen` tokens."""
-        self.sweep(cold if self.cold else None, hot)
+        self._sweep(cold, hot)
         self.seen = seen
 
     def reset(self) -> None:
@@ -216,7 +252,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.seen = self.hot = 0
-        self.cold = self._pools = None
+        self.cold = self._pools = self._heads = None
         self.keys = self.values = self.keys.new_empty(0)
         self.is_initialized = False
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROOM = 16
-"""Storage grows by at least this number of slots, or by a 32nd of its size, so that few steps copy it."""
+"""Storage gets room for this number of slots or for a 20th of its slots, whichever is more."""
 
 
 class Int8Pool:
@@ -33,12 +33,15 @@ class Int8Pool:
         self.scales = template.new_empty((batch, len(int8_heads), 0, 1), dtype=torch.bfloat16)
         self.others = template.new_empty((batch, len(self.other_heads), 0, width))
 
-    def append(self, states: Tensor) -> None:
-        """Quantise states (batch, heads, slots, head_dim) and add them after the used slots."""
-        codes, scales = quantise(states[:, self.int8_heads])
-        self.codes = appended(self.codes, self.used, codes)
-        self.scales = appended(self.scales, self.used, scales)
-        self.others = appended(self.others, self.used, states[:, self.other_heads])
+    def append(self, states: Tensor, room: int) -> None:
+        """Quantise states (batch, heads, slots, head_dim) and add them after the used slots.
+
+        Storage that is too small is enlarged, with room for more slots.
+        """
+        codes, scales = quantise(states if not len(self.other_heads) else states[:, self.int8_heads])
+        self.codes = appended(self.codes, self.used, codes, room)
+        self.scales = appended(self.scales, self.used, scales, room)
+        self.others = appended(self.others, self.used, states[:, self.other_heads], room)
         self.used += states.shape[2]
 
     def pick(self, slots: Tensor) -> None:
@@ -50,15 +53,17 @@ class Int8Pool:
         """Keep only `sequences` of the batch, in that order."""
         self.codes, self.scales, self.others = (t[sequences] for t in (self.codes, self.scales, self.others))
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """Return (batch, heads, slots, head_dim) all states in `dtype`."""
+    def read(self, hot: Tensor) -> Tensor:
+        """Return (batch, heads, slots, head_dim) all states, followed by `hot` (batch, heads, hot slots, head_dim)."""
         codes, scales, others = (t[:, :, : self.used] for t in (self.codes, self.scales, self.others))
-        states = (codes * scales.float()).to(dtype)
+        states = hot.new_empty((*hot.shape[:2], self.used + hot.shape[2], hot.shape[3]))
+        states[:, :, self.used :] = hot
         if not len(self.other_heads):
-            return states
-        both = states.new_empty((len(states), len(self.int8_heads) + len(self.other_heads), *states.shape[2:]))
-        both[:, self.int8_heads], both[:, self.other_heads] = states, others.to(dtype)
-        return both
+            states[:, :, : self.used] = dequantise(codes, scales, hot.dtype)
+        else:
+            states[:, self.int8_heads, : self.used] = dequantise(codes, scales, hot.dtype)
+            states[:, self.other_heads, : self.used] = others.to(hot.dtype)
+        return states
 
     @property
     def used_nbytes(self) -> int:
@@ -73,9 +78,15 @@ class Int8Pool:
 
 def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise (..., head_dim) per token and head; return INT8 codes (..., head_dim), bfloat16 scales (..., 1)."""
-    states = states.float()
-    scales = (states.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
-    return (states / scales.float()).round().clamp(-127, 127).to(torch.int8), scales
+    wide = states.float()
+    peaks = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
+    scales = (peaks / 127).clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
+    return (wide / scales.float()).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return codes (..., head_dim) times scales (..., 1) in `dtype`."""
+    return codes * scales if dtype == torch.bfloat16 else (codes * scales.float()).to(dtype)
 
 
 def take(states: Tensor, slots: Tensor) -> Tensor:
@@ -85,13 +96,15 @@ def take(states: Tensor, slots: Tensor) -> Tensor:
     return states.gather(2, slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
-def appended(storage: Tensor, used: int, states: Tensor) -> Tensor:
-    """Return `storage` (batch, heads, room, width) with `states` after its `used` slots, enlarged if it is full."""
+def appended(storage: Tensor, used: int, states: Tensor, room: int) -> Tensor:
+    """Return `storage` (batch, heads, slots, width) with `states` after its `used` slots.
+
+    Storage that is too small is enlarged, with `room` for more slots.
+    """
     end = used + states.shape[2]
     if end > storage.shape[2]:
         # The first states, often a whole prompt, get no room: the KV policy may soon drop or quantise many of them.
-        room = end + max(ROOM, end // 32) if used else end
-        larger = storage.new_empty((*storage.shape[:2], room, storage.shape[3]))
+        larger = storage.new_empty((*storage.shape[:2], end + room if used else end, storage.shape[3]))
         larger[:, :, :used] = storage[:, :, :used]
         storage = larger
     storage[:, :, used:end] = states
