@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rop
 """Keys and values from one latent vector, as in DeepSeek. All heads have their own."""
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
 _DELTA = {
+    "head_dim": 16,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -59,7 +61,7 @@ _DELTA = {
 
 def _sized(kind: str, **changes: Any) -> Config:
     """The config class `kind` of transformers with the common sizes and these changes."""
-    return lambda: getattr(t, f"{kind}Config")(**{**_SIZES, **changes})
+    return lambda: getattr(t, f"{kind}Config")(**copy.deepcopy({**_SIZES, **changes}))
 
 
 def _gpt(kind: str, **changes: Any) -> Config:
@@ -96,15 +98,16 @@ _CLIP = {**_VISION, "projection_dim": 16}
 def _seeing(kind: str, vision: dict[str, Any], text: dict[str, Any] | None = None, **changes: Any) -> Config:
     """The config class `kind` of an image-text model with these parts, and the id of its image token."""
     image = {"image_token_id": IMAGE, "image_token_index": IMAGE}
-    return lambda: getattr(t, f"{kind}Config")(
-        text_config={**_SIZES, **(text or {})}, vision_config=dict(vision), **_TOKENS, **image, **changes
-    )
+    parts = {"text_config": {**_SIZES, **(text or {})}, "vision_config": vision}
+    # Configs change the dicts that they are given.
+    return lambda: getattr(t, f"{kind}Config")(**copy.deepcopy(parts), **_TOKENS, **image, **changes)
 
 
 ARCHITECTURES: dict[str, Config] = {
     # Dense models with rotary embeddings
     "llama": _sized("Llama"),
     "mistral": _sized("Mistral", **_WINDOW),
+    "ministral3": _sized("Ministral3", head_dim=8),
     "ministral": _sized("Ministral", head_dim=8, **_ALTERNATING),
     "qwen2": _sized("Qwen2"),
     "qwen3": _sized("Qwen3", head_dim=16),
@@ -122,6 +125,13 @@ ARCHITECTURES: dict[str, Config] = {
         hidden_size_per_layer_input=8,
         laurel_rank=4,
         altup_num_inputs=2,
+    ),
+    "gemma4": _sized(
+        "Gemma4Text",
+        head_dim=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        **_ALTERNATING,
     ),
     "phi": _sized("Phi", tie_word_embeddings=True),
     "phi3": _sized("Phi3"),
@@ -228,8 +238,8 @@ ARCHITECTURES: dict[str, Config] = {
         attention_window_size=SLIDING_WINDOW,
         lru_width=32,
     ),
-    "qwen3_next": _sized("Qwen3Next", head_dim=16, shared_expert_intermediate_size=16, **_DELTA, **_EXPERTS),
-    "qwen3_5": _sized("Qwen3_5Text", head_dim=16, **_DELTA),
+    "qwen3_next": _sized("Qwen3Next", shared_expert_intermediate_size=16, **_DELTA, **_EXPERTS),
+    "qwen3_5": _sized("Qwen3_5Text", **_DELTA),
     # Models that read images
     "llava": _seeing("Llava", _CLIP, vision_feature_layer=-1),
     "llava_next": _seeing("LlavaNext", _CLIP, vision_feature_layer=-1, image_grid_pinpoints=[[32, 32]]),
@@ -238,6 +248,10 @@ ARCHITECTURES: dict[str, Config] = {
     "qwen2_vl": _seeing("Qwen2VL", {**_GRID_VISION, "embed_dim": 16, "hidden_size": 32}, _MROPE, **_MARKERS),
     "qwen2_5_vl": _seeing("Qwen2_5_VL", _GRID_VISION, _MROPE, **_MARKERS),
     "qwen3_vl": _seeing("Qwen3VL", {**_GRID_VISION, "deepstack_visual_indexes": [0]}, _MROPE, **_MARKERS),
+    "qwen3_vl_moe": _seeing(
+        "Qwen3VLMoe", {**_GRID_VISION, "deepstack_visual_indexes": [0]}, {**_MROPE, **_EXPERTS}, **_MARKERS
+    ),
+    "qwen3_5_vision": _seeing("Qwen3_5", _GRID_VISION, {**_MROPE, **_DELTA, "partial_rotary_factor": 0.5}, **_MARKERS),
     "glm4v": _seeing("Glm4v", _GRID_VISION, _MROPE, **_MARKERS),
     "gemma3_vision": _seeing("Gemma3", _VISION, _GEMMA, mm_tokens_per_image=4),
     "paligemma": _seeing("PaliGemma", {**_VISION, "projection_dim": 32}, {"head_dim": 8}, projection_dim=32),
@@ -258,6 +272,9 @@ ARCHITECTURES: dict[str, Config] = {
     "smolvlm": _seeing("SmolVLM", _VISION),
     "internvl": _seeing("InternVL", {**_VISION, "image_size": [32, 32], "patch_size": [8, 8]}),
     "aya_vision": _seeing("AyaVision", _VISION, {"logit_scale": 1.0, **_ALTERNATING}),
+    "cohere2_vision": _seeing(
+        "Cohere2Vision", _VISION, {"logit_scale": 1.0, **_ALTERNATING}, alignment_intermediate_size=32
+    ),
 }
 
 
@@ -293,6 +310,8 @@ IMAGES: dict[str, Images] = {
     "qwen2_vl": _PATCHES,
     "qwen2_5_vl": _PATCHES,
     "qwen3_vl": _PATCHES,
+    "qwen3_vl_moe": _PATCHES,
+    "qwen3_5_vision": _PATCHES,
     "glm4v": _PATCHES,
     "gemma3_vision": Images(4, more=lambda ids: {"token_type_ids": (ids == IMAGE).long()}),
     "paligemma": Images(16, more=lambda ids: {"token_type_ids": torch.zeros_like(ids)}),
@@ -301,6 +320,7 @@ IMAGES: dict[str, Images] = {
     "smolvlm": Images(4, (1, 3, 32, 32)),
     "internvl": Images(4),
     "aya_vision": Images(4),
+    "cohere2_vision": Images(4),
 }
 """The architectures that read images."""
 
