@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,10 +20,19 @@ ARCHITECTURES = {
 """llama.cpp's architecture by the name in `models.ARCHITECTURES`."""
 
 
+def no_tokenizer(writer: GGUFWriter) -> None:
+    """Say that the file has no tokenizer: it runs token ids only."""
+    writer.add_tokenizer_model("none")
+
+
 def write_base(
-    model: t.PreTrainedModel, architecture: str, path: Path, fields: Mapping[str, int | str | list[int]] | None = None
+    model: t.PreTrainedModel,
+    architecture: str,
+    path: Path,
+    fields: Mapping[str, int | str | list[int]] | None = None,
+    add_tokenizer: Callable[[GGUFWriter], None] = no_tokenizer,
 ) -> Path:
-    """Write a model of one of `ARCHITECTURES` in float32, without a tokenizer. Returns `path`.
+    """Write a model of one of `ARCHITECTURES` in float32. Returns `path`.
 
     `fields` are written in addition to, or instead of, those of the model.
     """
@@ -32,7 +41,7 @@ def write_base(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_file_type(LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("none")
+    add_tokenizer(writer)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,17 +63,21 @@ class _NoCacheError(Exception):
     """Compiled libraries cannot be stored, for a reason that the message gives."""
 
 
-def load(works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL:
+def load(
+    works: Callable[[ctypes.CDLL], bool], sources: Sequence[Path] | None = None, options: Sequence[str] = ()
+) -> ctypes.CDLL:
     """Return the compiled kernels: from the cache folder, or compiled now and stored there.
 
     Args:
         works: Tests a loaded library. A library that fails is neither used nor kept.
+        sources: The files of another library. The first is compiled and includes the others.
+        options: Further options of the compiler for that library.
 
     Raises:
         BuildError: There is no compiler, or it fails, takes too long, or none of its libraries works.
     """
-    compiler = find_compiler()
-    name = f"kernels-{_key(compiler)}"
+    compiler, sources = [*find_compiler(), *options], sources or SOURCES
+    name = f"kernels-{_key(compiler, sources)}"
     folder = None
     try:
         folder = cache_folder()
@@ -82,7 +86,7 @@ def load(works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL:
                 return library
     except (_NoCacheError, OSError) as error:
         logger.info("the compiled kernels are not kept for the next process: %s", error)
-    return _compiled(compiler, folder, name, works)
+    return _compiled(compiler, sources[0], folder, name, works)
 
 
 def find_compiler() -> list[str]:
@@ -150,9 +154,9 @@ def _cache_root() -> Path:
     return (Path(chosen) if os.path.isabs(chosen) else home / ".cache") / "chunkwise-lora"
 
 
-def _key(compiler: list[str]) -> str:
+def _key(compiler: list[str], sources: Sequence[Path] | None = None) -> str:
     """Return a hash of everything that the library depends on, without running a program."""
-    source = [hashlib.sha256(path.read_bytes()).hexdigest() for path in SOURCES]
+    source = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources or SOURCES]
     programs = []
     for word in compiler:  # the compiler, and, with CC="ccache gcc", the program that it runs
         if (found := shutil.which(word)) is not None:
@@ -216,14 +220,16 @@ def _loaded(path: Path, works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL | N
     return None
 
 
-def _compiled(compiler: list[str], folder: Path | None, name: str, works: Callable[[ctypes.CDLL], bool]) -> ctypes.CDLL:
+def _compiled(
+    compiler: list[str], source: Path, folder: Path | None, name: str, works: Callable[[ctypes.CDLL], bool]
+) -> ctypes.CDLL:
     """Compile with the first flags that give a working library, and store it in `folder`, if there is one."""
     end = time.monotonic() + COMPILE_SECONDS
     complaint = "its library does not work"
     with tempfile.TemporaryDirectory(prefix="chunkwise-", ignore_cleanup_errors=True) as temporary:
         for number, flags in enumerate(FLAGS):
             built = Path(temporary) / f"kernels-{number}{SUFFIX}"
-            if (said := _compile(compiler, flags, built, end)) is not None:
+            if (said := _compile([*compiler, *OPTIONS, *flags, str(source)], built, end)) is not None:
                 complaint = said
                 continue
             stored = None if folder is None else _store(folder, name, built)
@@ -235,18 +241,21 @@ def _compiled(compiler: list[str], folder: Path | None, name: str, works: Callab
     raise BuildError(f"`{shlex.join(compiler)}` gave no working library: {complaint}")
 
 
-def _compile(compiler: list[str], flags: list[str], built: Path, end: float) -> str | None:
+def _compile(command: list[str], built: Path, end: float) -> str | None:
     """Run the compiler. Returns its error message, or None if it worked.
 
     Raises:
         BuildError: The time limit is reached, or the compiler cannot be started.
     """
-    command = [*compiler, *OPTIONS, *flags, str(SOURCES[0]), "-o", str(built), "-lm"]
     with tempfile.TemporaryFile() as output:
         try:
             # A new session, so that the programs that a compiler starts can be stopped with it.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                [*command, "-o", str(built), "-lm"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         except OSError as error:
             raise BuildError(f"the C compiler cannot be started: {error}") from error
@@ -258,7 +267,7 @@ def _compile(compiler: list[str], flags: list[str], built: Path, end: float) -> 
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            raise BuildError(f"`{shlex.join(compiler)}` did not finish within {COMPILE_SECONDS:.0f} s") from error
+            raise BuildError(f"`{command[0]}` did not finish within {COMPILE_SECONDS:.0f} s") from error
         output.seek(0)
         said = output.read().decode(errors="replace").strip()[-500:]
     if status:

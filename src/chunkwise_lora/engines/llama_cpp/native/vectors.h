@@ -1,0 +1,91 @@
+// Vectors of floats for AVX-512, AVX2, NEON, and any other processor. Arithmetic is that of GCC's and Clang's vector
+// types; only loads that widen have a form for each processor.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define LANES 8
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#define LANES 4
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE vector load(const float *from) { return *(const unaligned *)from; }
+INLINE void store(float *to, vector v) { *(unaligned *)to = v; }
+INLINE vector all(float value) { return value - (vector){0}; }
+
+INLINE float sum(vector v) {
+  float total[LANES];
+  store(total, v);
+#pragma GCC unroll 8
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) total[i] += total[i + half];
+  return total[0];
+}
+
+INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Exact, also for subnormal numbers, infinities and NaN.
+INLINE float widen_half(uint16_t half) {
+  const uint32_t size = (uint32_t)(half & 0x7fff) << 13, exponent = size & 0x0f800000;
+  const float small = float_of(size + (113u << 23)) - float_of(113u << 23);
+  const float large = float_of(size + (exponent == 0x0f800000 ? 224u << 23 : 112u << 23));
+  const float value = exponent ? large : small;
+  return half & 0x8000 ? -value : value;
+}
+
+INLINE vector load_halves(const uint16_t *from) {
+#if defined(__AVX512F__)
+  return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif LANES == 8 && defined(__F16C__)
+  return (vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__aarch64__) && LANES == 4 && defined(__ARM_NEON)
+  return (vector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
+  vector v;
+  for (int i = 0; i < LANES; i++) v[i] = widen_half(from[i]);
+  return v;
+#endif
+}
+
+INLINE vector load_codes(const int8_t *from) {
+#if defined(__AVX512F__)
+  return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif LANES == 8 && defined(__F16C__)
+  return (vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#elif defined(__aarch64__) && LANES == 4 && defined(__ARM_NEON)
+  int32_t four;
+  memcpy(&four, from, sizeof four);
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  return (vector)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+#else
+  vector v;
+  for (int i = 0; i < LANES; i++) v[i] = from[i];
+  return v;
+#endif
+}
+
+// exp(x) for x <= 0, to about one part in a million.
+INLINE float exponential(float x) {
+  const float t = (x >= -87.0f ? x : -87.0f) * 1.44269504f;
+  const int32_t whole = (int32_t)(t - 0.5f);
+  const float f = (t - (float)whole) * 0.69314718f;  // within [-0.35, 0.35]
+  const float p = 1 + f * (1 + f * (0.5f + f * (0.16666667f + f * (0.041666667f + f * (0.0083333333f + f * 0.0013888889f)))));
+  return p * float_of((uint32_t)(whole + 127) << 23);
+}
