@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama-cpp]'")
 
+import llama_cpp
 from gguf import GGUFWriter, TokenType
 from llama_cpp import Llama
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ from chunkwise_lora.method.config import KVCacheConfig, LevelKVPolicy
 from gguf_bases import ARCHITECTURES, write_base
 from models import VOCABULARY, adapter, build, peft_model
 
-__all__ = ["ARCHITECTURES", "Llama"]
+__all__ = ["ARCHITECTURES", "Llama", "llama_cpp"]
 
 F32 = 0
 OPTIONS: dict[str, Any] = {

@@ -8,8 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import LLAMA_POOLING_TYPE_MEAN, LlamaRAMCache, LogitsProcessorList
-from llama_models import E2E, OPTIONS, WIKI, Llama, base_file, logits_of, text_file, text_model, tiny, token_ids
+from llama_models import (
+    E2E,
+    OPTIONS,
+    WIKI,
+    Llama,
+    base_file,
+    llama_cpp,
+    logits_of,
+    text_file,
+    text_model,
+    tiny,
+    token_ids,
+)
 
 from chunkwise_lora import ChunkWiseConfig
 from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
@@ -83,7 +94,7 @@ def test_log_probabilities_and_logits_processors(llm: ChunkWiseLlama) -> None:
         scores[:300] = -np.inf
         return scores
 
-    llm.create_completion(PROMPT, adapter="wiki", logits_processor=LogitsProcessorList([forbid]), **GREEDY)
+    llm.create_completion(PROMPT, adapter="wiki", logits_processor=llama_cpp.LogitsProcessorList([forbid]), **GREEDY)
     assert len(seen) == 16
     assert min(llm.trace.sequences[0].tokens[-15:]) >= 300
 
@@ -208,7 +219,7 @@ def test_a_state_without_its_adapter_is_refused() -> None:
 def test_a_cache_of_states_gives_the_right_adapters_text() -> None:
     llm = text_model()
     expected = {name: text(llm, PROMPT, adapter=name) for name in ("wiki", "e2e")}
-    llm.set_cache(LlamaRAMCache())
+    llm.set_cache(llama_cpp.LlamaRAMCache())
     for name in ("wiki", "e2e", "wiki", "e2e"):
         assert text(llm, PROMPT, adapter=name) == expected[name]
         text(llm, FACTS, adapter=name)
@@ -263,7 +274,7 @@ def test_an_adapter_of_other_modules_beside_it_changes_nothing() -> None:
 
 
 def test_embeddings_are_those_of_the_adapter() -> None:
-    options = {"embedding": True, "logits_all": False, "pooling_type": LLAMA_POOLING_TYPE_MEAN}
+    options = {"embedding": True, "logits_all": False, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
     llm = text_model(**options)
     texts = [PROMPT, "The church was built"]
     by_adapter = {name: np.array(llm.embed(texts, adapter=name)) for name in ("wiki", "e2e", BASE)}
