@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as t
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-import models
 from caches import new_cache, run_pass
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler, Trace
-from chunkwise_lora.engines.transformers import FastPaths
+from chunkwise_lora.engines.transformers import FastPaths, attention, versions
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache, ChunkWiseLayer, Int8Pool, quantise
 from chunkwise_lora.method.config import (
     ChunkingConfig,
@@ -399,35 +397,11 @@ def test_decisions_that_the_engine_leaves_undone_are_named(
         assert trace_of(model).kv_bytes == trace_of(model).kv_bytes_full
 
 
-GPT_NEO = {
-    "window shorter than the text": lambda: gpt_neo(16),
-    "window beyond the text": lambda: gpt_neo(1024),
-}
-
-
-def gpt_neo(window: int) -> t.PreTrainedConfig:
-    """A model with attention code of its own: half of the layers see a window, and tell positions by slots."""
-    return t.GPTNeoConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global", "local"], 1]],
-        window_size=window,
-        max_position_embeddings=256,
-        initializer_range=0.18,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-
-
-@pytest.mark.parametrize("reason", ["eager attention", "no fast attention", "falcon", *GPT_NEO])
+@pytest.mark.parametrize("reason", ["eager attention", "no fast attention", "falcon", "gpt_neo"])
 def test_a_cache_that_attention_reads_in_another_way_is_kept_whole_and_this_is_named(
-    reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    architecture = reason if reason in (*GPT_NEO, "falcon") else "llama"
-    monkeypatch.setattr(models, "ARCHITECTURES", models.ARCHITECTURES | GPT_NEO)
+    architecture = reason if reason in ("falcon", "gpt_neo") else "llama"
     base = build(architecture)
     if reason == "eager attention":
         base.set_attn_implementation("eager")
@@ -756,6 +730,29 @@ def test_layers_that_a_model_never_uses_are_left_out() -> None:
     cache.note(np.arange(30)[None])
     cache.carry_out([[KVDecision(0, 20, "int8")]])
     assert cache.layers[1].cold is not None and cache.layers[1].hot == 10
+
+
+def test_a_model_with_attention_code_of_its_own_moves_no_slots_whatever_its_signature_promises() -> None:
+    model = build("gpt_neo")
+    cache = ChunkWiseCache(model.config, 1.0, carries_out=True)
+    model.config._attn_implementation = attention.NAME
+    cache.slot_mask(np.ones((1, 30), bool))
+    with torch.no_grad():
+        model(prompts((30,))["input_ids"], **{versions.CACHE: cache})
+    cache.check_used(30)
+    cache.note(np.arange(30)[None])
+    cache.carry_out([[KVDecision(2, 28, "int8")]])
+    assert "does not read its cache through the engine's attention function" in cache.notes[0]
+    assert cache.used_nbytes == cache.full_nbytes
+
+
+def test_layers_that_read_the_cache_of_another_layer_see_what_is_left_of_it() -> None:
+    config, ids = kv_only(*POLICIES["all"]), prompts((27,))["input_ids"]
+    model = ChunkWiseModel(build("gemma3n"), adapter("gemma3n"), config)
+    tokens, logits = greedy(model, {"input_ids": ids}, 24)
+    expected_tokens, expected_logits, hidden = slow_generation("gemma3n", config, ids[0], 24)
+    assert hidden and torch.equal(tokens[0], expected_tokens)
+    assert (logits[0] - expected_logits).abs().max() < 0.05
 
 
 WRONG_MASKS: dict[str, Tensor | None] = {

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import errno
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -395,6 +396,43 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
         query.double(), keys, values, mask, scale=0.2, enable_gqa=True
     )
     assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("place", ["query", "hot keys", "cold keys", "hot values", "cold values"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_spread_in_attention_as_in_sdpa(
+    dtype: torch.dtype, number: float, place: str, masked: bool
+) -> None:
+    layer, states = ChunkWiseLayer(), torch.randn(2, 1, 2, 70, 16).to(dtype)
+    query = torch.randn(1, 4, 1, 16).to(dtype)
+    if place == "query":
+        query[0, 0, 0, 3] = number
+    else:
+        states[int("values" in place), 0, 0, 65 if "hot" in place else 30, 3] = number
+    layer.update(*states)
+    slots = torch.arange(70)[None]
+    layer.rearrange(to_cold=slots[:, :40], hot=slots[:, 40:])
+    mask = torch.arange(70)[None, None, None] % 3 != 1 if masked else None
+    kernels_of(dtype)
+    output = layer.attend(query, mask, 0.25).float()
+    expected = nn.functional.scaled_dot_product_attention(query, *layer.read(), mask, scale=0.25, enable_gqa=True)
+    assert torch.allclose(output, expected.transpose(1, 2).float(), rtol=0.05, atol=0.05, equal_nan=True)
+    assert torch.isfinite(output[:, :, 2:]).all(), "the other head has read finite numbers"
+
+
+def test_a_layer_with_two_element_types_as_autocast_gives_them_is_read_by_sdpa() -> None:
+    layer = ChunkWiseLayer()
+    keys, values = torch.randn(2, 1, 2, 40, 16)
+    layer.update(keys, values.bfloat16())
+    slots = torch.arange(40)[None]
+    layer.rearrange(to_cold=slots[:, :20], hot=slots[:, 20:])
+    held_keys, held_values = layer.read()
+    assert (held_keys.dtype, held_values.dtype) == (torch.float32, torch.bfloat16)
+    assert (held_values - values).abs().max() < 0.05
+    assert not layer.attends(torch.randn(1, 4, 1, 16), None)
+    assert not layer.attends(torch.randn(1, 4, 1, 16).bfloat16(), None)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

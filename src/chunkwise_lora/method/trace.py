@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from chunkwise_lora.method.plan import ScheduledChunk
 
@@ -46,6 +45,11 @@ class Trace:
     scheduler_seconds: float
     """Seconds spent on planning, over all passes."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
+    @property
+    def mean_ranks(self) -> dict[str, float]:
+        """By adapter name, the mean rank of all tokens that ran with it. Sequences without an adapter have no entry."""
+        ranks: dict[str, list[float]] = {}
+        for sequence in self.sequences:
+            if sequence.adapter is not None:
+                ranks.setdefault(sequence.adapter, []).extend(sequence.ranks)
+        return {adapter: sum(values) / max(len(values), 1) for adapter, values in ranks.items()}
