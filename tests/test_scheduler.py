@@ -10,12 +10,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, ConfigError, RuntimeScheduler
 from chunkwise_lora.method.chunking import AdaptiveChunker, Chunk
-from chunkwise_lora.method.complexity import TokenComplexityEstimator
+from chunkwise_lora.method.complexity import LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.composition import BoundarySafeComposer
 from chunkwise_lora.method.config import (
     PRESETS,
@@ -97,6 +97,24 @@ def test_any_split_of_the_tokens_gives_the_same_plan(
     assert np.array_equal(whole[0], cut[0])
     assert whole[1] == cut[1]
     assert whole[2].chunks == cut[2].chunks
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["signals", "learned"])
+@pytest.mark.parametrize("known", [False, True], ids=["no entropies", "entropies"])
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 1300))
+def test_a_long_prompt_is_planned_at_once_as_token_by_token(learned: bool, known: bool, seed: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(rng.zipf(1.3, length), VOCABULARY + 3).tolist()
+    entropies = rng.choice([0.0, 0.5, 3.9], length).tolist() if known else [None] * length
+    model = LearnedComplexity(*(rng.normal(size=size).astype(np.float32) for size in (VOCABULARY, VOCABULARY, 4, 4)))
+    config = LIVELY.model_copy(update={"complexity": ComplexityConfig(window=200, learned=learned)})
+    whole, single = (RuntimeScheduler(config, RUNG_RANKS, VOCABULARY, model) for _ in range(2))
+    plan = whole.step(tokens, entropies)
+    steps = [single.step([token], [entropy]) for token, entropy in zip(tokens, entropies, strict=True)]
+    assert np.array_equal(plan.weights, np.concatenate([step.weights for step in steps]))
+    assert plan.decisions == [decision for step in steps for decision in step.decisions]
+    assert whole.chunks == single.chunks
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -376,8 +394,7 @@ def test_weights_use_at_most_two_rungs_and_fade_evenly(
     before = None
     for index, (selection, length) in enumerate(zip(selections, lengths, strict=True)):
         outgoing = selections[index - 1] if index else selection
-        for offset in range(length):
-            weights = composer.weights(selection, offset)
+        for offset, weights in enumerate(composer.weights([(selection, 0, length)])):
             u = min(1.0, (offset + 1) / (window + 1))
             assert np.count_nonzero(weights) <= (2 if offset < window else 1)
             assert offset < window or weights[selection.rung] == np.float32(selection.scale)

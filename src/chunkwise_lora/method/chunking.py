@@ -48,31 +48,33 @@ class AdaptiveChunker:
 
     def update(self, scores: Sequence[float]) -> list[Chunk]:
         """Assign the next tokens, with (n,) scores in [0, 1], to chunks. Returns (n,) each token's chunk."""
-        return [self._place(score) for score in scores]
+        config, chunk, mean, position = self.config, self._chunk, self._mean, self._position
+        hardest = len(config.thresholds)
+        placed = []
+        for score in scores:
+            mean += (score - mean) / min(config.memory, position + 1)
+            if chunk is None or (position - chunk.start >= config.min_length and self._is_cut(chunk, mean, position)):
+                chunk = Chunk(position, self._affordable_level(mean, position), mean)
+            self._hard_tokens += chunk.level == hardest
+            position += 1
+            placed.append(chunk)
+        self._chunk, self._mean, self._position = chunk, mean, position
+        return placed
 
-    def _place(self, score: float) -> Chunk:
-        config = self.config
-        memory = min(config.memory, self._position + 1)
-        self._mean += (score - self._mean) / memory
-        if self._chunk is None or self._is_cut(self._chunk):
-            self._chunk = Chunk(self._position, self._affordable_level(), self._mean)
-        self._hard_tokens += self._chunk.level == len(config.thresholds)
-        self._position += 1
-        return self._chunk
-
-    def _is_cut(self, chunk: Chunk) -> bool:
-        length = self._position - chunk.start
-        if length >= self.config.max_length:
+    def _is_cut(self, chunk: Chunk, mean: float, position: int) -> bool:
+        """Return whether a chunk that is long enough ends before the token at `position`."""
+        if position - chunk.start >= self.config.max_length:
             return True
         margin = self.config.hysteresis
         thresholds = self.config.thresholds
-        risen = chunk.level < len(thresholds) and self._mean > thresholds[chunk.level] + margin
-        fallen = chunk.level > 0 and self._mean < thresholds[chunk.level - 1] - margin
+        if chunk.level > 0 and mean < thresholds[chunk.level - 1] - margin:
+            return True
+        risen = chunk.level < len(thresholds) and mean > thresholds[chunk.level] + margin
         # If the budget does not allow the highest level, the next chunk would get the same level again.
-        return length >= self.config.min_length and (fallen or (risen and self._affordable_level() > chunk.level))
+        return risen and self._affordable_level(mean, position) > chunk.level
 
-    def _affordable_level(self) -> int:
-        level = bisect_right(self.config.thresholds, self._mean)
+    def _affordable_level(self, mean: float, position: int) -> int:
+        level = bisect_right(self.config.thresholds, mean)
         hardest = len(self.config.thresholds)
-        over_budget = self._hard_tokens > self.config.hard_share * self._position
+        over_budget = self._hard_tokens > self.config.hard_share * position
         return level - 1 if level == hardest > 0 and over_budget else level

@@ -15,6 +15,9 @@ from chunkwise_lora.method.signals import PAPER_SIGNALS, SIGNAL_REGISTRY, Signal
 SIGNALS = PAPER_SIGNALS
 """The order of `LearnedComplexity.weights`."""
 
+MANY_TOKENS = 16
+"""From this number of tokens on, arrays are faster than single numbers."""
+
 
 @dataclass(frozen=True)
 class LearnedComplexity:
@@ -98,7 +101,17 @@ class TokenComplexityEstimator:
         Raises:
             ConfigError: A registered signal gave a value outside [0, 1].
         """
-        return [self._score(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
+        if len(tokens) < MANY_TOKENS:
+            return [self._score(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
+        values = [signal.update_all(tokens, entropies) for signal in self._signals]
+        if self._learned is not None:
+            previous, self._previous = [self._previous, *tokens[:-1]], tokens[-1]
+            costs = map(self._learned.log_cost, tokens, previous, zip(*values, strict=True))
+            return [_share_of(cost) for cost in costs]
+        for name, _, signal in self._others:
+            values.append(signal.update_all(tokens, entropies))
+            _check_range(name, values[-1])
+        return self._weighted_means(values)
 
     def signals(self, token: int, entropy: float | None) -> tuple[float | None, ...]:
         """Read the next token like `update`, and return (4,) the values of `SIGNALS`; None if a value is not known."""
@@ -108,7 +121,7 @@ class TokenComplexityEstimator:
         signals = self.signals(token, entropy)
         if self._learned is not None:
             previous, self._previous = self._previous, token
-            return 0.5 * (1 + math.tanh(self._learned.log_cost(token, previous, signals) / 2))
+            return _share_of(self._learned.log_cost(token, previous, signals))
         weighted = total = 0.0
         for weight, value in zip(self._weights, signals, strict=True):
             if value is not None:
@@ -117,9 +130,29 @@ class TokenComplexityEstimator:
         for name, weight, signal in self._others:
             value = signal.update(token, entropy)
             if value is not None:
-                if not 0 <= value <= 1:
-                    raise ConfigError(f"complexity.signals: {name!r} gave {value}; a signal must stay within 0 and 1")
+                _check_range(name, (value,))
                 weighted += weight * value
                 total += weight
         # If no signal is known, the token counts as neither easy nor hard.
         return weighted / total if total else 0.5
+
+    def _weighted_means(self, values: Sequence[Sequence[float | None]]) -> list[float]:
+        """Return the scores of many tokens from (signals, tokens) values, with the same sums in the same order."""
+        weighted, total = np.zeros(len(values[0])), np.zeros(len(values[0]))
+        for weight, of_signal in zip([*self._weights, *(weight for _, weight, _ in self._others)], values, strict=True):
+            numbers = np.array(of_signal, float)  # None becomes NaN
+            known = ~np.isnan(numbers)
+            weighted += np.where(known, weight * numbers, 0.0)
+            total += np.where(known, weight, 0.0)
+        return np.where(total == 0, 0.5, weighted / np.where(total == 0, 1.0, total)).tolist()
+
+
+def _share_of(log_cost: float) -> float:
+    """Return a / (1 + a) for a token that costs a times the mean cost."""
+    return 0.5 * (1 + math.tanh(log_cost / 2))
+
+
+def _check_range(name: str, values: Sequence[float | None]) -> None:
+    for value in values:
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"complexity.signals: {name!r} gave {value}; a signal must stay within 0 and 1")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from chunkwise_lora.errors import ConfigError
-from chunkwise_lora.method.chunking import AdaptiveChunker
+from chunkwise_lora.method.chunking import AdaptiveChunker, Chunk
 from chunkwise_lora.method.complexity import LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.composition import BoundarySafeComposer
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.kv_policy import KVCachePolicyController, KVDecision
 from chunkwise_lora.method.plan import Plan, ScheduledChunk
-from chunkwise_lora.method.selection import RankScaleSelector
+from chunkwise_lora.method.selection import RankScaleSelector, Selection
 
 NOTHING_LEARNED = (
     "the config sets complexity.learned, but the ladder holds nothing learned; run `chunkwise calibrate` for this "
@@ -65,16 +64,17 @@ class RuntimeScheduler:
             entropies: (n,) entropy in nats of the distribution that predicted each token, None where not known.
         """
         scores = self._scores(tokens, entropies)
-        weights = np.empty((len(tokens), len(self.rung_ranks)), np.float32)
+        parts: list[tuple[Selection, int, int]] = []
         decisions: list[KVDecision] = []
-        for row, chunk in enumerate(self._chunker.update(scores)):
+        for chunk, members in groupby(self._chunker.update(scores)):
             if not self.chunks or chunk is not self.chunks[-1].chunk:
                 decisions += self._close_chunk(chunk.start)
                 self.chunks.append(ScheduledChunk(chunk, self._selector.select(chunk)))
-            decisions += self._kv.expire(self.position)
-            weights[row] = self._composer.weights(self.chunks[-1].selection, self.position - chunk.start)
-            self.position += 1
-        return Plan(weights, decisions)
+            offset, count = self.position - chunk.start, len(list(members))
+            self.position += count
+            decisions += self._kv.expire(self.position - 1)
+            parts.append((self.chunks[-1].selection, offset, count))
+        return Plan(self._composer.weights(parts), decisions)
 
     def _scores(self, tokens: Sequence[int], entropies: Sequence[float | None] | None) -> list[float]:
         if self.config.levels == 1:  # no score can change the plan
@@ -85,7 +85,8 @@ class RuntimeScheduler:
         """Close the open chunk, if there is one, before the token at `end`; return its KV decision."""
         if not self.chunks:
             return []
-        closed = replace(self.chunks[-1].chunk, end=end)
+        chunk, selection = self.chunks[-1].chunk, self.chunks[-1].selection
+        closed = Chunk(chunk.start, chunk.level, chunk.complexity, end)
         decision = self._kv.close(closed)
-        self.chunks[-1] = replace(self.chunks[-1], chunk=closed, kv=decision)
+        self.chunks[-1] = ScheduledChunk(closed, selection, decision)
         return [] if decision is None else [decision]

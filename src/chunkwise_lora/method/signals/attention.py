@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chunkwise_lora.method.signals.base import Signal, register_signal
@@ -28,11 +29,17 @@ class AttentionProxy(Signal):
 
     def update(self, token: int, entropy: float | None) -> float:
         """Return the distance; 1 for a token that the window does not contain."""
-        now, seen = self._position, self._last_seen
-        distance = now - seen.get(token, -math.inf)
-        seen[token] = now
-        self._position = now + 1
-        if self._position % self.window == 0:  # memory stays bounded
-            oldest = self._position - self.window
-            self._last_seen = {other: last for other, last in seen.items() if last >= oldest}
-        return min(1.0, math.log1p(distance) / self._scale)
+        return self.update_all((token,), (entropy,))[0]
+
+    def update_all(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> list[float]:
+        """Return the distances."""
+        seen, scale, log1p = self._last_seen, self._scale, math.log1p
+        distances = []
+        for now, token in enumerate(tokens, self._position):
+            distances.append(min(1.0, log1p(now - seen.get(token, -math.inf)) / scale))
+            seen[token] = now
+            if (now + 1) % self.window == 0:  # memory stays bounded
+                oldest = now + 1 - self.window
+                self._last_seen = seen = {other: last for other, last in seen.items() if last >= oldest}
+        self._position += len(tokens)
+        return distances

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from chunkwise_lora.method.registry import Registry
@@ -35,6 +36,13 @@ class Signal(ABC):
         Returns:
             A value in [0, 1], where 1 is hardest, or None where the signal does not know.
         """
+
+    def update_all(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> Sequence[float | None]:
+        """Read the next tokens, such as a prompt, and return their values: those that `update` gives one by one.
+
+        Override it if the signal can read many tokens in less time.
+        """
+        return [self.update(token, entropy) for token, entropy in zip(tokens, entropies, strict=True)]
 
 
 PAPER_SIGNALS = ("entropy", "novelty", "attention", "position")

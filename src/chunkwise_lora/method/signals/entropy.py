@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,3 +29,9 @@ class Entropy(Signal):
     def update(self, token: int, entropy: float | None) -> float | None:
         """Return the share of the maximal entropy, limited to [0, 1]."""
         return None if entropy is None else min(1.0, max(0.0, entropy / self._maximum))
+
+    def update_all(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> Sequence[float | None]:
+        """Return the shares of the maximal entropy. For a prompt, none is known."""
+        if not any(entropies):
+            return [None if entropy is None else 0.0 for entropy in entropies]
+        return super().update_all(tokens, entropies)

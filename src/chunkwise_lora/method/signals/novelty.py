@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chunkwise_lora.method.signals.base import Signal, register_signal
@@ -27,16 +28,24 @@ class Novelty(Signal):
 
     def update(self, token: int, entropy: float | None) -> float:
         """Return the share of new n-grams."""
-        now, seen = self._position, self._last_seen
-        self._recent = recent = (*self._recent, token)[-self.ngram :]
-        oldest = now - self.window
-        new = 0
-        for start in range(len(recent)):
-            ngram = recent[start:]
-            if seen.get(ngram, -math.inf) < oldest:
-                new += 1
-            seen[ngram] = now
-        self._position = now + 1
-        if self._position % self.window == 0:  # memory stays bounded
-            self._last_seen = {ngram: last for ngram, last in seen.items() if last > oldest}
-        return new / len(recent)
+        return self.update_all((token,), (entropy,))[0]
+
+    def update_all(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> list[float]:
+        """Return the shares of new n-grams."""
+        seen, recent = self._last_seen, self._recent
+        shares = []
+        for now, token in enumerate(tokens, self._position):
+            recent = (*recent, token)[-self.ngram :]
+            oldest = now - self.window
+            new = 0
+            for start in range(len(recent)):
+                ngram = recent[start:]
+                if seen.get(ngram, -math.inf) < oldest:
+                    new += 1
+                seen[ngram] = now
+            shares.append(new / len(recent))
+            if (now + 1) % self.window == 0:  # memory stays bounded
+                self._last_seen = seen = {ngram: last for ngram, last in seen.items() if last > oldest}
+        self._recent = recent
+        self._position += len(tokens)
+        return shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chunkwise_lora.method.signals.base import Signal, register_signal
@@ -24,3 +25,8 @@ class PositionalPrior(Signal):
         now = self._position
         self._position = now + 1
         return 2.0 ** (-now / self.half_life)
+
+    def update_all(self, tokens: Sequence[int], entropies: Sequence[float | None]) -> list[float]:
+        """Return the priors of the next positions."""
+        start, self._position = self._position, self._position + len(tokens)
+        return [2.0 ** (-position / self.half_life) for position in range(start, self._position)]
