@@ -7,7 +7,6 @@ passes run in PyTorch (`torch_products`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from ctypes import Array
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class NativeAdapter:
     """The factors of an adapter as addresses. It never changes, and keeps the factors in memory."""
 
     def __init__(self, factors: TorchAdapter) -> None:
-        self.slices: Mapping[str, Array[native.Slice]] = {
+        self.slices: Mapping[str, native.Structures[native.Slice]] = {
             layer: native.slices_of(
                 [(*module.slices[-1], torch.tensor(module.ranks), module.columns.offset) for module in modules]
             )
@@ -51,9 +50,9 @@ class Addresses:
 
     def __init__(self, adapters: Sequence[NativeAdapter]) -> None:
         self._adapters = adapters
-        self._layers: dict[str, Array[native.Layer]] = {}
+        self._layers: dict[str, native.Structures[native.Layer]] = {}
 
-    def of(self, layer: str) -> Array[native.Layer]:
+    def of(self, layer: str) -> native.Structures[native.Layer]:
         """Return the slices that each segment's adapter has in a layer."""
         found = self._layers.get(layer)
         if found is None:
@@ -70,7 +69,7 @@ class NativePass(PreparedPass):
         self.products = products
         self.addresses = addresses
         self.has_few_tokens = products.plan.tokens <= FEW_TOKENS
-        self.array: Array[native.Segment] | None = None
+        self.array: native.Structures[native.Segment] | None = None
         if self.has_few_tokens or has_blocks:
             segments = [(segment.rung, segment.weights, segment.rows) for segment in products.segments]
             self.array = native.segments_of(segments, products.plan.tokens)

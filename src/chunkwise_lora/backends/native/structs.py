@@ -65,9 +65,7 @@ class Functions:
 
         self.has_blocks = bool(c_int.in_dll(library, f"has_blocks_{element}").value)
         address, number = c_void_p, c_int64
-        self.add_segments = function(
-            "add_segments", address, address, POINTER(Layer), POINTER(Segment), *[number] * 4, c_int
-        )
+        self.add_segments = function("add_segments", *[address] * 4, *[number] * 4, c_int)
         self.multiply = function("multiply", *[address] * 4, *[number] * 3, c_int)
         self.attend = function(
             *("attend", address, address, POINTER(Pools), POINTER(Pools), address, number, c_float, POINTER(Shape)),

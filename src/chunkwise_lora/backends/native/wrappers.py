@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ctypes import Array, byref
 from functools import cache
 from threading import Lock
-from typing import NamedTuple, NoReturn
+from typing import Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from chunkwise_lora.backends.native.structs import ELEMENTS, Functions, Layer, P
 from chunkwise_lora.errors import EngineError
 
 logger = logging.getLogger(__name__)
+
+StructureT = TypeVar("StructureT", bound=ctypes.Structure)
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Element types that the kernels support."""
@@ -40,7 +42,22 @@ _REFUSALS = {
 """Messages by the error code that a kernel returns."""
 
 
-def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Slice]:
+class Structures(Generic[StructureT]):
+    """An array of C structures. It keeps alive what they point to.
+
+    Args:
+        array: The structures.
+        owners: What holds the memory that they point to.
+    """
+
+    def __init__(self, array: Array[StructureT], owners: object) -> None:
+        self.array = array
+        self.owners = owners
+        self.count = len(array)
+        self.address = ctypes.addressof(array)
+
+
+def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Structures[Slice]:
     """Return one adapter's modules of a layer as C structures, which keep their tensors alive.
 
     Args:
@@ -67,18 +84,16 @@ def slices_of(modules: Sequence[tuple[Tensor, Tensor, Tensor, int]]) -> Array[Sl
             for down, up, ranks, offset in modules
         )
     )
-    found.__dict__["owners"] = modules
-    return found
+    return Structures(found, modules)
 
 
-def layers_of(adapters: Sequence[Array[Slice] | None]) -> Array[Layer]:
-    """Return a C array: for each segment of a pass, the slices that its adapter has in a layer, or none."""
-    found = (Layer * len(adapters))(*(Layer() if slices is None else Layer(slices, len(slices)) for slices in adapters))
-    found.__dict__["owners"] = adapters
-    return found
+def layers_of(adapters: Sequence[Structures[Slice] | None]) -> Structures[Layer]:
+    """Return for each segment of a pass the slices that its adapter has in a layer, or none."""
+    layers = (Layer() if slices is None else Layer(slices.array, slices.count) for slices in adapters)
+    return Structures((Layer * len(adapters))(*layers), adapters)
 
 
-def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], tokens: int) -> Array[Segment]:
+def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], tokens: int) -> Structures[Segment]:
     """Return the segments of a pass as C structures, which keep their tensors alive.
 
     Args:
@@ -99,8 +114,7 @@ def segments_of(segments: Sequence[tuple[int, Tensor | None, Tensor | None]], to
         if weights is not None:
             _check("weights", weights, (torch.float32,), (segment.tokens, None))
             segment.weights, segment.rungs = weights.data_ptr(), weights.shape[1]
-    found.__dict__["owners"] = segments
-    return found
+    return Structures(found, segments)
 
 
 class PoolTensors(NamedTuple):
@@ -181,7 +195,7 @@ class Kernels:
         """Whether `add_segments` is faster than PyTorch for many tokens, too, if the width of the input is even."""
         self._add_segments, self._multiply, self._attend = functions.add_segments, functions.multiply, functions.attend
 
-    def add_segments(self, y: Tensor, x: Tensor, layers: Array[Layer], segments: Array[Segment]) -> None:
+    def add_segments(self, y: Tensor, x: Tensor, layers: Structures[Layer], segments: Structures[Segment]) -> None:
         """Add the adapter product of one layer for x (..., in) to y (..., width), in place.
 
         `layers` holds the slices of each segment's adapter in the layer. No token may be in two segments.
@@ -191,12 +205,12 @@ class Kernels:
             MemoryError: There is no memory for intermediate results.
         """
         tokens, width_in, width_out = self._sizes(y, x)
-        count = len(segments)
-        if len(layers) != count:
-            raise EngineError(f"there are {count} segments, but adapters for {len(layers)}")
+        count = segments.count
+        if layers.count != count:
+            raise EngineError(f"there are {count} segments, but adapters for {layers.count}")
         threads = torch.get_num_threads()
         failed = self._add_segments(
-            y.data_ptr(), x.data_ptr(), layers, segments, count, tokens, width_in, width_out, threads
+            y.data_ptr(), x.data_ptr(), layers.address, segments.address, count, tokens, width_in, width_out, threads
         )
         if failed:
             _raise_for(failed)
