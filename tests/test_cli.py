@@ -147,6 +147,7 @@ def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Pat
         ("calibrate",),
         ("eval",),
         ("bench",),
+        ("serve",),
         ("ladder",),
         ("ladder", "build"),
         ("ladder", "show"),

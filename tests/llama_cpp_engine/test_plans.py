@@ -100,7 +100,7 @@ def test_a_prompt_gives_the_same_however_it_is_cut_into_passes(name: str) -> Non
 
 def prompt_logits(llm: ChunkWiseLlama, ids: Sequence[int], cuts: Sequence[int]) -> np.ndarray:
     """Logits of a text that is planned as one prompt, and run in passes that end at `cuts`."""
-    llm._session.begin(llm._request_for(None, None), list(ids))
+    llm._session.begin(llm.request(), list(ids))
     llm.n_tokens = 0
     for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         Llama.eval(llm, list(ids[start:end]))

@@ -20,6 +20,7 @@ from chunkwise_lora.cli.ladder.export import export
 from chunkwise_lora.cli.ladder.measure import measure
 from chunkwise_lora.cli.ladder.show import show
 from chunkwise_lora.cli.options import ListCommand
+from chunkwise_lora.cli.serve import serve
 from chunkwise_lora.errors import ChunkWiseError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -28,6 +29,7 @@ app.command()(generate)
 app.command()(calibrate)
 app.command("eval", cls=ListCommand)(evaluate)
 app.command(cls=ListCommand)(bench)
+app.command(cls=ListCommand)(serve)
 
 ladder_app = typer.Typer(help="Build, show, measure and export rank ladders.", no_args_is_help=True)
 ladder_app.command()(build)

@@ -122,7 +122,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
             self._add(source, name)
         if isinstance(self._graph, Graph) and self._adapters and self._base.architecture.name not in TESTED:
             check_kernels(self, self._graph, self._carrier, next(iter(self._adapters.values())))
-        self._session = Session(self, self._graph, lambda: self._request_for(None, None))
+        self._session = Session(self, self._graph, self.request)
         self._ctx.decode = self._session.decode
         self._install()
 
@@ -160,6 +160,11 @@ class ChunkWiseLlama(llama_cpp.Llama):
     def adapters(self) -> dict[str, RankLadder]:
         """The ladders of the loaded adapters, by name."""
         return {name: adapter.ladder for name, adapter in self._adapters.items()}
+
+    @property
+    def default_adapter(self) -> str:
+        """The adapter of requests that name none: the one that was loaded first."""
+        return next(iter(self._adapters), BASE)
 
     def load_adapter(self, source: Source, adapter_name: str = DEFAULT) -> None:
         """Load an adapter, and call it `adapter_name`. It replaces an adapter of the same name.
@@ -215,7 +220,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
             EngineError: The adapter is not loaded.
             ConfigError: The settings need what calibration learns, and the adapter's ladder does not hold it.
         """
-        with self._running(self._request_for(adapter, chunkwise_config)):
+        with self._running(self.request(adapter, chunkwise_config)):
             yield
 
     @contextmanager
@@ -226,12 +231,13 @@ class ChunkWiseLlama(llama_cpp.Llama):
         finally:
             self._request = before
 
-    def _request_for(self, adapter: str | None, config: ChunkWiseConfig | None) -> Request:
+    def request(self, adapter: str | None = None, config: ChunkWiseConfig | None = None) -> Request:
+        """Return what `using` runs with, checked."""
         if config is not None and not isinstance(config, ChunkWiseConfig):
             raise EngineError(f"chunkwise_config is a {type(config).__name__}; give a ChunkWiseConfig")
         if adapter is None and config is None and self._request is not None:
             return self._request  # inside of `using`, or of another method of this request
-        name = adapter if adapter is not None else next(iter(self._adapters), BASE)
+        name = adapter if adapter is not None else self.default_adapter
         loaded = None if name == BASE else self._adapter(name)
         applied = config_for(None if loaded is None else loaded.ladder, call=config, model=self.chunkwise_config)
         if isinstance(self._graph, OwnLora):
@@ -283,7 +289,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(prompts):
             raise EngineError(f"adapter has {len(names)} names for {len(prompts)} prompts; give one per prompt")
-        requests = [self._request_for(name, chunkwise_config) for name in names]
+        requests = [self.request(name, chunkwise_config) for name in names]
         tokens = [self._tokens(prompt) for prompt in prompts]
         batch.check_room(self, tokens, max_tokens)
         first, rows = self._seed if seed is None else seed, []
@@ -311,13 +317,13 @@ class ChunkWiseLlama(llama_cpp.Llama):
         **options: Any,
     ) -> Any:
         """Answer a chat like `Llama.create_chat_completion`. For the two new arguments see `using`."""
-        request = self._request_for(adapter, chunkwise_config)
+        request = self.request(adapter, chunkwise_config)
         with self._running(request):
             answer = super().create_chat_completion(*arguments, **options)
         return self._steps(answer, request) if isinstance(answer, Iterator) else answer
 
     def _create_completion(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        return self._steps(super()._create_completion(*arguments, **options), self._request_for(None, None))
+        return self._steps(super()._create_completion(*arguments, **options), self.request())
 
     def _steps(self, steps: Iterator[Any], request: Request) -> Iterator[Any]:
         """Run the steps of a generator for a request, whatever the caller does between them."""
@@ -360,7 +366,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
 
     def generate(self, tokens: Sequence[int], *arguments: Any, reset: bool = True, **options: Any) -> Any:
         """Generate like `Llama.generate`. Tokens in the context are used again only if their plan is the same."""
-        request, tokens = self._request_for(None, None), list(tokens)
+        request, tokens = self.request(), list(tokens)
         if reset:
             self.n_tokens = self._session.reusable(request, tokens, self.n_tokens)
             self._requires_eval = True
@@ -380,7 +386,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Run tokens like `Llama.eval`. The tokens of the call that begins a text are planned as its prompt."""
         if len(tokens) and self._session.begins(self.n_tokens):
-            self._session.begin(self._request_for(None, None), list(tokens))
+            self._session.begin(self.request(), list(tokens))
         super().eval(tokens)
 
     @property

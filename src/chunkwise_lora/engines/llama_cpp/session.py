@@ -82,6 +82,11 @@ class Session:
         for sequence, request, prompt in texts:
             self._open(sequence, request, prompt)
 
+    @property
+    def first(self) -> Running | None:
+        """Sequence 0, if it is running."""
+        return self._running.get(0)
+
     def begins(self, position: int) -> bool:
         """Return whether tokens at `position` of sequence 0 begin a text that was not opened yet."""
         running = self._running.get(0)
