@@ -134,8 +134,8 @@ def test_attention_over_nan_and_infinity_equals_sdpa(value: float, cold: bool) -
         slots = torch.arange(40)[None]
         layer.rearrange(to_cold=slots[:, :20], hot=slots[:, 20:])
     query = torch.randn(1, 4, 1, 16)
-    assert layer.attends(query, None)
     output = layer.attend(query, None, 0.25)
+    assert output is not None
     expected = nn.functional.scaled_dot_product_attention(query, *layer.read(), scale=0.25, enable_gqa=True)
     expected = expected.transpose(1, 2)
     assert torch.equal(output.isnan(), expected.isnan())
@@ -268,23 +268,22 @@ def test_arguments_that_would_read_out_of_bounds_in_attention_are_refused(
 def test_keys_and_values_of_different_dtypes_use_pytorch() -> None:
     layer, states = ChunkWiseLayer(), torch.randn(1, 1, 5, 8)
     layer.update(states, states.bfloat16())
-    assert not layer.attends(torch.randn(1, 1, 1, 8), None)
+    assert layer.attend(torch.randn(1, 1, 1, 8), None, 1.0) is None
 
 
 def test_replaced_storage_is_not_read_at_its_old_address() -> None:
     kernels_of(torch.float32)
     layer, states, query = ChunkWiseLayer(), torch.randn(2, 1, 1, 5, 8), torch.randn(1, 1, 1, 8)
     layer.update(*states)
-    assert layer.attends(query, None)
     layer.keys, layer.values = torch.randn(2, 1, 1, 5, 8)
     expected = nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values, scale=1.0)
     assert torch.allclose(layer.attend(query, None, 1.0), expected.transpose(1, 2), atol=1e-5)
     other = copy.deepcopy(layer)
     assert torch.allclose(other.attend(query, None, 1.0), expected.transpose(1, 2), atol=1e-5)
     layer.values = layer.values.bfloat16()
-    assert not layer.attends(query, None)
+    assert layer.attend(query, None, 1.0) is None
     layer.values = torch.randn(1, 5, 1, 8).transpose(1, 2)[:, :, :, :4]
-    assert not layer.attends(query, None)
+    assert layer.attend(query, None, 1.0) is None
 
 
 def test_generation_under_autocast_is_the_same_without_kernels() -> None:
@@ -388,8 +387,8 @@ def test_attention_of_a_decode_step_equals_sdpa_over_the_widened_cache(
         mask = torch.rand(batch, 1, 1, cold + hot) > 0.3
         mask[..., -1] = True  # as always, a token sees itself
     kernels_of(dtype)
-    assert layer.attends(query, mask)
     output = layer.attend(query, mask, 0.2)
+    assert output is not None
     layer.keys, layer.values = layer.keys.float(), layer.values.float()  # INT8 is then widened without rounding
     keys, values = (states.double() for states in layer.read())
     expected = nn.functional.scaled_dot_product_attention(
@@ -431,8 +430,8 @@ def test_a_layer_with_two_element_types_as_autocast_gives_them_is_read_by_sdpa()
     held_keys, held_values = layer.read()
     assert (held_keys.dtype, held_values.dtype) == (torch.float32, torch.bfloat16)
     assert (held_values - values).abs().max() < 0.05
-    assert not layer.attends(torch.randn(1, 4, 1, 16), None)
-    assert not layer.attends(torch.randn(1, 4, 1, 16).bfloat16(), None)
+    assert layer.attend(torch.randn(1, 4, 1, 16), None, 1.0) is None
+    assert layer.attend(torch.randn(1, 4, 1, 16).bfloat16(), None, 1.0) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

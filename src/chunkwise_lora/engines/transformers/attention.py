@@ -43,13 +43,13 @@ def attention(
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer.note_reading(query, attention_mask, scaling)
-        if plain and layer.attends(query, attention_mask):
-            return layer.attend(query, attention_mask, scaling), None
+        if plain and (output := layer.attend(query, attention_mask, scaling)) is not None:
+            return output, None
         key, value = layer.read()
     floating = attention_mask is not None and attention_mask.is_floating_point()
     if not plain or floating or not emulates(query.dtype, query.device):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    output = nn.functional.scaled_dot_product_attention(
+    wide = nn.functional.scaled_dot_product_attention(
         query.float(),
         key.float(),
         value.float(),
@@ -58,7 +58,7 @@ def attention(
         scale=options.get("scaling"),
         enable_gqa=True,  # keys and values are not repeated for every query head
     )
-    return output.transpose(1, 2).contiguous().to(query.dtype), None
+    return wide.transpose(1, 2).contiguous().to(query.dtype), None
 
 
 AttentionInterface.register(NAME, attention)

@@ -112,21 +112,28 @@ class ChunkWiseLayer(CacheLayerMixin):
             self.scaling = scaling
         self.read_by_attention = self.was_read = True
 
-    def attends(self, query: Tensor, mask: Tensor | None) -> bool:
-        """Return whether `attend` supports this query and mask: one token per sequence, a mask over slots or none."""
-        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
-            return False
-        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
-            return False
-        if kernels(self.dtype) is None or self._attention_pools() is None or query.shape[1] % self.keys.shape[1]:
-            return False
-        slots = (self.keys.shape[0], 1, 1, self.slots)
-        return mask is None or (mask.dtype == torch.bool and mask.shape == slots and mask.stride(3) == 1)
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
+        """Attend over all slots by a native kernel.
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attend over all slots: (batch, 1, query heads, head_dim) for query (batch, query heads, 1, head_dim)."""
-        kernel, pools = kernels(self.dtype), self._attention_pools()
-        assert kernel is not None and pools is not None  # checked by `attends`
+        Args:
+            query: (batch, query heads, 1, head_dim).
+            mask: (batch, 1, 1, slots) bool or None.
+            scaling: Factor of the scores.
+
+        Returns:
+            (batch, 1, query heads, head_dim), or None if no kernel supports this query, mask or layer.
+        """
+        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
+            return None
+        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
+            return None
+        if mask is not None and (
+            mask.dtype != torch.bool or mask.shape != (len(self.keys), 1, 1, self.slots) or mask.stride(3) != 1
+        ):
+            return None
+        kernel = kernels(self.dtype)
+        if kernel is None or query.shape[1] % self.keys.shape[1] or (pools := self._attention_pools()) is None:
+            return None
         return kernel.attend(query, pools, (self.cold[0].used if self.cold else 0, self.hot), mask, scaling)
 
     def _attention_pools(self) -> AttentionPools | None:

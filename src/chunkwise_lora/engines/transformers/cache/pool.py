@@ -102,10 +102,10 @@ def appended(storage: Tensor, used: int, states: Tensor, room: int) -> Tensor:
     Storage that is too small is enlarged, with `room` for more slots.
     """
     end = used + states.shape[2]
-    if end > storage.shape[2]:
-        # The first states, often a whole prompt, get no room: the KV policy may soon drop or quantise many of them.
-        larger = storage.new_empty((*storage.shape[:2], end + room if used else end, storage.shape[3]))
-        larger[:, :, :used] = storage[:, :, :used]
-        storage = larger
-    storage[:, :, used:end] = states
-    return storage
+    if end <= storage.shape[2]:
+        storage[:, :, used:end] = states
+        return storage
+    parts = [storage[:, :, :used], states.to(storage.dtype)]
+    if used and room:  # the first states, often a whole prompt, get none: KV decisions may soon remove many of them
+        parts.append(storage.new_empty((*storage.shape[:2], room, storage.shape[3])))
+    return torch.cat(parts, dim=2)

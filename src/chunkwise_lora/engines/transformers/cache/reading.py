@@ -30,8 +30,8 @@ class Reading:
         """Whether slots have moved."""
         self._visible: np.ndarray | None = None
         """(batch, slots) bool: the slots that the last token of the running pass sees; None between passes."""
-        self._matched: list[Tensor] = []
-        """The last mask of the running pass that was compared."""
+        self._matched: list[Tensor | None] = []
+        """The last mask of the running pass that was compared, if there is one."""
 
     def begin(self, visible: np.ndarray) -> None:
         """Start a pass, whose last token sees the slots `visible` (batch, slots), those of the pass included."""
@@ -43,13 +43,13 @@ class Reading:
         Raises:
             EngineError: They differ, and slots have moved.
         """
-        if mask is not None and self._matched and mask is self._matched[0]:
+        if self._matched and mask is self._matched[0]:
             return
         if self._visible is None:
             self._found(NOT_PLANNED)
         elif not _shows(mask, tokens, self._visible):
             self._found(ANOTHER_MASK)
-        elif mask is not None:
+        else:
             self._matched = [mask]
 
     def end(self, all_layers: bool) -> None:
