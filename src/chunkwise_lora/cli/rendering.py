@@ -17,6 +17,7 @@ from chunkwise_lora.errors import shown
 from chunkwise_lora.rank_colour import rank_colour
 
 if TYPE_CHECKING:
+    from chunkwise_lora.benchmark.llama_cpp import LlamaMeasurement
     from chunkwise_lora.benchmark.measure import Measurement
     from chunkwise_lora.calibration.calibrate import Calibration
     from chunkwise_lora.ladder import RankLadder
@@ -129,6 +130,29 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
         elif peaks:
             row.append(_number(None if result.peak_bytes is None else result.peak_bytes / 1e6, ",.0f"))
         table.add_row(Text(shown(result.name, 60)), *row)
+    return table
+
+
+def llama_table(results: Sequence[LlamaMeasurement]) -> Table:
+    """One row per measurement of llama.cpp. Ratios are medians over rounds."""
+    table = Table(title="llama.cpp, interleaved rounds", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
+    for column in ("decode\nms/token", "x\nbase", "x own\nLoRA", "prompt\nms", "x\nbase", "x own\nLoRA"):
+        table.add_column(column, justify="right")
+    context = None
+    for result in results:
+        if result.context != context:
+            context = result.context
+            table.add_row(f"[bold]context {context:,}[/]")
+        table.add_row(
+            Text(shown(result.name, 60)),
+            f"{result.decode_ms:.2f}",
+            f"{result.decode_over_base:.2f}",
+            f"{result.decode_over_own:.2f}",
+            f"{result.prefill_ms:,.1f}",
+            f"{result.prefill_over_base:.2f}",
+            f"{result.prefill_over_own:.2f}",
+        )
     return table
 
 

