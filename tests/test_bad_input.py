@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
-from chunkwise_lora import ChunkWiseError, ChunkWiseModel, EngineError, LadderError, RankLadder
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, EngineError, LadderError, RankLadder
 from chunkwise_lora.ladder import LADDER_NAME
 from models import VOCABULARY, adapter, build, peft_model, prompts
 
@@ -525,9 +525,9 @@ def test_an_object_that_is_no_transformers_model_is_refused(model: Any) -> None:
         ChunkWiseModel(model, adapter("llama"))
 
 
-def test_a_peft_model_is_refused_with_the_remedy() -> None:
-    with pytest.raises(EngineError, match="unload"):
-        ChunkWiseModel(peft_model("llama"), adapter("llama"))  # type: ignore[arg-type]
+def test_a_second_adapter_under_the_name_of_a_loaded_one_is_refused_with_the_remedy() -> None:
+    with pytest.raises(EngineError, match="'default' is loaded already; give a ladder"):
+        ChunkWiseModel(peft_model("llama"), adapter("llama"))
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -669,9 +669,11 @@ def test_an_unknown_option_is_refused_as_transformers_does(model: ChunkWiseModel
         model.generate(IDS, no_such_option=1)
 
 
-def test_embeddings_in_a_forward_pass_are_refused(model: ChunkWiseModel) -> None:
-    with pytest.raises(EngineError, match="input_ids"):
-        model.model(inputs_embeds=torch.zeros(1, 3, 32))
+@pytest.mark.parametrize("preset", ["lossless", "balanced"])
+def test_embeddings_in_a_forward_pass_run_at_full_rank_as_in_peft(model: ChunkWiseModel, preset: str) -> None:
+    embeddings = torch.randn(1, 3, 32)
+    found = model(inputs_embeds=embeddings, chunkwise_config=ChunkWiseConfig.preset(preset)).logits
+    assert torch.allclose(found, peft_model("llama")(inputs_embeds=embeddings).logits, atol=1e-4)
 
 
 def test_after_every_refusal_the_model_still_runs(model: ChunkWiseModel) -> None:

@@ -319,7 +319,8 @@ def test_traced_bytes_equal_the_bytes_of_the_storages(
     output = model.generate(**prompts(batch), max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
     held = storages(output.past_key_values.layers)
     assert len(held) >= 4
-    assert trace_of(model).kv_bytes == sum(held.values())
+    trace = trace_of(model)
+    assert trace.kv_bytes <= trace.kv_bytes_reserved == sum(held.values())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])

@@ -268,7 +268,7 @@ def test_a_progress_bar_does_not_change_redirected_output(capsys: pytest.Capture
 def test_text_from_files_and_models_cannot_control_the_terminal() -> None:
     evil = "\x1b[2J[bold]\u202etext[/nonsense]"
     modules = list(RankLadder.load(embedded.ADAPTERS["wiki"]).modules.values())
-    sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), chunks=())
+    sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), full_rank=8.0, chunks=())
     console = Console(width=200, file=io.StringIO(), record=True, force_terminal=True)
     console.print(ladder_table(RankLadder({f"{evil}.a": modules[0], f"{evil}.b": modules[1]})))
     console.print(coloured_tokens(sequence, [evil], full_rank=16))

@@ -47,7 +47,7 @@ def test_every_way_to_attach_a_ladder_uses_its_policy(way: str, tmp_path: object
         planned.save_pretrained(str(tmp_path))
     if way == "loaded later":
         model = ChunkWiseModel(build("llama"), {"first": ladder(seed=2)})
-        model.load_ladder("second", planned)
+        model.load_adapter(planned, "second")
         assert ranks(model, adapter_names="first") == [8, 8]
         assert ranks(model, adapter_names="second") == [4, 4]
     else:

@@ -146,7 +146,7 @@ def test_peft_and_ladders_read_a_random_adapter(tmp_path: Path) -> None:
 
 
 def test_coloured_tokens_keep_the_text() -> None:
-    sequence = SequenceTrace("a", tokens=(1, 2, 3), ranks=(0.0, 8.0, 16.0), chunks=())
+    sequence = SequenceTrace("a", tokens=(1, 2, 3), ranks=(0.0, 8.0, 16.0), full_rank=16.0, chunks=())
     text = coloured_tokens(sequence, ["<1>", "<2>", "<3>"], full_rank=16, prompt_tokens=1)
     assert text.plain == "<1><2><3>"
     assert len({str(span.style) for span in text.spans}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler
-from chunkwise_lora.backends import Columns, backend_on
+from chunkwise_lora.backends import backend_on
 from chunkwise_lora.engines.transformers import FastPaths
-from chunkwise_lora.engines.transformers.context import ForwardContext
-from chunkwise_lora.engines.transformers.layers import GatedLinear
+from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, within
+from chunkwise_lora.engines.transformers.layers import GatedLayer, PeftLayer
 from chunkwise_lora.ladder import LadderModule
 from chunkwise_lora.method import segments as grouping
 from chunkwise_lora.method.config import (
@@ -31,6 +32,7 @@ from chunkwise_lora.method.config import (
 from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
 from models import FAST, TYPICAL, adapter, build, greedy, linear_outputs_plus, prompts
 
+OWNER = object()
 GROUPING = {"never grouped": 1e9, "always grouped": -1e9}
 
 CHANGING = ChunkWiseConfig(
@@ -101,17 +103,23 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(modules, owners, weights, width, seed)
 
 
-def gated_linear(
-    name: str, linear: nn.Linear, modules: dict[str, LadderModule], context: ForwardContext, fast: FastPaths
-) -> GatedLinear:
+def gated_layer(name: str, linear: nn.Linear, modules: dict[str, LadderModule], fast: FastPaths) -> GatedLayer:
     """A gated layer with the adapters of `modules`."""
-    gated = GatedLinear(name, linear, context, fast)
+    gated = GatedLayer(OWNER, name, PeftLayer(OWNER, linear, RLock()), linear)
     backend = backend_on(torch.device("cpu"), torch.float32, name=None if fast.kernels else "torch")
-    gated.set_backend(backend, backend.add_layer(name, linear.in_features, [Columns(0, linear.out_features)]))
+    gated.use(backend, (linear.out_features, linear.in_features))
     for adapter_name, module in modules.items():
         backend.load(adapter_name, {name: [module]})
-        gated.adapters.add(adapter_name)
+        gated.keys.add(adapter_name)
     return gated
+
+
+def a_pass(
+    segments: Sequence[Segment], batch: int, width: int, members: Sequence[str] = ("a",), is_constant: bool = False
+) -> ForwardPass:
+    """A pass with these segments, whose adapters have two rungs."""
+    plan = PassPlan(tuple(segments), batch, width)
+    return ForwardPass(OWNER, plan, dict.fromkeys(members), dict.fromkeys(members, 1), is_constant, is_constant, batch)
 
 
 @pytest.mark.parametrize("fast", FAST)
@@ -122,8 +130,8 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
     linear = nn.Linear(6, 5)
     x = torch.randn(len(case.owners), case.width, 6, generator=generator)
     expected = linear(x).reshape(-1, 5)
-    context, segments = ForwardContext(), []
-    gated = gated_linear("linear", linear, case.modules, context, FAST[fast])
+    segments: list[Segment] = []
+    gated = gated_layer("linear", linear, case.modules, FAST[fast])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(grouping, "GROUPING_GAIN", gain)
         for name, module in case.modules.items():
@@ -136,8 +144,8 @@ def test_random_plans_equal_the_gate_form(gain: float, fast: str, case: Case) ->
             segments += segments_of(name, weights, ranks, None if everyone else rows)
             addition = gate_form(module, x.reshape(-1, 6)[rows], torch.from_numpy(weights))
             expected = expected.index_add(0, torch.from_numpy(rows), addition)
-        context.begin(PassPlan(tuple(segments), len(case.owners), case.width), {}, False)
-        assert torch.allclose(gated(x).reshape(-1, 5), expected, atol=1e-4)
+        with within(PASS, a_pass(segments, len(case.owners), case.width)):
+            assert torch.allclose(gated(x).reshape(-1, 5), expected, atol=1e-4)
 
 
 @contextmanager
@@ -275,35 +283,37 @@ def test_beams_of_one_batch_keep_the_adapter_of_their_prompt() -> None:
         assert torch.equal(together[2 * row : 2 * row + 2], alone)
 
 
-def test_a_batch_can_mix_a_lora_and_a_replacement_of_the_head() -> None:
-    folders = {"lora": adapter("llama", "lm_head"), "saved": adapter("llama", "saved_head")}
-    lossless = ChunkWiseConfig.preset("lossless")
-    both = ChunkWiseModel(build("llama"), folders, lossless)
-    _, logits = greedy(both, prompts(), 4, adapter_names=["lora", "saved", "__base__"])
-    for row, name in enumerate(folders):
-        alone = ChunkWiseModel(build("llama"), folders[name], lossless)
-        assert (logits[row] - greedy(alone, prompts(), 4)[1][row]).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(("name", "counts"), [("expert", (5, 4, 7)), ("experts.0", (5, 4, 6, 7))])
-def test_a_module_that_sees_routed_tokens_refuses_gates_per_token(name: str, counts: tuple[int, ...]) -> None:
-    context = ForwardContext()
+@pytest.mark.parametrize(
+    ("name", "members", "counts"), [("expert", ("a",), (5, 4, 7)), ("experts.0", ("a", "__base__"), (5, 4, 6, 7))]
+)
+def test_a_module_that_sees_unknown_tokens_refuses_gates_per_token(
+    name: str, members: tuple[str, ...], counts: tuple[int, ...]
+) -> None:
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
-    gated = gated_linear(name, nn.Linear(6, 5), {"a": module}, context, FastPaths())
+    gated = gated_layer(name, nn.Linear(6, 5), {"a": module}, FastPaths())
     plan = np.array([[1, 0], [0, 1]] * 3, np.float32)
-    context.begin(PassPlan(tuple(segments_of("a", plan, np.array([0.0, 4.0]), None)), 2, 3), {}, False)
-    for tokens in counts:
-        with pytest.raises(EngineError, match=name):
-            gated(torch.randn(tokens, 6))
+    with within(PASS, a_pass(segments_of("a", plan, np.array([0.0, 4.0]), None), 2, 3, members)):
+        for tokens in counts:
+            with pytest.raises(EngineError, match=name):
+                gated(torch.randn(tokens, 6))
+
+
+def test_a_routed_expert_runs_at_full_rank_where_tokens_have_their_own_gates() -> None:
+    module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
+    linear = nn.Linear(6, 5)
+    gated = gated_layer("experts.0", linear, {"a": module}, FastPaths())
+    plan = np.array([[1, 0], [0, 1]] * 3, np.float32)
+    with torch.no_grad(), within(PASS, a_pass(segments_of("a", plan, np.array([0.0, 4.0]), None), 2, 3)):
+        for tokens in (1, 6, 40):
+            x = torch.randn(tokens, 6)
+            assert torch.allclose(gated(x), linear(x) + x @ module.down.T @ module.up.T, atol=1e-4)
 
 
 def test_a_module_that_sees_routed_tokens_runs_if_all_tokens_have_the_same_gates() -> None:
-    context = ForwardContext()
     module = random_module(torch.Generator().manual_seed(0), 6, 5, (0, 4))
     linear = nn.Linear(6, 5)
-    gated = gated_linear("experts.0", linear, {"a": module}, context, FastPaths())
-    context.begin(PassPlan((Segment("a", 1),), 2, 3), {}, True)
-    with torch.no_grad():
+    gated = gated_layer("experts.0", linear, {"a": module}, FastPaths())
+    with torch.no_grad(), within(PASS, a_pass([Segment("a", 1)], 2, 3, is_constant=True)):
         for tokens in (1, 6, 40):
             x = torch.randn(tokens, 6)
             assert torch.allclose(gated(x), linear(x) + x @ module.down.T @ module.up.T, atol=1e-4)

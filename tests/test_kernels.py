@@ -38,10 +38,11 @@ from chunkwise_lora.backends.native.backend import FEW_TOKENS
 from chunkwise_lora.backends.native.selftest import works
 from chunkwise_lora.engines.transformers.attention import attention
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
-from chunkwise_lora.engines.transformers.context import ForwardContext
+from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, within
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.wide_linear import WideLinear
 from chunkwise_lora.errors import EngineError
+from chunkwise_lora.method.segments import PassPlan
 from models import adapter, greedy, prompts
 from models import build as build_model
 
@@ -298,11 +299,14 @@ def test_generation_under_autocast_is_the_same_without_kernels() -> None:
 @pytest.mark.parametrize("use_kernels", [True, False])
 def test_a_widened_product_is_the_linear_layer(tokens: int, use_kernels: bool) -> None:
     linear, x = nn.Linear(24, 10).bfloat16(), torch.randn(1, tokens, 24).bfloat16()
-    wide = WideLinear(linear, ForwardContext(), use_kernels)
-    with torch.no_grad():
+    owner = object()
+    wide = WideLinear(owner, linear, use_kernels)
+    running = ForwardPass(owner, PassPlan((), 1, tokens), {}, {}, True, True, 1)
+    with torch.no_grad(), within(PASS, running):
         assert_close(wide(x), linear.float()(x.float()))
     linear.bfloat16()
-    assert wide(x).requires_grad, "with gradients it is the layer itself"
+    with within(PASS, running):
+        assert wide(x).requires_grad, "with gradients it is the layer itself"
 
 
 def test_a_row_without_a_slot_gets_zeros_as_in_sdpa() -> None:

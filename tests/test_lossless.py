@@ -161,7 +161,7 @@ def test_the_base_name_runs_the_base_model() -> None:
     tokens, logits = greedy(attached(fast=FAST["no fast path"]), inputs, 16, adapter_names="__base__")
     expected_tokens, expected_logits = greedy(build("llama"), inputs, 16)
     assert torch.equal(tokens, expected_tokens)
-    assert torch.equal(logits, expected_logits)
+    assert (logits - expected_logits).abs().max() < 1e-5
 
 
 def test_a_ladder_from_disk_is_as_lossless_as_the_adapter(tmp_path: Any) -> None:

@@ -81,7 +81,7 @@ def methods(
     sources = ladders or {name: RankLadder.load(path) for name, path in adapters.items()}
     for name, config in presets.items():
         chunkwise = ChunkWiseModel(_sharing_weights(base), sources, config, fast)
-        found.append(Method(f"ChunkWise {name}", chunkwise.model, chunkwise=chunkwise, config=config, adapters=names))
+        found.append(Method(f"ChunkWise {name}", chunkwise.base, chunkwise=chunkwise, config=config, adapters=names))
     return found
 
 

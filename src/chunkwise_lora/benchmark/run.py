@@ -45,7 +45,8 @@ class Run:
             if names is not None and method.name != BASE:
                 # PEFT's `generate` does this once per call.
                 self._stack.enter_context(self._model._enable_peft_forward_hooks(adapter_names=names))
-        self._pieces = prompt.split(PREFILL_TOKENS if self._session else prompt.shape[1], dim=1)
+        cut = self._session is not None and self._session.session.acts
+        self._pieces = prompt.split(PREFILL_TOKENS if cut else prompt.shape[1], dim=1)
         self._next = prompt[:, -1:]
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ def rotate_basis(
         gates = _gates(priority, cost, chosen, rungs)
         closed.update(zip(modules, (1 - gates).split(sizes, dim=-1), strict=True))
 
-    with forward_hooks(model.model, {name: subtract_closed(name) for name in modules}):
+    with forward_hooks(model.base, {name: subtract_closed(name) for name in modules}):
         match_full_rank(model, training, optimizer, switch_rungs, adapter)
     with torch.no_grad():
         rotated = {}

@@ -49,7 +49,7 @@ def distil(model: ChunkWiseModel, training: RungTraining, rate: float, adapter: 
     def switch_rungs(chosen: Tensor | None) -> None:
         rungs[:] = [] if chosen is None else [chosen]
 
-    with forward_hooks(model.model, {name: replace_adapter(name) for name in ladder.modules}):
+    with forward_hooks(model.base, {name: replace_adapter(name) for name in ladder.modules}):
         match_full_rank(model, training, optimizer, switch_rungs, adapter)
     modules = {}
     for name, module in ladder.modules.items():

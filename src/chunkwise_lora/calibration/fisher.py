@@ -63,7 +63,7 @@ def sensitivities(
         return hook
 
     tokens = 0
-    with forward_hooks(model.model, {name: add_leaf(name) for name in ladder}):
+    with forward_hooks(model.base, {name: add_leaf(name) for name in ladder}):
         for batch in batches:
             with torch.enable_grad():
                 log_p = at_full_rank(model, batch.tokens, adapter)

@@ -50,7 +50,7 @@ def at_full_rank(model: ChunkWiseModel, tokens: Tensor, adapter: str | None = No
     """
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless):
-        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
 
 
@@ -80,7 +80,7 @@ def log_probabilities(
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
         session.follow([FixedScheduler(row, count, scale) for row in plan])
-        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
 
 
@@ -94,7 +94,7 @@ def log_probabilities_in_one_pass(
     """
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
     with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as session:
-        logits: Tensor = model.model(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
     ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
     return ScoredPass(logits.float().log_softmax(-1), ranks)
 
@@ -110,7 +110,7 @@ def log_probabilities_token_by_token(
     steps = []
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as session:
         for column in tokens.split(1, dim=1):
-            logits = model.model(input_ids=column, past_key_values=session.cache, use_cache=True).logits
+            logits = model.base(input_ids=column, past_key_values=session.cache, use_cache=True).logits
             steps.append(logits[:, -1].float().log_softmax(-1))
     trace = session.trace()
     ranks = np.array([sequence.ranks for sequence in trace.sequences])

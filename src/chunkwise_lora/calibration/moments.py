@@ -37,7 +37,7 @@ def second_moments(model: ChunkWiseModel, batches: Iterable[Tensor], adapter: st
         return hook
 
     hooks = [
-        model.model.get_submodule(name).register_forward_pre_hook(gather(name, module.down))
+        model.base.get_submodule(name).register_forward_pre_hook(gather(name, module.down))
         for name, module in model.ladders[adapter].modules.items()
     ]
     try:

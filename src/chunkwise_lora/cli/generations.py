@@ -53,9 +53,8 @@ def print_generations(
         prompt_tokens = int(inputs.attention_mask[row].sum())
         text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         if show_ranks:
-            full_rank = model.ladders[sequence.adapter].rung_ranks[-1] if sequence.adapter else 0.0
-            coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), full_rank, prompt_tokens)
-            ranks = f"mean rank {sequence.mean_rank:.1f} of {full_rank:g}"
+            coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), sequence.full_rank, prompt_tokens)
+            ranks = f"mean rank {sequence.mean_rank:.1f} of {sequence.full_rank:.3g}"
             chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
             title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
             console.print(Panel(coloured, title=title))
@@ -63,7 +62,8 @@ def print_generations(
             console.print(Text(escaped_lines(text)))
         generations.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
     print_plain(
-        f"KV cache {trace.kv_bytes / 1024:,.0f} KB ({trace.kv_bytes_full / 1024:,.0f} KB in full precision); "
+        f"KV cache {trace.kv_bytes / 1024:,.0f} KB ({trace.kv_bytes_full / 1024:,.0f} KB in full precision, "
+        f"{trace.kv_bytes_reserved / 1024:,.0f} KB reserved); "
         f"adapter {trace.adapter_bytes_read / trace.passes / 1024:,.0f} KB read per pass; "
         f"scheduler {trace.scheduler_seconds / trace.passes * 1e3:.2f} ms per pass",
         style="dim",

@@ -90,9 +90,9 @@ class BatchPlanner:
         """Replace every sequence's planner by a copy of its source's planner, as a beam search demands.
 
         Args:
-            sources: By sequence, the sequence to copy.
+            sources: By sequence, the sequence to copy. Sequences that are not among the keys are closed.
         """
-        if any(sequence != source for sequence, source in sources.items()):
+        if len(sources) != len(self._sequences) or any(sequence != source for sequence, source in sources.items()):
             self._sequences = {sequence: self._sequences[source].fork() for sequence, source in sources.items()}
 
     def plan(

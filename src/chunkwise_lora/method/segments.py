@@ -67,6 +67,14 @@ class PassPlan:
         """Return the plan for another number of tokens, in any order. The plan must be uniform."""
         return self._view(1, tokens)
 
+    def repeated(self, columns: int) -> PassPlan:
+        """Return the plan for `columns` tokens of each row. All tokens of a row must have the same gates."""
+        key = -1, columns
+        if key not in self._views:
+            segments = tuple(_repeated(segment, columns) for segment in self.tail(1).segments)
+            self._views[key] = PassPlan(segments, self.batch, columns)
+        return self._views[key]
+
     def _view(self, batch: int, width: int) -> PassPlan:
         if (batch, width) not in self._views:
             segments = tuple(self._tail_of(segment, width) for segment in self.segments)
@@ -84,6 +92,13 @@ class PassPlan:
         return Segment(
             segment.adapter, segment.rung, weights, rows // self.width * columns + rows % self.width - hidden
         )
+
+
+def _repeated(segment: Segment, columns: int) -> Segment:
+    """Return a segment of one token per row, with each token repeated `columns` times."""
+    weights = None if segment.weights is None else np.repeat(segment.weights, columns, axis=0)
+    rows = None if segment.rows is None else (segment.rows[:, None] * columns + np.arange(columns)).ravel()
+    return Segment(segment.adapter, segment.rung, weights, rows)
 
 
 def segments_of(adapter: str, weights: np.ndarray, rung_ranks: np.ndarray, rows: np.ndarray | None) -> list[Segment]:

@@ -36,6 +36,10 @@ class AdapterInfo:
     learned: LearnedComplexity | None = None
     """What calibration learned about the adapter; None if the ladder holds nothing learned."""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> AdapterInfo:
+        """Return the same object, which never changes."""
+        return self
+
     def has_rungs_of(self, other: AdapterInfo) -> bool:
         """Return whether a plan for the other adapter is valid for this one: both have the same rung ranks."""
         return self is other or np.array_equal(self.rung_ranks, other.rung_ranks)
@@ -118,14 +122,21 @@ class SequencePlanner:
         planned = self._tokens[start : start + len(tokens)]
         if planned != tokens[: len(planned)]:  # the engine dropped tokens that it had sampled, and sampled others
             changed = next(i for i, (a, b) in enumerate(zip(planned, tokens, strict=False)) if a != b)
-            self._rewind(start + changed)
+            self.rewind(start + changed)
             planned = planned[:changed]
         self._feed(tokens[len(planned) :])
         return self._weights[start : start + len(tokens)]
 
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on. The tokens before it are planned again, with their KV decisions."""
+        tokens, self._tokens = self._tokens[:position], []
+        self._entropies = {at: value for at, value in self._entropies.items() if at <= position}
+        self._scheduler = self._new_scheduler()
+        self._feed(tokens)
+
     def fork(self) -> SequencePlanner:
         """Return an independent copy. Objects that never change are shared."""
-        shared = (self.adapter, self.adapter.learned, self.config)
+        shared = (self.adapter.learned, self.config)
         return copy.deepcopy(self, {id(item): item for item in shared})
 
     def take_decisions(self) -> list[KVDecision]:
@@ -147,9 +158,3 @@ class SequencePlanner:
             grown[:start] = self._weights[:start]
             self._weights = grown
         self._weights[start:end] = plan.weights
-
-    def _rewind(self, position: int) -> None:
-        tokens, self._tokens = self._tokens[:position], []
-        self._entropies = {at: value for at, value in self._entropies.items() if at <= position}
-        self._scheduler = self._new_scheduler()
-        self._feed(tokens)

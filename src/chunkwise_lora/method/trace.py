@@ -17,6 +17,8 @@ class SequenceTrace:
     """Token ids that the model read, without padding."""
     ranks: tuple[float, ...]
     """(tokens,) the rank of each token: the mean over modules, weighted by cost (in + out)."""
+    full_rank: float
+    """The rank of the adapter's highest rung."""
     chunks: tuple[ScheduledChunk, ...]
     """All chunks; the last one was still open."""
 
@@ -37,11 +39,15 @@ class Trace:
     adapter_bytes_read: int
     """Bytes of adapter weights that the passes read. Weights that a pass reads for several tokens count once."""
     kv_bytes: int
-    """Bytes of storage that the cache held at the end, over all sequences and layers, with room for later tokens."""
+    """Bytes of the cache in use at the end, over all sequences and layers."""
+    kv_bytes_reserved: int
+    """Bytes of storage that the cache held at the end, with room for later tokens."""
     kv_bytes_full: int
     """Bytes that the same tokens would take in the model's precision, without room for later tokens."""
     kv_notes: tuple[str, ...]
     """Which KV decisions the engine did not carry out, and why."""
+    notes: tuple[str, ...]
+    """What did not run by plan, but in PEFT at full rank."""
     scheduler_seconds: float
     """Seconds spent on planning, over all passes."""
 

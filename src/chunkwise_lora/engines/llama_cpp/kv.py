@@ -62,6 +62,17 @@ def used_bytes(llm: Any, sequence: int) -> int:
     return int(llama_cpp.llama_state_seq_get_size(llm.ctx, sequence))
 
 
+def reserved_bytes(llm: Any) -> int:
+    """Return the bytes that llama.cpp has reserved for the keys and values of the whole context."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    heads = full_bytes_per_token(llm) // (2 * sum(head_widths(llm)))
+    kinds = (llm.context_params.type_k, llm.context_params.type_v)
+    sizes = (GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in kinds)
+    per_head = sum(width * size / block for width, (block, size) in zip(head_widths(llm), sizes, strict=True))
+    return int(llm.n_ctx() * heads * per_head)
+
+
 def head_widths(llm: Any) -> tuple[int, int]:
     """Return the numbers of a key and of a value per head."""
     from llama_cpp import llama_cpp

@@ -219,6 +219,7 @@ class Session:
                     adapter=None if adapter is NO_ADAPTER else adapter.name,
                     tokens=tuple(planner.tokens),
                     ranks=tuple(ranks_of(planner.weights, adapter.rung_ranks).tolist()),
+                    full_rank=float(adapter.rung_ranks[-1]),
                     chunks=tuple(planner.chunks),
                 )
             )
@@ -227,7 +228,9 @@ class Session:
             passes=self._passes,
             adapter_bytes_read=self._bytes_read,
             kv_bytes=sum(kv.used_bytes(self._llm, running.sequence) for running in self._running.values()),
+            kv_bytes_reserved=kv.reserved_bytes(self._llm),
             kv_bytes_full=sum(len(trace.tokens) for trace in traces) * kv.full_bytes_per_token(self._llm),
             kv_notes=tuple(notes),
+            notes=(),
             scheduler_seconds=self.planner.seconds,
         )

@@ -95,7 +95,7 @@ def check_prompt(model: PreTrainedModel, input_ids: Tensor | None, options: Mapp
     lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)
     if not lengths.numel() or not input_ids.shape[1] or not lengths.all():
         raise EngineError("a prompt is empty; give every sequence at least one token (for example the BOS token)")
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= rows:
         raise EngineError(

@@ -15,4 +15,5 @@ class FastPaths:
     """Our attention function, which reads INT8 entries without converting them. It replaces only `sdpa`. Without it, KV
     policies are not carried out."""
     products: bool = True
-    """Linear layers computed in float32 from the same weights, on a CPU that emulates the model's half precision."""
+    """Linear layers computed in float32 from the same weights, on a CPU that emulates the model's half precision, and
+    the output head without a copy of its weight."""

@@ -1,85 +1,73 @@
-"""Checks that a ladder fits a model: its linear layers by name and shape, and the modules that it replaces."""
+"""Checks that an adapter fits a model: its modules by name and shape."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from chunkwise_lora.errors import EngineError
-from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.ladder.peft_files import PREFIX
 
 
-def fitting_linear(model: PreTrainedModel, name: str, ladder: RankLadder) -> nn.Module:
-    """Return the linear layer `name`, which the ladder adapts.
+def refuse_other_base(base: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that was trained on another model, as far as the shapes of its linear layers tell.
+
+    What this cannot judge, PEFT refuses when it loads the adapter.
+
+    Args:
+        base: A model, with or without PEFT's modules.
+        tensors: The adapter's tensors by PEFT's names.
+        config: Fields of the adapter's `LoraConfig`.
 
     Raises:
-        EngineError: The model has no such layer, or it has another shape.
+        EngineError: The model does not have a module that the adapter changes, or it has another shape.
     """
-    trained_on = f" (the adapter was trained on {ladder.base_model})" if ladder.base_model else ""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise EngineError(
-            f"the ladder adapts {name}, which {type(model).__name__} does not have; load the base model{trained_on}"
-        ) from None
-    shape = linear_shape(module)
-    if shape is None:
-        raise EngineError(f"{name} is a {type(module).__name__}, not a linear layer; ladders fit linear layers only")
-    factors = ladder.modules[name]
-    wanted = (factors.up.shape[0], factors.down.shape[1])
-    if shape != wanted:
-        raise EngineError(
-            f"{name}: the ladder is for (out, in) = {wanted}, the model has {shape}; load the base model{trained_on}"
-        )
-    return module
+    trained_on = config.get("base_model_name_or_path")
+    remedy = f"load the base model{f' (the adapter was trained on {trained_on})' if trained_on else ''}"
+    if config.get("use_bdlora"):
+        return  # its factors are block-diagonal
+    fused = any(hasattr(module, "num_experts") for module in base.modules())
+    for key, down in tensors.items():
+        name = key.removeprefix(PREFIX)
+        up = tensors.get(key.replace(".lora_A.weight", ".lora_B.weight"))
+        if not name.endswith(".lora_A.weight") or up is None or down.ndim != 2:
+            continue
+        name = name.removesuffix(".lora_A.weight")
+        if fused and "experts" in name:
+            continue  # PEFT converts these names
+        try:
+            module = base.get_submodule(name)
+        except AttributeError:
+            raise EngineError(
+                f"the adapter changes {name}, which {type(base).__name__} does not have; {remedy}"
+            ) from None
+        if next(module.parameters(), None) is None:
+            kind = type(module).__name__
+            raise EngineError(f"the adapter changes {name}, which is a {kind}, not a linear layer; {remedy}")
+        shape, wanted = linear_shape(module), (up.shape[0], down.shape[1])
+        if shape is not None and shape != wanted:
+            raise EngineError(f"{name}: the adapter is for (out, in) = {wanted}, the model has {shape}; {remedy}")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return (out, in) of any kind of linear layer, quantised ones included; None for other modules."""
+    """Return (out, in) of any kind of linear layer, quantised ones and LoRA layers included; None for others."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(str(module.out_features)), int(str(module.in_features))
-    return None
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if None in features:
+        return None
+    return int(features[0]), int(features[1])  # type: ignore[arg-type]
 
 
-def replaced_copies(model: PreTrainedModel, ladder: RankLadder) -> dict[str, nn.Module]:
-    """Return copies of the modules that the adapter replaces, with the adapter's parameters, by module name.
-
-    Raises:
-        EngineError: The model has no such parameter, or it has another shape.
-    """
-    copies: dict[str, nn.Module] = {}
-    for name, tensor in ladder.saved_modules.items():
-        module_name, _, parameter = name.rpartition(".")
-        try:
-            original = model.get_submodule(module_name)
-            shape = original.get_parameter(parameter).shape
-        except AttributeError:
-            raise EngineError(
-                f"the adapter replaces {name}, which {type(model).__name__} does not have; load the base model that "
-                "the adapter was trained on"
-            ) from None
-        if shape != tensor.shape:
-            raise EngineError(
-                f"{name}: the adapter holds {tuple(tensor.shape)}, the model {tuple(shape)}; load the base model that "
-                "the adapter was trained on"
-            )
-        module = copies.setdefault(module_name, copy.deepcopy(original))
-        value = tensor.to(device_of(model, original), original.get_parameter(parameter).dtype)
-        setattr(module, parameter, nn.Parameter(value, requires_grad=False))
-    return copies
-
-
-def device_of(model: PreTrainedModel, module: nn.Module) -> torch.device:
+def device_of(module: nn.Module, default: torch.device) -> torch.device:
     """Return the device on which a module computes."""
     hook = getattr(module, "_hf_hook", None)  # set by accelerate if weights are offloaded
     execution = getattr(hook, "execution_device", None)
     if execution is not None:
         return torch.device(execution)
     weight = next(module.parameters(), None)
-    return model.device if weight is None else weight.device
+    return default if weight is None else weight.device

@@ -1,94 +1,169 @@
-"""Replacements for the `forward` of the modules that adapters change."""
+"""Replacements for the `forward` of modules. They ask the pass that runs in their thread what to do.
+
+Outside of a pass, every replacement does what the module did before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
+from typing import Any
 
 from torch import Tensor, nn
 
-from chunkwise_lora.backends import AnyBackend, Layer
-from chunkwise_lora.engines.transformers.context import ForwardContext
-from chunkwise_lora.engines.transformers.fast_paths import FastPaths
-from chunkwise_lora.engines.transformers.wide_linear import WideLinear, widens
+from chunkwise_lora.backends import AnyBackend, Columns, Layer
+from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, adapter_between_passes, within
+from chunkwise_lora.engines.transformers.rows import join_rows
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.segments import PassPlan
+
+BASE = "__base__"
+"""The adapter name of sequences that run without an adapter, as in PEFT."""
 
 ROUTED = "experts"
 """Part of the name of routed experts, which see the tokens of a pass in another order."""
 
 
-class GatedLinear:
-    """Replaces the `forward` of any kind of linear module, and adds the adapter product of the pass.
+class PeftLayer:
+    """A module that PEFT runs by its own state, such as DoRA, LoRA on an embedding or a replaced module.
 
-    The reference semantics, for token t with gates g_t, is `y_t = W x_t + up (g_t * (down x_t))`.
+    In a pass, PEFT's forward runs once per adapter, with that adapter active, and each sequence gets its adapter's
+    output. The active adapter is state of the module, so threads take turns.
+
+    Args:
+        owner: Stands for the model in its passes.
+        module: A layer or wrapper of PEFT.
+        turn: Held while PEFT's state differs from what the user set.
     """
 
-    def __init__(self, name: str, module: nn.Module, context: ForwardContext, fast: FastPaths) -> None:
+    def __init__(self, owner: object, module: nn.Module, turn: RLock) -> None:
+        self.module = module
+        self._owner = owner
+        self._turn = turn
+        self._forward: Callable[..., Any] = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module, with every sequence's adapter."""
+        running = PASS.get()
+        if running is None or running.owner is not self._owner:
+            name = adapter_between_passes(self._owner)
+            if name is not None:
+                return self.with_adapter(name, *args, **kwargs)
+            with self._turn:
+                return self._forward(*args, **kwargs)
+        return self.in_pass(running, *args, **kwargs)
+
+    def in_pass(self, running: ForwardPass, *args: Any, **kwargs: Any) -> Any:
+        """Return the output in a pass."""
+        if len(running.members) == 1:
+            return self.with_adapter(*running.members, *args, **kwargs)
+        outputs = []
+        for name in running.members:
+            with within(PASS, running.only(name)):  # PEFT's modules may lie in one another
+                outputs.append(self.with_adapter(name, *args, **kwargs))
+        return join_rows(outputs, [*running.members.values()], running.batch)
+
+    def with_adapter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        state: Any = self.module
+        with self._turn:
+            before = state._active_adapter, state._disable_adapters
+            # Adapters that do not change this module leave it to the base.
+            state._active_adapter, state._disable_adapters = [name], name not in state._get_available_adapters()
+            try:
+                return self._forward(*args, **kwargs)
+            finally:
+                state._active_adapter, state._disable_adapters = before
+
+
+class GatedLayer:
+    """Runs a LoRA layer of PEFT by the plan of the pass.
+
+    The reference semantics, for token t with gates g_t, is `y_t = W x_t + up (g_t * (down x_t))`.
+
+    Args:
+        owner: Stands for the model in its passes.
+        name: Name of the module in the base model.
+        peft: Runs the layer as PEFT does.
+        base: Computes W x.
+        sees_tokens: Whether the module sees the tokens of a pass, as a vision tower does not.
+    """
+
+    def __init__(
+        self, owner: object, name: str, peft: PeftLayer, base: Callable[..., Tensor], sees_tokens: bool = True
+    ) -> None:
         self.name = name
-        self.inner: Callable[[Tensor], Tensor] = module.forward
-        """Computes W x: the module's own forward, a `WideLinear` or a `ReplacedModule`."""
-        self.adapters: set[str] = set()
-        """Keys of the adapters that change this module."""
-        self._context = context
-        self._is_routed = ROUTED in name.split(".")
-        self.layer: Layer | None = None
-        """The backend's record of this module; None if no adapter changes it."""
-        self._backend: AnyBackend
-        if fast.products and widens(module):
-            self.inner = WideLinear(module, context, fast.kernels)
+        self.base = base
+        self.keys: set[str] = set()
+        """Keys of the adapters that the backend has for this module."""
+        self.run_by_peft: frozenset[str] = frozenset()
+        """Names of adapters that are more than plain LoRA in this module, so that PEFT runs them."""
+        self.peft = peft
+        self._owner = owner
+        self.sees_tokens_in_order = sees_tokens and ROUTED not in name.split(".")
+        """Whether the module sees the tokens of a pass in their order. If not, it runs at full rank."""
+        self._layer: Layer
+        self._backend: AnyBackend | None = None
 
-    def set_backend(self, backend: AnyBackend, layer: Layer) -> None:
-        """Run adapters by `backend`. `layer` is its record of this module."""
-        self._backend, self.layer = backend, layer
+    def use(self, backend: AnyBackend, shape: tuple[int, int]) -> None:
+        """Run adapters by `backend` from now on. `shape` is (out, in) of the module."""
+        if backend is not self._backend:
+            self._layer = backend.add_layer(self.name, shape[1], [Columns(0, shape[0])])
+            self._backend = backend
+            self.keys = set()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return (..., out) for x (..., in), adapter product included."""
-        y = self.inner(x)
-        plan = self._context.plan
-        if plan is None or self.adapters.isdisjoint(plan.adapters):
+        running = PASS.get()
+        if running is None or running.owner is not self._owner:
+            y: Tensor = self.peft(x, *args, **kwargs)
+            return y
+        running.layers += 1
+        if self.run_by_peft and not self.run_by_peft.isdisjoint(running.members):
+            return self._with_peft(running, x, *args, **kwargs)
+        return self._gated(running, x, *args, **kwargs)
+
+    def _gated(self, running: ForwardPass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base(x, *args, **kwargs)
+        plan, backend = running.plan, self._backend
+        if backend is None or self.keys.isdisjoint(plan.adapters):
             return y
         tokens = x.numel() // x.shape[-1]
-        if tokens != plan.tokens or self._is_routed:
-            plan = self._view(x, tokens, plan)
-        return self._backend.apply(self.layer, y, x, self._context.prepared(self._backend, plan))
+        if tokens != plan.tokens or not self.sees_tokens_in_order:
+            plan = self._view(running, x, tokens)
+        return backend.apply(self._layer, y, x, running.prepared(backend, plan))
 
-    def _view(self, x: Tensor, tokens: int, plan: PassPlan) -> PassPlan:
+    def _with_peft(self, running: ForwardPass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Let PEFT run its adapters and the backend the others, and join their rows."""
+        by_peft = {name: rows for name, rows in running.members.items() if name in self.run_by_peft}
+        outputs = [self.peft.with_adapter(name, x, *args, **kwargs) for name in by_peft]
+        rows: list[Tensor | None] = [*by_peft.values()]
+        others = [members for name, members in running.members.items() if name not in self.run_by_peft]
+        if others:
+            outputs += [self._gated(running, x, *args, **kwargs)] * len(others)
+            rows += others
+        joined: Tensor = outputs[0] if len(outputs) == 1 else join_rows(outputs, rows, running.batch)
+        return joined
+
+    def _view(self, running: ForwardPass, x: Tensor, tokens: int) -> PassPlan:
         """Return the plan of a module that sees other tokens than those of the pass, or another order.
 
         Raises:
-            EngineError: The tokens are unknown, and they have different gates.
+            EngineError: The tokens are unknown, and they have different adapters or gates.
         """
-        if self._context.is_constant and plan.is_uniform:
+        plan = running.plan
+        if running.is_constant and plan.is_uniform:
             return plan.with_tokens(tokens)
         columns, rest = divmod(tokens, plan.batch)
-        if rest or columns >= plan.width or x.ndim < 3 or self._is_routed:
+        if not self.sees_tokens_in_order:
+            view = running.at_full_rank(tokens)
+        elif rest or x.ndim < 3:
+            view = None
+        else:
+            view = plan.tail(columns) if columns < plan.width else running.per_sequence(columns)
+        if view is None:
             raise EngineError(
-                f"{self.name}: sees {tokens} tokens of a pass of {plan.batch} x {plan.width} (a routed expert? a "
-                "projection of cached tokens?), so it cannot give each token its own gates; use the lossless preset "
-                "with one adapter per batch"
+                f"{self.name}: sees {tokens} tokens of a pass of {plan.batch} x {plan.width} (a routed expert? a part "
+                "of an image? a projection of cached tokens?), so it cannot give each token its own adapter and gates; "
+                "run one adapter per batch, with the lossless preset"
             )
-        return plan.tail(columns)
-
-
-class ReplacedModule:
-    """Replaces the `forward` of a module that adapters replace (PEFT's `modules_to_save`)."""
-
-    def __init__(self, module: nn.Module, context: ForwardContext) -> None:
-        self.copies: dict[str, nn.Module] = {}
-        """Copies of the module by adapter key."""
-        self._forward: Callable[..., Tensor] = module.forward
-        self._context = context
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the output for x (batch, ...), where each sequence runs through its adapter's copy of the module."""
-        y = None
-        for adapter, sequences in self._context.sequences.items():
-            copy = self.copies.get(adapter)
-            if copy is None:
-                continue
-            if sequences is None:
-                return copy(x)
-            y = self._forward(x).clone() if y is None else y
-            rows = sequences.to(x.device)
-            y[rows] = copy(x[rows])
-        return self._forward(x) if y is None else y
+        return view

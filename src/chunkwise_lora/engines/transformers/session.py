@@ -1,11 +1,11 @@
-"""One generation over a batch: the positions of its tokens in passes, the cache, and the trace."""
+"""The plan of a batch of sequences over all their passes, and the cache that carries it from call to call."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -13,43 +13,25 @@ from torch import Tensor
 
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.transformers.cache import NO_TOKEN, ChunkWiseCache
+from chunkwise_lora.engines.transformers.layers import BASE
 from chunkwise_lora.engines.transformers.masks import mask_over_slots
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.batch import BatchPlanner, Span
-from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
 from chunkwise_lora.method.segments import PassPlan, ranks_of
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
 from chunkwise_lora.method.trace import SequenceTrace, Trace
 
-
-class SessionCache(ChunkWiseCache):
-    """The cache of a session. If a beam search reorders it, it reorders the plans of the session, too."""
-
-    def __init__(
-        self, session: Session, traits: ModelTraits, policies: Sequence[KVCacheConfig], use_kernels: bool
-    ) -> None:
-        super().__init__(
-            traits.config,
-            min(policy.int8_head_share for policy in policies),
-            traits.carries_out_kv,
-            use_kernels,
-            any(policy.needs_queries for policy in policies),
-        )
-        self._session = weakref.ref(session)  # the session holds the cache, which may outlive it
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the sequences as a beam search chose, and their plans."""
-        super().reorder_cache(beam_idx)
-        if (session := self._session()) is not None:
-            session.reorder(beam_idx.tolist())
+UNKNOWN_TOKEN = -1
+"""Stands for a token that the model got as an embedding."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a generation: how they run, and what ends them."""
+    """The prompts of a call: how they run, and what ends them."""
 
     adapters: Sequence[AdapterInfo]
     """The adapter of each prompt."""
@@ -60,26 +42,30 @@ class Prompts:
     not have them, and a prefill in several passes must give the same plan."""
     eos_token_ids: Collection[int] = ()
     """Ids of tokens that end a sequence. Tokens after them are padding."""
+    notes: tuple[str, ...] = ()
+    """What does not run by plan, and why."""
 
 
 class Session:
-    """The state of one generation over a batch.
+    """The plan of a batch.
 
     A pass adds columns of tokens, some of which are padding. The session tells the planner which tokens are real, and
     the model which slots of the cache are in use.
     """
 
-    def __init__(self, traits: ModelTraits, prompts: Prompts, use_kernels: bool = True) -> None:
+    def __init__(self, owner: object, traits: ModelTraits, prompts: Prompts) -> None:
+        self._owner = ref(owner)  # a copy of a cache shares it
         self.planner = BatchPlanner(traits.vocab_size, feeds_all=True)
-        self.cache = SessionCache(self, traits, [config.kv_cache for config in prompts.configs], use_kernels)
         self._traits = traits
         self._prompts = prompts
         self._infos = {info.key: info for info in prompts.adapters}
         self._eos = frozenset(prompts.eos_token_ids)
+        self._prompt_end = prompts.columns
+        """The columns before this one are those of prompts."""
         self._adapters: list[AdapterInfo] = []
         """The adapter of each sequence."""
         self._members: dict[str, Tensor | None] = {}
-        """By adapter key, the sequences (n,) that use it; None for all of them."""
+        """By adapter name, the sequences (n,) that use it; None for all of them."""
         self._real: list[list[int]] = []
         """For each sequence, the columns of its tokens, without padding."""
         self._has_ended = np.zeros(0, bool)
@@ -87,18 +73,66 @@ class Session:
         """Number of columns of all passes so far."""
         self._pending: tuple[np.ndarray, list[list[KVDecision]]] | None = None
         """The tokens (batch, columns) of the running pass and the KV decisions that follow it."""
+        self._is_broken = False
+        """Whether a pass has begun and not ended."""
         self._bytes_read = 0
         self._passes = 0
 
+    def belongs_to(self, owner: object) -> bool:
+        """Return whether `owner` made this session."""
+        return self._owner() is owner
+
+    @property
+    def adapters(self) -> Sequence[AdapterInfo]:
+        """The adapter of each prompt."""
+        return self._prompts.adapters
+
+    @property
+    def configs(self) -> Sequence[ChunkWiseConfig]:
+        """The config of each prompt."""
+        return self._prompts.configs
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of all passes so far, padding included."""
+        return self._columns
+
     @property
     def is_constant(self) -> bool:
-        """Whether every token of the generation gets the same gates of one adapter."""
-        return len(set(self._adapters)) == 1 and all(config.levels == 1 for config in self._prompts.configs)
+        """Whether every token gets the same gates of one adapter."""
+        return len(set(self._adapters)) == 1 and self.knows_no_tokens
+
+    @property
+    def knows_no_tokens(self) -> bool:
+        """Whether the plan does not depend on the tokens."""
+        return all(config.levels == 1 for config in self._prompts.configs)
+
+    @property
+    def acts(self) -> bool:
+        """Whether a KV policy does more than keep everything."""
+        return any(config.kv_cache.acts for config in self._prompts.configs)
 
     @property
     def members(self) -> dict[str, Tensor | None]:
-        """By adapter key, the sequences (n,) of the batch that use it; None for all of them."""
+        """By adapter name, the sequences (n,) of the batch that use it; None for all of them."""
         return self._members
+
+    @property
+    def full_rungs(self) -> dict[str, int]:
+        """By key of the adapters in use, the highest rung."""
+        return {info.key: len(info.rung_ranks) - 1 for info in set(self._adapters) if info is not NO_ADAPTER}
+
+    def new_cache(self, use_kernels: bool) -> SessionCache:
+        """Return an empty cache that carries this session."""
+        policies = [config.kv_cache for config in self._prompts.configs]
+        return SessionCache(
+            self._traits.config,
+            min(policy.int8_head_share for policy in policies),
+            self._traits.carries_out_kv,
+            use_kernels,
+            any(policy.needs_queries for policy in policies),
+            session=self,
+        )
 
     def follow(self, schedulers: Sequence[FixedScheduler]) -> None:
         """Take these plans, one per sequence, instead of planning. Call this before the first pass."""
@@ -106,21 +140,62 @@ class Session:
         for row, scheduler in enumerate(schedulers):
             self.planner[row].follow(scheduler)
 
-    def before_pass(self, inputs: dict[str, Any]) -> PassPlan:
+    def begins(self, input_ids: Tensor | None) -> bool:
+        """Return whether token ids (batch, tokens) begin with all tokens so far."""
+        if input_ids is None or len(input_ids) != len(self.planner) or input_ids.shape[1] < self._columns:
+            return False
+        return all(
+            UNKNOWN_TOKEN in self.planner[row].tokens or input_ids[row, columns].tolist() == self.planner[row].tokens
+            for row, columns in enumerate(self._real)
+        )
+
+    def continue_with(self, input_ids: Tensor, eos_token_ids: Collection[int]) -> None:
+        """Go on with another turn.
+
+        Args:
+            input_ids: (batch, columns) all tokens of the conversation, those of the cache first.
+            eos_token_ids: Ids of tokens that end a sequence.
+
+        Raises:
+            EngineError: The tokens are not those of the cache.
+        """
+        if len(input_ids) != len(self.planner) or input_ids.shape[1] <= self._columns:
+            raise EngineError(
+                f"input_ids are {tuple(input_ids.shape)}, but the cache holds {len(self.planner)} sequences of "
+                f"{self._columns} tokens; pass the whole conversation, with new tokens at its end"
+            )
+        if not self.begins(input_ids):
+            raise EngineError(
+                "input_ids do not begin with the tokens of the cache; pass the tokens that the cache was made from, or "
+                "no cache"
+            )
+        self._prompt_end = input_ids.shape[1]
+        self._eos = frozenset(eos_token_ids)
+        self._has_ended[:] = False
+
+    def before_pass(self, inputs: dict[str, Any], cache: SessionCache | None, has_cache: bool) -> PassPlan:
         """Plan the tokens of a forward pass, and set its mask in `inputs`, the model's keyword arguments.
+
+        Args:
+            inputs: The model's keyword arguments.
+            cache: The cache of the pass, if it is one that carries this session.
+            has_cache: Whether the pass has a cache of any kind, and so holds only new tokens.
 
         Raises:
             EngineError: A sequence is longer than the model's positions, or the model has dropped its cache.
         """
-        input_ids: Tensor = inputs["input_ids"]
-        batch, width = input_ids.shape
+        if self._is_broken:
+            raise EngineError("a pass of these sequences was broken off; begin again with a new cache")
+        self._is_broken = True  # until after_pass
+        ids, batch, width = self._tokens_of(inputs)
         if not len(self.planner):
             self._open(batch)
-        known = self._known_columns(inputs, width)
+        if batch != len(self.planner):
+            raise EngineError(f"the pass has {batch} sequences, but its cache {len(self.planner)}")
+        known = 0 if has_cache else self._known_columns(width)
         real = _real_columns(inputs.get("attention_mask"), batch, width)
         real[:, known:] &= ~self._has_ended[:, None]
-        ids = input_ids.tolist()
-        in_prompt = self._columns < self._prompts.columns
+        in_prompt = self._columns < self._prompt_end
         tokens = np.full((batch, width - known), NO_TOKEN)
         spans, span_ids = [], []
         for row in range(batch):
@@ -142,32 +217,47 @@ class Session:
         self._columns += width - known
         self._passes += 1
         self._bytes_read += sum(int(self._infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
-        if self.cache.chunkwise_layers and inputs.get("past_key_values") is self.cache:
-            self._align_mask(inputs, real)
+        if cache is not None and cache.chunkwise_layers:
+            self._align_mask(inputs, cache, real)
         return plan
 
-    def after_pass(self, logits: Tensor) -> None:
-        """Store the next tokens' entropies from logits (batch, tokens, vocabulary), and carry out KV decisions."""
+    def after_pass(self, logits: Tensor | None, cache: SessionCache | None) -> None:
+        """Store the next tokens' entropies from logits (batch, tokens, vocabulary), and carry out KV decisions.
+
+        Raises:
+            EngineError: The model did not use the cache.
+        """
         assert self._pending is not None
         readers = [row for row in range(len(self.planner)) if self.planner[row].config.reads_entropy]
-        if readers and self._columns >= self._prompts.columns:
+        if readers and logits is not None and self._columns >= self._prompt_end:
             for row, entropy in enumerate(entropies_of(logits[:, -1]).tolist()):
                 self.planner[row].learn(len(self._real[row]), entropy)
         tokens, decisions = self._pending
-        if self.cache.chunkwise_layers and self.cache.get_seq_length():
-            self.cache.note(tokens)
-            self.cache.carry_out(decisions)
+        if cache is not None and cache.chunkwise_layers:
+            cache.check_used(tokens.shape[1])
+            cache.note(tokens)
+            cache.carry_out(decisions)
+        self._pending, self._is_broken = None, False
 
-    def reorder(self, order: Sequence[int]) -> None:
-        """Make sequence i a copy of sequence `order[i]`, as a beam search chose."""
+    def take(self, order: Sequence[int]) -> None:
+        """Make sequence i a copy of sequence `order[i]`. There may be more or fewer sequences than before."""
         if list(order) == list(range(len(self.planner))):
             return
         self.planner.reorder(dict(enumerate(order)))
         self._real = [list(self._real[i]) for i in order]
-        self._has_ended = self._has_ended[order]
+        self._has_ended = self._has_ended[list(order)]
         self._set_adapters([self._adapters[i] for i in order])
 
-    def trace(self) -> Trace:
+    def crop(self, columns: int) -> None:
+        """Forget all columns from `columns` on."""
+        self._columns = min(self._columns, columns)
+        for row, real in enumerate(self._real):
+            del real[np.searchsorted(real, columns) :]
+            self.planner[row].rewind(len(real))
+            self.planner[row].take_decisions()  # they were carried out when these tokens ran
+        self._has_ended[:] = False
+
+    def trace(self, cache: SessionCache | None) -> Trace:
         """Return what happened so far."""
         sequences = []
         for row, adapter in enumerate(self._adapters):
@@ -177,17 +267,25 @@ class Session:
                     adapter=None if adapter is NO_ADAPTER else adapter.name,
                     tokens=tuple(planner.tokens),
                     ranks=tuple(ranks_of(planner.weights, adapter.rung_ranks).tolist()),
+                    full_rank=float(adapter.rung_ranks[-1]),
                     chunks=tuple(planner.chunks),
                 )
             )
-        acts = any(config.kv_cache.acts for config in self._prompts.configs)
+        acts = self.acts
+        without_cache = acts and cache is None and self._traits.carries_out_kv
         return Trace(
             sequences=tuple(sequences),
             passes=self._passes,
             adapter_bytes_read=self._bytes_read,
-            kv_bytes=self.cache.nbytes,
-            kv_bytes_full=self.cache.full_nbytes,
-            kv_notes=(*(self._traits.kv_notes if acts else ()), *self.cache.notes),
+            kv_bytes=0 if cache is None else cache.used_nbytes,
+            kv_bytes_reserved=0 if cache is None else cache.nbytes,
+            kv_bytes_full=0 if cache is None else cache.full_nbytes,
+            kv_notes=(
+                *(self._traits.kv_notes if acts else ()),
+                *(("not carried out: the call has no cache of this engine",) if without_cache else ()),
+                *(cache.notes if cache is not None else ()),
+            ),
+            notes=self._prompts.notes,
             scheduler_seconds=self.planner.seconds,
         )
 
@@ -206,39 +304,70 @@ class Session:
         self._adapters = adapters
         self._members = {}
         for info in dict.fromkeys(adapters):
-            if info is not NO_ADAPTER:
-                rows = [row for row, other in enumerate(adapters) if other is info]
-                self._members[info.key] = None if len(rows) == len(adapters) else torch.tensor(rows)
+            rows = [row for row, other in enumerate(adapters) if other is info]
+            name = BASE if info is NO_ADAPTER else info.name
+            self._members[name] = None if len(rows) == len(adapters) else torch.tensor(rows)
 
-    def _known_columns(self, inputs: dict[str, Any], width: int) -> int:
-        """Return how many columns of the pass are already planned: without a cache, a pass holds all tokens."""
-        known = self._columns if inputs.get("past_key_values") is None else 0
-        if known < width:
-            return known
-        if "past_key_values" in inputs:
+    def _tokens_of(self, inputs: dict[str, Any]) -> tuple[list[list[int]], int, int]:
+        """Return the token ids of a pass, and its numbers of sequences and of tokens per sequence."""
+        input_ids: Tensor | None = inputs.get("input_ids")
+        if input_ids is not None:
+            return input_ids.tolist(), *input_ids.shape
+        embeddings: Tensor | None = inputs.get("inputs_embeds")
+        if embeddings is None or not self.knows_no_tokens:
+            raise EngineError("plans are made from token ids; pass input_ids, or use the lossless preset")
+        batch, width = embeddings.shape[:2]
+        return [[UNKNOWN_TOKEN] * width] * batch, batch, width
+
+    def _known_columns(self, width: int) -> int:
+        """Return how many columns of a pass without a cache are already planned: such a pass holds all tokens."""
+        if self._columns < width:
+            return self._columns
+        if self._traits.cache_name is not None:
             raise EngineError(
-                f"the model has dropped its cache after {known} tokens, as some do beyond their original length; call "
-                "generate with use_cache=False, or stay below that length"
+                f"the model has dropped its cache after {self._columns} tokens, as some do beyond their original "
+                "length; call generate with use_cache=False, or stay below that length"
             )
         return 0  # a recurrent model, whose state has another name
 
-    def _align_mask(self, inputs: dict[str, Any], real: np.ndarray) -> None:
+    def _align_mask(self, inputs: dict[str, Any], cache: SessionCache, real: np.ndarray) -> None:
         """Give the model a mask over the cache's slots if they are no longer the columns of the input."""
-        slots = self.cache.slot_mask(real)
+        slots = cache.slot_mask(real)
         if slots is None:
             return
-        input_ids: Tensor = inputs["input_ids"]
+        tokens = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if tokens is None else tokens
         if inputs.get("position_ids") is None:
-            width = input_ids.shape[1]
-            last = [[len(columns) - width + i for i in range(width)] for columns in self._real]
-            inputs["position_ids"] = torch.tensor(last, device=input_ids.device).clamp_min(0)
+            width = tokens.shape[1]
+            if any(len(columns) != self._columns for columns in self._real):
+                raise EngineError("pass position_ids: with padding, models disagree about the positions of tokens")
+            positions = torch.arange(self._columns - width, self._columns, device=tokens.device)
+            inputs["position_ids"] = positions.expand(len(tokens), -1)
         inputs["attention_mask"] = mask_over_slots(
-            self._traits.config, self.cache, torch.from_numpy(slots).to(input_ids.device), inputs
+            self._traits.config, cache, torch.from_numpy(slots).to(tokens.device), inputs
         )
+
+
+class SessionCache(ChunkWiseCache):
+    """A cache that carries the plan of its tokens, so that it can be given to the next call."""
+
+    def __init__(self, *args: Any, session: Session) -> None:
+        super().__init__(*args)
+        self.session = session
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep only `sequences` (n,), in that order, and their plans. A sequence may be named several times."""
+        super().select(sequences)
+        self.session.take(sequences.tolist())
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` columns, or remove the last `-max_length`, and forget the plans of the others."""
+        super().crop(max_length)
+        self.session.crop(self.get_seq_length())
 
 
 def _real_columns(mask: Tensor | None, batch: int, width: int) -> np.ndarray:
     """Return (batch, width) bool: which columns of the pass are not padding."""
-    if mask is None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
         return np.ones((batch, width), bool)
     return mask[:, -width:].bool().cpu().numpy()

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkwise_lora.engines.transformers.checks import GenerateOptions
 from chunkwise_lora.engines.transformers.positions import tabled_positions
+from chunkwise_lora.engines.transformers.versions import cache_name
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 """Inputs that `generate` cuts along the tokens when a prompt runs in several passes."""
@@ -43,8 +44,15 @@ class ModelTraits:
     """Names of the parameters of the model's `forward`."""
     text_model: str
     """Name of the module that computes the hidden states of a pass's tokens; empty for the model itself."""
+    picks_logits: bool
+    """Whether the model takes indices of the tokens whose logits it returns."""
     head: str
     """Name of the module that computes logits from them."""
+
+    @property
+    def cache_name(self) -> str | None:
+        """The parameter of the model that takes its cache; None if it has none."""
+        return cache_name(self.parameters)
 
     @property
     def vocab_size(self) -> int:
@@ -64,6 +72,7 @@ class ModelTraits:
             cuts_text=_cuts_text(model),
             parameters=forward_parameters(model),
             text_model=_name_of(model, model.get_decoder()),
+            picks_logits=_picks_logits(model),
             head=_name_of(model, model.get_output_embeddings()),
         )
 
@@ -85,6 +94,11 @@ class ModelTraits:
 def forward_parameters(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters of a module's `forward`, without `self`."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _picks_logits(model: PreTrainedModel) -> bool:
+    parameter = inspect.signature(type(model).forward).parameters.get("logits_to_keep")
+    return parameter is not None and "Tensor" in str(parameter.annotation)
 
 
 def _name_of(model: PreTrainedModel, module: nn.Module | None) -> str:

@@ -1,0 +1,61 @@
+"""A call of a model: a generation, or a plain forward pass. It lives in a context variable while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from chunkwise_lora.engines.transformers.session import Session, SessionCache
+from chunkwise_lora.method.batch import BatchPlanner
+from chunkwise_lora.method.fixed_scheduler import FixedScheduler
+from chunkwise_lora.method.trace import Trace
+
+
+@dataclass(eq=False)
+class Call:
+    """A running call."""
+
+    owner: object
+    """The model, as the object that stands for it in this engine."""
+    session: Session
+    cache: SessionCache | None
+    """The engine's cache; None if the model keeps another kind of cache, or none."""
+    takes_cache_as: str | None
+    """The name of the model's parameter for its cache; None if it has none."""
+
+    @property
+    def planner(self) -> BatchPlanner:
+        """The planner of the sequences."""
+        return self.session.planner
+
+    def follow(self, schedulers: Sequence[FixedScheduler]) -> None:
+        """Take these plans, one per sequence, instead of planning. Call this before the first pass."""
+        self.session.follow(schedulers)
+
+    def trace(self) -> Trace:
+        """Return what happened so far."""
+        return self.session.trace(self.cache)
+
+    def owns(self, inputs: dict[str, Any]) -> bool:
+        """Return whether a forward pass belongs to this call. Others run beside it, from a stopping criterion for
+        example."""
+        if self.takes_cache_as is None:
+            return True
+        cache, tokens, mask = (inputs.get(name) for name in (self.takes_cache_as, "input_ids", "attention_mask"))
+        if isinstance(cache, SessionCache):
+            return cache is self.cache
+        if self.cache is not None and self.cache.get_seq_length():
+            # A wider mask shows that the pass goes on, but that the model has dropped its cache.
+            return cache is None and tokens is not None and mask is not None and mask.shape[-1] > tokens.shape[1]
+        return cache is not None or not self.session.columns or self.session.begins(tokens)
+
+
+CALL: ContextVar[Call | None] = ContextVar("chunkwise_call", default=None)
+
+
+def running_call(owner: object) -> Call | None:
+    """Return the innermost call of `owner` that runs in this thread."""
+    call = CALL.get()
+    return call if call is not None and call.owner is owner else None

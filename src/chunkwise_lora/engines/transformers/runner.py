@@ -1,0 +1,546 @@
+"""Runs the forward passes and generations of one model by plan, for any number of threads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from chunkwise_lora.engines.base import config_for
+from chunkwise_lora.engines.transformers import attention
+from chunkwise_lora.engines.transformers.adapters import Adapters, LoadedAdapter
+from chunkwise_lora.engines.transformers.attachment import Attachment
+from chunkwise_lora.engines.transformers.calls import CALL, Call, running_call
+from chunkwise_lora.engines.transformers.checks import GenerateOptions, check_prompt, refuse_options, refuse_type
+from chunkwise_lora.engines.transformers.context import BETWEEN, PASS, REQUEST, ForwardPass, Request, request_of, within
+from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+from chunkwise_lora.engines.transformers.injection import Injection
+from chunkwise_lora.engines.transformers.layers import BASE
+from chunkwise_lora.engines.transformers.replacements import ReplacedForwards
+from chunkwise_lora.engines.transformers.session import Prompts, Session, SessionCache
+from chunkwise_lora.engines.transformers.traits import ModelTraits, forward_parameters
+from chunkwise_lora.engines.transformers.turns import Turns
+from chunkwise_lora.engines.transformers.versions import CACHE_NAMES
+from chunkwise_lora.errors import EngineError
+from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
+from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
+from chunkwise_lora.method.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+PREFILL_TOKENS = 4096
+"""If a KV policy acts, longer prompts are prefilled in passes of this number of tokens, so that it limits the peak of
+memory. Only the first pass attends without a mask, which takes half the time, so shorter passes are slower."""
+
+INJECTING = ("load_adapter", "add_adapter", "delete_adapter", "add_weighted_adapter")
+"""Methods of PEFT that change which modules a model has."""
+
+SWITCHING = ("set_adapter", "merge_adapter", "unmerge_adapter", "disable_adapter_layers", "enable_adapter_layers")
+"""Methods of PEFT that change which adapters run."""
+
+REMOVING = ("unload", "merge_and_unload")
+"""Methods of PEFT that take the adapters out of the model."""
+
+
+class Runner:
+    """Stands for one model in its passes and calls: decides for each what runs, and by which plan.
+
+    Args:
+        model: The model.
+        injection: PEFT's modules, if they were put into a bare model only for this runner.
+        config: Settings of the method for all adapters; None if each follows its own policy.
+        fast: Which fast paths may run.
+    """
+
+    def __init__(
+        self, model: PeftModel, injection: Injection | None, config: ChunkWiseConfig | None, fast: FastPaths
+    ) -> None:
+        self.model = model
+        self.base: PreTrainedModel = model.get_base_model()
+        self.config = config
+        self.turns = Turns()
+        self.traits = ModelTraits.of(self.base)
+        self.adapters = Adapters(model, self.base, fast)
+        self._injection = injection
+        self._fast = fast
+        self._attachment = Attachment()
+        self._forwards = ReplacedForwards(self, self.base, self.traits, fast)
+        self._sessions: WeakKeyDictionary[Cache, Session] = WeakKeyDictionary()
+        """The sessions of caches that are not of this engine."""
+        self._traces = threading.local()
+        self._last_trace: Trace | None = None
+        self._said: set[str] = set()
+        self._changes = False
+        """Whether a change of modules runs."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineError("a model that is attached cannot be copied or pickled; detach() first, then attach again")
+
+    # Attaching
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs by plan."""
+        return bool(self._attachment)
+
+    def attach(self) -> None:
+        """Let the model run by plan.
+
+        Raises:
+            EngineError: The model is attached to another runner.
+        """
+        if self.attached:
+            return
+        with self.turns.a_change("attach()"):
+            if isinstance(vars(self.base).get("forward"), _Planned):
+                raise EngineError("another ChunkWiseModel is attached to this model; detach that one first")
+            if self._injection is not None and not self._injection.is_in:
+                self._injection.put_in()
+            replace = self._attachment.replace
+            # The inner model may also be called alone, for hidden states. Inside a pass of the model it just runs.
+            for called in dict.fromkeys((self.base, self.base.base_model)):
+                replace(called, "forward", _Planned(self, called))
+            replace(self.base, "generate", self.generate)
+            tuner = self.model.base_model
+            replace(tuner, "_enable_peft_forward_hooks", self._request)
+            for target in (self.model, tuner):
+                for name in (*INJECTING, *SWITCHING):
+                    if hasattr(type(target), name):
+                        replace(target, name, self._in_turn(target, name))
+            for name in REMOVING:
+                replace(tuner, name, self._refusing(name, "call detach() first"))
+            replace(self.base, "load_adapter", self._refusing("load_adapter", "use ChunkWiseModel.load_adapter"))
+            replace(self.base, "add_adapter", self._refusing("add_adapter", "use ChunkWiseModel.load_adapter"))
+            for target in (self.model, self.base):
+                replace(target, "_apply", self._in_turn(target, "_apply", ends_calls=True))
+            if self._fast.attention and self.traits.carries_out_kv:
+                self._attachment.use_attention(self.base, attention.NAME)
+            self._refresh()
+
+    def detach(self) -> nn.Module:
+        """Restore the model to its state before `attach`, and return it. See `ChunkWiseModel.detach`.
+
+        Raises:
+            EngineError: The thread is inside a generation or a pass of the model.
+        """
+        if self.attached:
+            with self.turns.a_change("detach()", ends_calls=True):
+                self._attachment.undo()
+                if self._injection is not None:
+                    self._injection.take_out()
+        return self.model if self._injection is None else self.base
+
+    @contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """Change the modules of the adapters while no pass runs. `what` names the change in errors."""
+        with self.turns.a_change(what):
+            if self._changes:
+                yield
+                return
+            outside = self._injection is not None and not self._injection.is_in
+            if self._injection is not None and outside:
+                self._injection.put_in()
+            self._forwards.restore(self._attachment)  # PEFT may copy modules
+            self._changes = True
+            try:
+                yield
+            finally:
+                self._changes = False
+                self.adapters.forget_deleted()
+                if self.attached:
+                    self._refresh()
+                if self._injection is not None and outside:
+                    self._injection.take_out()
+
+    def _refresh(self) -> None:
+        self._forwards.refresh(self._attachment)
+        self.adapters.layers = self._forwards.gated
+
+    def _in_turn(self, target: nn.Module, name: str, ends_calls: bool = False) -> Callable[..., Any]:
+        """Return a method of PEFT or PyTorch that runs while no pass does."""
+        method = getattr(target, name)
+
+        @functools.wraps(method)
+        def in_turn(*args: Any, **kwargs: Any) -> Any:
+            if not self.attached:
+                return method(*args, **kwargs)
+            what = f"{name}()"
+            with self.change(what) if name in INJECTING else self.turns.a_change(what, ends_calls):
+                if name == "delete_adapter":
+                    self.adapters.refuse_if_used_in_peft(*args, *kwargs.values())
+                return method(*args, **kwargs)
+
+        return in_turn
+
+    def _refusing(self, name: str, remedy: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise EngineError(f"{name}() is not possible while the model runs by plan; {remedy}")
+
+        return refuse
+
+    # Calls
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *args: Any,
+        adapter_names: str | Sequence[str] | None = None,
+        chunkwise_config: ChunkWiseConfig | None = None,
+        **options: Any,
+    ) -> Any:
+        """Replaces `generate` of the base model; see `ChunkWiseModel.generate`."""
+        original = functools.partial(type(self.base).generate, self.base)
+        asked_here = Request(self, adapter_names, chunkwise_config) if adapter_names or chunkwise_config else None
+        request = asked_here or request_of(self)
+        input_ids = options.pop("input_ids", inputs)
+        if generation_config is not None:
+            options["generation_config"] = generation_config
+        given = [options.pop(name) for name in CACHE_NAMES if options.get(name) is not None]
+        asked = GenerateOptions(options, generation_config, self.base.generation_config)
+        embeddings = options.get("inputs_embeds")
+        batch, columns = (embeddings if input_ids is None and embeddings is not None else _checked(input_ids)).shape[:2]
+        names = self._names(request, batch)
+        if names is None:
+            return original(input_ids, *args, **options)
+        use_cache = asked.use_cache is not False and self.traits.cache_name is not None
+        refuse_options(asked, use_cache)
+        if embeddings is None:
+            check_prompt(self.base, input_ids, options)
+        eos = asked.eos_token_id
+        eos_ids = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
+        with ExitStack() as stack:
+            if given:
+                call = stack.enter_context(self._continuing(given[0], request, input_ids, eos_ids))
+            else:
+                takes_cache = use_cache and self.traits.takes_cache
+                call = stack.enter_context(self._open(names, request.config, columns, eos_ids, takes_cache))
+            if call.cache is not None and self.traits.cache_name is not None:
+                options[self.traits.cache_name] = call.cache
+                long = call.session.acts and columns - call.session.columns > PREFILL_TOKENS
+                if long and self.traits.prompt_passes_are_safe(asked):
+                    options.setdefault("prefill_chunk_size", PREFILL_TOKENS)
+            self._set_trace(None)
+            output = original(input_ids, *args, **options)
+            self._set_trace(call.trace())
+            return output
+
+    @contextmanager
+    def stream(self, request: Request, batch: int, prompt_columns: int) -> Iterator[Call]:
+        """Open a call for passes that the user runs; see `ChunkWiseModel.stream`."""
+        names = self._names(request, batch)
+        if names is None:
+            raise EngineError("several adapters are active at once; name one with adapter_names")
+        with self._open(names, request.config, prompt_columns, (), self.traits.takes_cache) as call:
+            yield call
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the last generation of this thread did, or of any thread if this one ran none."""
+        return getattr(self._traces, "last", self._last_trace)
+
+    def _set_trace(self, trace: Trace | None) -> None:
+        self._traces.last = self._last_trace = trace
+
+    @contextmanager
+    def _open(
+        self,
+        names: Sequence[str],
+        config: ChunkWiseConfig | None,
+        columns: int,
+        eos_token_ids: Collection[int],
+        takes_cache: bool,
+    ) -> Iterator[Call]:
+        """Run a new call for prompts with these adapters."""
+        if not self.attached:
+            raise EngineError("the model is detached; call attach() first")
+        with self.turns.a_call(), self.using(names) as used:
+            session = self._new_session(used, config, columns, eos_token_ids)
+            cache = session.new_cache(self._fast.kernels) if takes_cache else None
+            call = Call(self, session, cache, self.traits.cache_name)
+            with self._running(call):
+                yield call
+
+    @contextmanager
+    def _running(self, call: Call) -> Iterator[None]:
+        names = frozenset(BASE if info is NO_ADAPTER else info.name for info in call.session.adapters)
+        with within(CALL, call), within(BETWEEN, (self, names)):
+            yield
+
+    @contextmanager
+    def _continuing(
+        self, cache: object, request: Request, input_ids: Tensor, eos_token_ids: Collection[int]
+    ) -> Iterator[Call]:
+        """Run a call that goes on with the cache of an earlier one."""
+        if not isinstance(cache, SessionCache) or not cache.session.belongs_to(self):
+            raise EngineError(
+                "past_key_values must be a cache that an earlier call of this model returned; pass the whole prompt"
+            )
+        session = cache.session
+        if session.columns:
+            session.continue_with(input_ids, eos_token_ids)
+        self._refuse_another_plan(session, request)
+        call = Call(self, session, cache, self.traits.cache_name)
+        with self.turns.a_call(), self.adapters.holding(session.adapters), self._running(call):
+            yield call
+
+    def _refuse_another_plan(self, session: Session, request: Request) -> None:
+        """Refuse other adapters or settings than those with which a cache was made."""
+        if request.adapter_names is not None:
+            asked = self._named(request.adapter_names, len(session.adapters))
+            made = [BASE if info is NO_ADAPTER else info.name for info in session.adapters]
+            if asked != made:
+                raise EngineError(
+                    f"the cache was made with the adapters {', '.join(made)}; another adapter needs its own cache"
+                )
+        if request.config is not None and any(config != request.config for config in session.configs):
+            raise EngineError("the cache was made with other settings; pass no chunkwise_config, or no cache")
+
+    def _new_session(
+        self,
+        used: Sequence[LoadedAdapter | None],
+        config: ChunkWiseConfig | None,
+        columns: int,
+        eos_token_ids: Collection[int] = (),
+    ) -> Session:
+        """Return a session for prompts of `columns` columns."""
+        refuse_type("chunkwise_config", config, ChunkWiseConfig)
+        configs = [config_for(one.ladder if one else None, call=config, model=self.config) for one in used]
+        for note in dict.fromkeys(note for one in configs for note in self.kv_left_undone(one.kv_cache)):
+            logger.warning("KV policy: %s", note)
+        infos: list[AdapterInfo] = [one.info if one else NO_ADAPTER for one in used]
+        notes = dict.fromkeys(note for one in used if one for note in one.notes)
+        if any(config.levels > 1 for config in configs):
+            notes |= dict.fromkeys(note for one in used if one for note in self.adapters.notes_on_order(one))
+        return Session(self, self.traits, Prompts(infos, configs, columns, eos_token_ids, tuple(notes)))
+
+    def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
+        """Return the parts of a KV policy that the model does not allow, and the reasons."""
+        return list(self.traits.kv_notes) if config.acts else []
+
+    # Adapters of a call
+
+    @contextmanager
+    def _request(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Iterator[None]:
+        """Replaces PEFT's hooks for `adapter_names`, which are state of the model, by state of the call."""
+        if kwargs.get("alora_offsets") is not None:
+            raise EngineError("activated LoRA is not supported; detach() and run it in PEFT")
+        if adapter_names is None:
+            yield
+            return
+        with within(REQUEST, Request(self, adapter_names, request_of(self).config)):
+            yield
+
+    def _names(self, request: Request, batch: int) -> list[str] | None:
+        """Return the adapter of each sequence; None if only PEFT can run what is active."""
+        if request.adapter_names is not None:
+            return self._named(request.adapter_names, batch)
+        with self.turns.a_pass():
+            layer = next((module for module in self.base.modules() if isinstance(module, LoraLayer)), None)
+        if layer is None or layer.disable_adapters or layer.merged:
+            return [BASE] * batch  # merged adapters are part of the base's weights
+        active = self.model.base_model.active_adapters
+        if len(active) > 1:
+            self._say("several adapters are active at once; PEFT runs them, at full rank and without a KV policy")
+            return None
+        return [*(active or [BASE])] * batch
+
+    def _named(self, names: str | Sequence[str], batch: int) -> list[str]:
+        refuse_type("adapter_names", names, str, Sequence)
+        names = [names] * batch if isinstance(names, str) else list(names)
+        if len(names) != batch:
+            raise EngineError(f"adapter_names has {len(names)} names for {batch} prompts; give one per prompt")
+        known = self.adapters.names
+        for name in names:
+            if name != BASE and name not in known:
+                raise EngineError(f"adapter {name!r} is not loaded; loaded are {', '.join([*known, BASE])}")
+        return names
+
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[list[LoadedAdapter | None]]:
+        """Use the current versions of adapters, and keep them loaded meanwhile."""
+        unique = [name for name in dict.fromkeys(names) if name != BASE]
+        held = None
+        while held is None:  # until no adapter has been deleted between loading and holding it
+            with self.turns.a_pass():
+                stale = self.adapters.stale(unique)
+            if stale:
+                with self.turns.a_change("loading an adapter"):
+                    for name in self.adapters.stale(unique):
+                        self.adapters.load(name)
+            held = self.adapters.hold(unique)
+        try:
+            yield [held.get(name) for name in names]
+        finally:
+            if self.adapters.release(held.values()):
+                with suppress(EngineError), self.turns.a_change("freeing an adapter"):  # or later, if inside a pass
+                    self.adapters.free_retired()
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", what)
+
+    # Passes
+
+    def run(self, called: nn.Module, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run a forward pass of the model or its body.
+
+        Args:
+            called: The module that is called.
+            forward: Its own forward.
+            inputs: Its keyword arguments.
+        """
+        request = request_of(self)
+        if "adapter_names" in inputs or "chunkwise_config" in inputs:
+            request = Request(self, inputs.pop("adapter_names", None), inputs.pop("chunkwise_config", None))
+        call = running_call(self)
+        if call is not None and call.owns(inputs):
+            return self._pass(called, forward, inputs, call)
+        if self.base.training or (request.adapter_names is None and self._records_gradients()):
+            return forward(**inputs)  # PEFT runs it, so that gradients are PEFT's
+        cache_name = self.traits.cache_name
+        cache = inputs.get(cache_name) if cache_name else None
+        if isinstance(cache, SessionCache):
+            if not cache.session.belongs_to(self):
+                raise EngineError("the cache belongs to another model")
+            self._refuse_another_plan(cache.session, request)
+            with self.adapters.holding(cache.session.adapters):
+                return self._pass(called, forward, inputs, Call(self, cache.session, cache, cache_name))
+        if isinstance(cache, Cache) and cache in self._sessions:
+            session = self._sessions[cache]
+            with self.adapters.holding(session.adapters):
+                return self._pass(called, forward, inputs, Call(self, session, None, cache_name))
+        batch, columns = self._shape_of(inputs, cache)
+        names = self._names(request, batch)
+        if names is None:
+            return forward(**inputs)
+        with self.using(names) as used:
+            session = self._new_session(used, request.config, columns)
+            return self._first_pass(called, forward, inputs, cache, session)
+
+    def _shape_of(self, inputs: dict[str, Any], cache: Any) -> tuple[int, int]:
+        """Return the numbers of sequences and tokens of a first pass, and refuse impossible token ids."""
+        embeddings: Tensor | None = inputs.get("inputs_embeds")
+        if embeddings is not None:
+            return embeddings.shape[0], embeddings.shape[1]
+        input_ids: Any = inputs.get("input_ids")
+        if cache is None or not cache.get_seq_length():
+            check_prompt(self.base, input_ids, inputs)
+        return _checked(input_ids).shape[0], input_ids.shape[1]
+
+    def _first_pass(
+        self, called: nn.Module, forward: Callable[..., Any], inputs: dict[str, Any], cache: Any, session: Session
+    ) -> Any:
+        """Run the first pass of a session that the user begins by calling the model."""
+        cache_name = self.traits.cache_name
+        if inputs.get("input_ids") is None and not session.knows_no_tokens:
+            self._say("plans are made from token ids; passes over embeddings run in PEFT at full rank")
+            return forward(**inputs)
+        if cache is not None and cache.get_seq_length() and not session.knows_no_tokens:
+            raise EngineError(
+                "the tokens of this cache are unknown, so the model cannot continue it by plan; begin with the whole "
+                "text and no cache, or use the lossless preset"
+            )
+        own = None
+        if cache is None and cache_name is not None and self.traits.takes_cache and self._uses_cache(inputs):
+            own = inputs[cache_name] = session.new_cache(self._fast.kernels)
+        output = self._pass(called, forward, inputs, Call(self, session, own, cache_name))
+        if own is None and cache_name is not None:
+            kept = cache if cache is not None else getattr(output, cache_name, None)
+            if isinstance(kept, Cache):
+                self._sessions[kept] = session
+        return output
+
+    def _uses_cache(self, inputs: dict[str, Any]) -> bool:
+        asked = inputs.get("use_cache")
+        return bool(self.base.config.get_text_config(decoder=True).use_cache if asked is None else asked)
+
+    def _records_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base.parameters())
+
+    def _pass(self, called: nn.Module, forward: Callable[..., Any], inputs: dict[str, Any], call: Call) -> Any:
+        """Run one pass of a call."""
+        session, name = call.session, self.traits.cache_name
+        given = inputs.get(name) if name is not None else None
+        cache = call.cache if given is not None and given is call.cache else None
+        if self._fast.products and self.traits.picks_logits:
+            _index_last_token(inputs)
+        with self.turns.a_pass():
+            first = not session.columns
+            plan = session.before_pass(inputs, cache, given is not None)
+            running = ForwardPass(
+                self,
+                plan,
+                session.members,
+                session.full_rungs,
+                session.is_constant,
+                session.knows_no_tokens,
+                len(session.planner),
+            )
+            with within(PASS, running):
+                output = forward(**inputs)
+            if first and called is self.base and plan.segments and not running.layers and self.adapters.runs_gated:
+                raise EngineError(
+                    f"{type(self.base).__name__} did not run the adapted layers: its forward has replaced or skipped "
+                    "them; detach() and run it in PEFT"
+                )
+            session.after_pass(_logits(output) if called is self.base else None, cache)
+        return output
+
+
+class _Planned:
+    """Replaces the `forward` of a model, or of its body."""
+
+    def __init__(self, runner: Runner, module: nn.Module) -> None:
+        self._runner = runner
+        self._module = module
+        self._forward: Callable[..., Any] = module.forward
+        self._parameters = forward_parameters(module)
+        functools.update_wrapper(self, self._forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = PASS.get()
+        runner = self._runner
+        if not runner.attached or (running is not None and running.owner is runner):
+            return self._forward(*args, **kwargs)
+        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        name = runner.traits.cache_name
+        for other in CACHE_NAMES:
+            if other != name and name is not None and other in inputs:
+                inputs[name] = inputs.pop(other)
+        return runner.run(self._module, self._forward, inputs)
+
+
+def _index_last_token(inputs: dict[str, Any]) -> None:
+    """Ask for the logits of the last token by its index.
+
+    By its number the model takes a slice, for which PyTorch copies the weight of the output head on the CPU.
+    """
+    input_ids = inputs.get("input_ids")
+    if inputs.get("logits_to_keep") == 1 and input_ids is not None and input_ids.shape[1] > 1:
+        inputs["logits_to_keep"] = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+
+
+def _checked(input_ids: object) -> Tensor:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise EngineError("input_ids must be a (batch, tokens) tensor of token ids")
+    return input_ids
+
+
+def _logits(output: Any) -> Tensor | None:
+    """Return the logits (batch, tokens, vocabulary) in a model's output."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Tensor) and part.ndim == 3), None)
+    return getattr(output, "logits", None)
