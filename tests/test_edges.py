@@ -15,6 +15,7 @@ import transformers as t
 
 import models
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
+from chunkwise_lora.engines.transformers import runner
 from models import adapter, build, greedy, peft_model, prompts
 
 LOSSLESS, BALANCED = ChunkWiseConfig.preset("lossless"), ChunkWiseConfig.preset("balanced")
@@ -164,6 +165,18 @@ def test_a_returned_cache_outlives_its_generation() -> None:
     cache = attached().generate(**prompts(), max_new_tokens=2, return_dict_in_generate=True).past_key_values
     cache.reorder_cache(torch.tensor([0, 1, 2]))
     assert copy.deepcopy(cache).get_seq_length() == cache.get_seq_length() > 0
+
+
+@pytest.mark.parametrize(("config", "passes"), [(LOSSLESS, 1), (BALANCED, 5)])
+def test_only_a_kv_policy_that_acts_cuts_long_prompts(
+    monkeypatch: pytest.MonkeyPatch, config: ChunkWiseConfig, passes: int
+) -> None:
+    monkeypatch.setattr(runner, "LONG_PROMPT", 16)
+    monkeypatch.setattr(runner, "PREFILL_TOKENS", 4)
+    model = attached("llama", config)
+    for tokens, expected in ((16, 1), (17, passes)):
+        model.generate(**prompts((tokens,)), max_new_tokens=1)
+        assert model.trace is not None and model.trace.passes == expected
 
 
 def test_an_inner_context_leaves_the_outer_one_attached() -> None:

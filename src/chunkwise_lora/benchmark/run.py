@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.benchmark.methods import BASE, Method, cache_for
-from chunkwise_lora.engines.transformers.model import PREFILL_TOKENS
+from chunkwise_lora.engines.transformers.runner import LONG_PROMPT, PREFILL_TOKENS
 
 
 class Run:
@@ -45,7 +45,7 @@ class Run:
             if names is not None and method.name != BASE:
                 # PEFT's `generate` does this once per call.
                 self._stack.enter_context(self._model._enable_peft_forward_hooks(adapter_names=names))
-        cut = self._session is not None and self._session.session.acts
+        cut = self._session is not None and self._session.session.acts and prompt.shape[1] > LONG_PROMPT
         self._pieces = prompt.split(PREFILL_TOKENS if cut else prompt.shape[1], dim=1)
         self._next = prompt[:, -1:]
 

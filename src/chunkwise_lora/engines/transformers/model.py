@@ -20,14 +20,14 @@ from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.injection import Adapter, Injection, Source, add_adapter, carries_adapters
 from chunkwise_lora.engines.transformers.layers import BASE
 from chunkwise_lora.engines.transformers.loading import load_base
-from chunkwise_lora.engines.transformers.runner import PREFILL_TOKENS, Runner
+from chunkwise_lora.engines.transformers.runner import Runner
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.batch import BatchPlanner
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.trace import Trace
 
-__all__ = ["BASE", "DEFAULT", "PREFILL_TOKENS", "ChunkWiseModel"]
+__all__ = ["BASE", "DEFAULT", "ChunkWiseModel"]
 
 DEFAULT = "default"
 """The name of an adapter that was given without a name, as in PEFT."""

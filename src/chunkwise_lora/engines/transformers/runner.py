@@ -38,9 +38,12 @@ from chunkwise_lora.method.trace import Trace
 
 logger = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 4096
-"""If a KV policy acts, longer prompts are prefilled in passes of this number of tokens, so that it limits the peak of
-memory. Only the first pass attends without a mask, which takes half the time, so shorter passes are slower."""
+LONG_PROMPT = 4096
+"""Prompts with more tokens than this are prefilled in several passes if a KV policy acts, so that it limits the peak of
+memory. Only the first pass of a prompt attends without a mask, which takes half the time, so one pass is faster."""
+
+PREFILL_TOKENS = 512
+"""The tokens of such a pass."""
 
 INJECTING = ("load_adapter", "add_adapter", "delete_adapter", "add_weighted_adapter")
 """Methods of PEFT that change which modules a model has."""
@@ -228,7 +231,7 @@ class Runner:
                 call = stack.enter_context(self._open(names, request.config, columns, eos_ids, takes_cache))
             if call.cache is not None and self.traits.cache_name is not None:
                 options[self.traits.cache_name] = call.cache
-                long = call.session.acts and columns - call.session.columns > PREFILL_TOKENS
+                long = call.session.acts and columns - call.session.columns > LONG_PROMPT
                 if long and self.traits.prompt_passes_are_safe(asked):
                     options.setdefault("prefill_chunk_size", PREFILL_TOKENS)
             self._set_trace(None)
