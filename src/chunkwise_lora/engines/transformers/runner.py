@@ -230,10 +230,10 @@ class Runner:
                 takes_cache = use_cache and self.traits.takes_cache
                 call = stack.enter_context(self._open(names, request.config, columns, eos_ids, takes_cache))
             if call.cache is not None and self.traits.cache_name is not None:
-                options[self.traits.cache_name] = call.cache
                 long = call.session.acts and columns - call.session.columns > LONG_PROMPT
                 if long and self.traits.prompt_passes_are_safe(asked):
                     options.setdefault("prefill_chunk_size", PREFILL_TOKENS)
+                options[self.traits.cache_name] = call.cache
             self._set_trace(None)
             output = original(input_ids, *args, **options)
             self._set_trace(call.trace())
