@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora import EngineError
-from chunkwise_lora.backends import AnyBackend, Columns, Limits, PreparedPass, backend_on, base, register_backend
+from chunkwise_lora.backends import AnyBackend, Columns, Limits, PreparedPass, backend_on, register_backend, registry
 from chunkwise_lora.backends.native.backend import FEW_TOKENS, NativeBackend
 from chunkwise_lora.backends.torch_products import TorchBackend
 from chunkwise_lora.ladder import LadderModule
@@ -141,7 +141,7 @@ def test_without_a_gpu_or_triton_another_backend_is_chosen(monkeypatch: pytest.M
     if reason == "no Triton":
         monkeypatch.setitem(sys.modules, "chunkwise_lora.backends.triton.backend", None)
     seen: list[str] = []
-    monkeypatch.setattr(base.logger, "warning", lambda message, *_: seen.append(message))
+    monkeypatch.setattr(registry.logger, "warning", lambda message, *_: seen.append(message))
     device = torch.device("cpu" if reason == "a CPU" else "cuda")
     limits = None if reason == "no limits" else Limits(8, 2)
     assert isinstance(backend_on(device, torch.float32, limits), (TorchBackend, NativeBackend))
@@ -162,7 +162,7 @@ class Fast(TorchBackend):
 
 
 def test_a_registered_backend_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "_registry", dict(base._registry))
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     register_backend("fast", lambda: Fast)
     assert isinstance(backend_on(CPU, torch.float32), Fast)
     assert type(backend_on(CPU, torch.float32, name="torch")) is TorchBackend

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from chunkwise_lora.backends.base import Limits
+from chunkwise_lora.backends.base import Limits
 
 
 def may_run(device: torch.device, limits: Limits | None) -> bool:
