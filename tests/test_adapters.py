@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from chunkwise_lora import ChunkWiseConfig, LadderError, RankLadder
 from chunkwise_lora.ladder.adapter_source import AdapterSource
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, WEIGHTS_NAME
-from chunkwise_lora.ladder.peft_model import base_parameters, ladder_of, other_parts, plain_layers
+from chunkwise_lora.ladder.peft_model import base_parameters, other_parts, plain_adapter, plain_layers
 from models import ADAPTERS, TARGETS, VOCABULARY, adapter, build, peft_model, prompts
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -175,16 +175,16 @@ def test_parts_of_a_model_that_are_not_plain_are_told_and_refused(kind: str) -> 
         RankLadder.from_peft(model)
 
 
-def test_the_ladder_of_the_plain_part_of_an_adapter() -> None:
+def test_the_plain_part_of_an_adapter_holds_its_plain_layers_only() -> None:
     model = peft_with("llama", target_modules=["embed_tokens", "q_proj"])
-    assert ladder_of(model, "default").modules.keys() == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert plain_adapter(model, "default").factors.keys() == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
 
 
 def test_an_adapter_without_a_plain_layer_has_no_ladder() -> None:
     model = peft_with("llama", use_dora=True)
     assert not plain_layers(model, "default")
     with pytest.raises(LadderError, match="no plain LoRA"):
-        ladder_of(model, "default")
+        plain_adapter(model, "default")
 
 
 def test_a_model_without_adapters_is_refused() -> None:

@@ -15,10 +15,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from architectures import ARCHITECTURES, IMAGES, PAD, VOCABULARY, prompts
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RuntimeScheduler
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
-from chunkwise_lora.ladder.peft_model import ladder_of
 from chunkwise_lora.method.config import (
     ChunkingConfig,
     CompositionConfig,
@@ -79,15 +78,15 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair.of(request.param)
 
 
-def test_a_short_prompt(pair: Pair) -> None:
+def test_a_short_prompt_matches_peft(pair: Pair) -> None:
     pair.check(pair.prompts(12), "first")
 
 
-def test_a_prompt_longer_than_one_pass(pair: Pair) -> None:
+def test_a_long_prompt_matches_peft(pair: Pair) -> None:
     pair.check(pair.prompts(700), "first")
 
 
-def test_a_batch_of_two_adapters_padded_on_the_left(pair: Pair) -> None:
+def test_a_padded_batch_of_two_adapters_matches_peft(pair: Pair) -> None:
     if pair.architecture in JOINS_SEQUENCES:
         with pytest.raises(EngineError, match="one adapter per batch"):
             pair.check(pair.prompts(7, 12), "first", "second")
@@ -96,14 +95,14 @@ def test_a_batch_of_two_adapters_padded_on_the_left(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("architecture", IMAGES)
-def test_an_image_text_model_without_images(architecture: str) -> None:
+def test_an_image_text_model_without_images_matches_peft(architecture: str) -> None:
     pair = Pair.of(architecture)
     pair.check(pair.prompts(12, images=False), "first")
     pair.check(pair.prompts(700, images=False), "first")
 
 
 @pytest.mark.parametrize("architecture", IMAGES)
-def test_an_adapter_of_the_vision_tower_too(architecture: str) -> None:
+def test_an_adapter_of_language_model_and_vision_tower_matches_peft(architecture: str) -> None:
     pair = Pair.of(architecture, targets="all-linear")
     pair.check(pair.prompts(12), "first")
 
@@ -134,7 +133,9 @@ def plain_layers(cache: Cache) -> list[DynamicLayer]:
 def masked_generation(pair: Pair, ids: Tensor, new_tokens: int) -> Tensor:
     """Logits (new, vocabulary) of greedy generation by PEFT, whose cache keeps all tokens, under a mask of the kept."""
     model = pair.peft.get_base_model()
-    scheduler = RuntimeScheduler(DROPS, ladder_of(pair.ours.model, "first").rung_ranks, VOCABULARY)
+    scheduler = RuntimeScheduler(
+        DROPS, RankLadder.from_peft(pair.ours.model, adapter_name="first").rung_ranks, VOCABULARY
+    )
     cache = DynamicCache(config=model.config)
     kept, new, logits = torch.zeros(0, dtype=torch.bool), ids, []
     for _ in range(new_tokens):

@@ -1,4 +1,4 @@
-"""Reads the LoRA adapters of a PEFT model in memory: which parts are plain LoRA, and the ladder of these parts.
+"""Reads the LoRA adapters of a PEFT model in memory: which parts are plain LoRA, and the factors of these parts.
 
 A layer is plain if it adds s B A x to the output of a linear layer of any kind (`nn.Linear`, `Conv1D`, quantised), and
 nothing else.
@@ -21,7 +21,6 @@ from chunkwise_lora.ladder.adapter_config import refuse_changed_base
 from chunkwise_lora.ladder.adapter_files import DTYPES
 from chunkwise_lora.ladder.checks import check_factors, check_layout
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter, single_precision
-from chunkwise_lora.ladder.rank_ladder import RankLadder
 
 REPLACED = "replaced module"
 """What `other_parts` calls a module of `modules_to_save`. It is the only other part that a ladder can hold."""
@@ -71,13 +70,8 @@ def base_parameters(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str
     return {key: state[key] for key in tensors if key in state}
 
 
-def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankLadder:
-    """Build the ladder of the plain layers of `adapter`, in float32 on the CPU. It holds no replaced modules.
-
-    Args:
-        model: The model that holds the adapter.
-        adapter: The adapter's name.
-        as_trained: Whether to keep the directions of the adapter, in its order, instead of computing the SVD.
+def plain_adapter(model: PeftModel, adapter: str) -> PeftAdapter:
+    """Return the plain layers of `adapter`: copies of their factors, on the CPU. It holds no replaced modules.
 
     Raises:
         LadderError: The adapter has no plain layer, or its weights are not finite, not in memory or not complete.
@@ -86,14 +80,13 @@ def ladder_of(model: PeftModel, adapter: str, as_trained: bool = False) -> RankL
     if not layers:
         raise LadderError(f"adapter {adapter!r} has no plain LoRA layer, so it has no ladder")
     factors = {name: _factors(name, layer, adapter) for name, layer in layers.items()}
-    base = model.peft_config[adapter].base_model_name_or_path
-    return RankLadder.of_adapter(PeftAdapter(factors, {}, base), as_trained)
+    return PeftAdapter(factors, {}, model.peft_config[adapter].base_model_name_or_path)
 
 
-def whole_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = False) -> RankLadder:
-    """Build the ladder of all of an adapter: do the same as `ladder_of`, and add the replaced modules.
+def whole_adapter(model: PeftModel, adapter: str | None) -> PeftAdapter:
+    """Return all of `adapter`: its plain layers as `plain_adapter` does, and its replaced modules.
 
-    Without a name, the model's active adapter is meant.
+    Without a name, this is the model's active adapter.
 
     Raises:
         LadderError: This is no `PeftModel`, it does not hold the adapter, or the adapter has parts that a ladder cannot
@@ -118,7 +111,7 @@ def whole_ladder_of(model: PeftModel, adapter: str | None, as_trained: bool = Fa
             f"a ladder holds plain LoRA only, but adapter {adapter!r} has {what} on {name}{more}; "
             "ChunkWiseModel(model) runs these parts at full rank"
         )
-    return replace(ladder_of(model, adapter, as_trained), saved_modules=_replaced_parameters(model, adapter))
+    return replace(plain_adapter(model, adapter), saved_modules=_replaced_parameters(model, adapter))
 
 
 def _lora_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

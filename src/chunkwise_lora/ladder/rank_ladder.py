@@ -75,9 +75,9 @@ class RankLadder(LadderContents):
         """
         if isinstance(adapter, (str, Path)):
             return cls.of_adapter(PeftAdapter.load(adapter, revision, subfolder), as_trained)
-        from chunkwise_lora.ladder.peft_model import whole_ladder_of  # imports PEFT, which takes seconds
+        from chunkwise_lora.ladder.peft_model import whole_adapter  # imports PEFT, which takes seconds
 
-        return whole_ladder_of(adapter, adapter_name, as_trained)
+        return cls.of_adapter(whole_adapter(adapter, adapter_name), as_trained)
 
     @classmethod
     def of_adapter(cls, adapter: PeftAdapter, as_trained: bool = False) -> RankLadder:

@@ -29,7 +29,7 @@ from chunkwise_lora.engines.transformers.layers import GatedLayer
 from chunkwise_lora.errors import EngineError, LadderError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.ladder.module import LadderModule
-from chunkwise_lora.ladder.peft_model import ladder_of, other_parts, plain_layers, whole_ladder_of
+from chunkwise_lora.ladder.peft_model import other_parts, plain_adapter, plain_layers, whole_adapter
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
@@ -185,7 +185,8 @@ class Adapters:
         """
         if loaded.ladder is not None and loaded.ladder is self._given.get(loaded.name):
             return loaded.ladder
-        return replace(whole_ladder_of(self._model, loaded.name), policy=self._policies.get(loaded.name))
+        whole = RankLadder.of_adapter(whole_adapter(self._model, loaded.name))
+        return replace(whole, policy=self._policies.get(loaded.name))
 
     def notes_on_order(self, loaded: LoadedAdapter) -> list[str]:
         """Return which plain modules of an adapter run at full rank, because they do not see tokens in their order."""
@@ -313,7 +314,8 @@ class Adapters:
             self._policies.pop(name, None)
         if not self._modules(name)[0]:
             return None
-        ladder = replace(ladder_of(self._model, name), policy=self._policies.get(name))
+        plain = RankLadder.of_adapter(plain_adapter(self._model, name))
+        ladder = replace(plain, policy=self._policies.get(name))
         refuse_non_finite(f"adapter {name!r}", ladder)
         return ladder
 
