@@ -19,6 +19,8 @@ from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
 from chunkwise_lora.method.plan import ScheduledChunk
 from chunkwise_lora.method.scheduler import RuntimeScheduler
+from chunkwise_lora.method.segments import ranks_of
+from chunkwise_lora.method.trace import SequenceTrace
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +145,17 @@ class SequencePlanner:
         """Return the KV decisions made since the last call, in order."""
         decisions, self._decisions = self._decisions, []
         return decisions
+
+    def trace(self) -> SequenceTrace:
+        """Return what happened so far."""
+        ranks = self.adapter.rung_ranks
+        return SequenceTrace(
+            adapter=None if self.adapter is NO_ADAPTER else self.adapter.name,
+            tokens=tuple(self._tokens),
+            ranks=tuple(ranks_of(self.weights, ranks).tolist()),
+            full_rank=float(ranks[-1]),
+            chunks=tuple(self.chunks),
+        )
 
     def _new_scheduler(self) -> RuntimeScheduler:
         ranks = self.adapter.rung_ranks.tolist()

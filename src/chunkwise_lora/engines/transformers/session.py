@@ -21,9 +21,9 @@ from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
-from chunkwise_lora.method.segments import PassPlan, ranks_of
+from chunkwise_lora.method.segments import PassPlan
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
-from chunkwise_lora.method.trace import SequenceTrace, Trace
+from chunkwise_lora.method.trace import Trace
 
 UNKNOWN_TOKEN = -1
 """Stands for a token that the model got as an embedding."""
@@ -259,22 +259,10 @@ class Session:
 
     def trace(self, cache: SessionCache | None) -> Trace:
         """Return what happened so far."""
-        sequences = []
-        for row, adapter in enumerate(self._adapters):
-            planner = self.planner[row]
-            sequences.append(
-                SequenceTrace(
-                    adapter=None if adapter is NO_ADAPTER else adapter.name,
-                    tokens=tuple(planner.tokens),
-                    ranks=tuple(ranks_of(planner.weights, adapter.rung_ranks).tolist()),
-                    full_rank=float(adapter.rung_ranks[-1]),
-                    chunks=tuple(planner.chunks),
-                )
-            )
         acts = self.acts
         without_cache = acts and cache is None and self._traits.carries_out_kv
         return Trace(
-            sequences=tuple(sequences),
+            sequences=tuple(self.planner[row].trace() for row in range(len(self.planner))),
             passes=self._passes,
             adapter_bytes_read=self._bytes_read,
             kv_bytes=0 if cache is None else cache.used_nbytes,
