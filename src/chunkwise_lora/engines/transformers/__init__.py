@@ -4,6 +4,5 @@ from chunkwise_lora.engines.transformers.cache import ChunkWiseCache
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.loading import load_base
 from chunkwise_lora.engines.transformers.model import BASE, ChunkWiseModel
-from chunkwise_lora.engines.transformers.session import Session
 
-__all__ = ["BASE", "ChunkWiseCache", "ChunkWiseModel", "FastPaths", "Session", "load_base"]
+__all__ = ["BASE", "ChunkWiseCache", "ChunkWiseModel", "FastPaths", "load_base"]

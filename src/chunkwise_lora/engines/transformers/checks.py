@@ -23,7 +23,6 @@ REFUSED_OPTIONS = {
     "guidance_scale": "classifier-free guidance runs the model twice for every token, but plans expect one pass",
     "custom_generate": "a custom generation loop may change the order of sequences",
     "cache_implementation": "the KV policy owns the cache; choose a preset or kv_cache settings instead",
-    "past_key_values": "the KV policy owns the cache; pass the whole prompt instead",
     "inputs_embeds": "plans are made from token ids; pass input_ids instead",
 }
 
@@ -61,7 +60,7 @@ def refuse_model(model: object) -> None:
     """Raise `EngineError` if `model` is not a causal language model of transformers."""
     if not isinstance(model, PreTrainedModel):
         raise EngineError(
-            f"expected a transformers model, got {type(model).__name__}; for a PeftModel, pass peft_model.unload()"
+            f"the model is a {type(model).__name__}; load one with AutoModelForCausalLM, or give a PeftModel of LoRA"
         )
     if model.config.is_encoder_decoder or not model.can_generate():
         raise EngineError(f"{type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM")

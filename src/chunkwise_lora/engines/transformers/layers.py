@@ -64,6 +64,7 @@ class PeftLayer:
         return join_rows(outputs, [*running.members.values()], running.batch)
 
     def with_adapter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with the adapter `name` for all sequences; `BASE` means none."""
         state: Any = self.module
         with self._turn:
             before = state._active_adapter, state._disable_adapters

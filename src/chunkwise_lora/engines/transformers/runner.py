@@ -43,7 +43,7 @@ LONG_PROMPT = 4096
 memory. Only the first pass of a prompt attends without a mask, which takes half the time, so one pass is faster."""
 
 PREFILL_TOKENS = 512
-"""The tokens of such a pass."""
+"""Number of tokens of each of these passes."""
 
 INJECTING = ("load_adapter", "add_adapter", "delete_adapter", "add_weighted_adapter")
 """Methods of PEFT that change which modules a model has."""
@@ -219,8 +219,7 @@ class Runner:
             return original(input_ids, *args, **options)
         use_cache = asked.use_cache is not False and self.traits.cache_name is not None
         refuse_options(asked, use_cache)
-        if embeddings is None:
-            check_prompt(self.base, input_ids, options)
+        check_prompt(self.base, input_ids, options)
         eos = asked.eos_token_id
         eos_ids = [] if eos is None else torch.as_tensor(eos).reshape(-1).tolist()
         with ExitStack() as stack:
@@ -484,13 +483,13 @@ class Runner:
             first = not session.columns
             plan = session.before_pass(inputs, cache, given is not None)
             running = ForwardPass(
-                self,
-                plan,
-                session.members,
-                session.full_rungs,
-                session.is_constant,
-                session.knows_no_tokens,
-                len(session.planner),
+                owner=self,
+                plan=plan,
+                members=session.members,
+                full_rungs=session.full_rungs,
+                is_constant=session.is_constant,
+                is_constant_per_sequence=session.knows_no_tokens,
+                batch=len(session.planner),
             )
             with within(PASS, running):
                 output = forward(**inputs)

@@ -1,4 +1,4 @@
-"""Who may use the model: forward passes run side by side; a change of its adapters runs alone."""
+"""A readers-writer lock for a model: forward passes run side by side, a change of its adapters runs alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ class Turns:
         self._condition = threading.Condition()
         self._mine = _Depths()
         self._passes = 0
+        """Running passes of all threads."""
         self._calls = 0
+        """Running calls of all threads."""
         self._closing = 0
+        """Changes that wait until no call runs."""
         self._waiting = 0
+        """Changes that wait until no pass runs."""
         self._changing = False
+        """Whether a change runs."""
 
     @contextmanager
     def a_pass(self) -> Iterator[None]:
