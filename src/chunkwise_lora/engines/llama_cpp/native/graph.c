@@ -73,10 +73,8 @@ INLINE int64_t row_of(const Pass *pass, int64_t count, int64_t t) {
 
 // The gate of direction j: the sum of the weights of the rungs whose rank is above j.
 INLINE float gate_of(const Pass *pass, const Factors *factors, int64_t row, int64_t j) {
-  int64_t rung = pass->tops[row];
-  if (!pass->weights) return factors->ranks[rung] > j;
   float gate = 0;
-  for (; rung >= 0 && factors->ranks[rung] > j; rung--) gate += pass->weights[row * pass->rungs + rung];
+  for (int64_t rung = pass->tops[row]; rung >= 0 && factors->ranks[rung] > j; rung--) gate += pass->weights[row * pass->rungs + rung];
   return gate;
 }
 
@@ -111,6 +109,14 @@ INLINE Part part_of(int64_t count, int64_t step, int ith, int nth) {
 
 INLINE int shares_rows(int64_t rows, int nth) { return rows >= BLOCK * nth; }
 
+// Multiplies directions `part` of a row's z (rank,) by their gates, and by their scales if there are any.
+INLINE void apply_gates(const Pass *pass, const Factors *factors, int64_t row, float *z, Part part) {
+  const int64_t rank = factors ? factors->ranks[pass->tops[row]] : 0, end = rank < part.to ? rank : part.to;
+  for (int64_t j = part.from; factors && factors->scales && j < end; j++) z[j] *= factors->scales[j];
+  for (int64_t j = part.from; pass->weights && j < end; j++) z[j] *= gate_of(pass, factors, row, j);
+  for (int64_t j = end > part.from ? end : part.from; j < part.to; j++) z[j] = 0;  // another row's directions
+}
+
 // z = g * (down x). Threads share the rows if there are many, otherwise the directions.
 INLINE void shrink(const Module *module, const struct ggml_tensor *x, int ith, int nth, int element) {
   const Pass *pass = module->pass;
@@ -137,13 +143,8 @@ INLINE void shrink(const Module *module, const struct ggml_tensor *x, int ith, i
         for (; j < part.to; j++) project(z_r, 0, x_r, 0, block.factors->down, in, j, 1, 1, element);
       }
     }
-    for (int64_t r = 0; r < block.rows; r++) {
-      const int64_t row = row_of(pass, count, t + r);
-      for (int64_t j = part.from; j < part.to; j++) {
-        const float scale = block.factors->scales ? block.factors->scales[j] : 1;
-        z[r * pass->rank + j] *= scale * gate_of(pass, block.factors, row, j);
-      }
-    }
+    for (int64_t r = 0; r < block.rows; r++)
+      apply_gates(pass, block.factors, row_of(pass, count, t + r), z + r * pass->rank, part);
     t += block.rows;
   }
 }

@@ -27,12 +27,15 @@ INLINE void store(float *to, vector v) { *(unaligned *)to = v; }
 INLINE vector all(float value) { return value - (vector){0}; }
 
 INLINE float sum(vector v) {
-  float total[LANES];
-  store(total, v);
-#pragma GCC unroll 8
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) total[i] += total[i + half];
-  return total[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif LANES == 8
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
 }
 
 INLINE float float_of(uint32_t bits) {
