@@ -123,7 +123,7 @@ def copy_adapter(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"use_dora": True}, "use_dora is set; DoRA is not supported"),
+        ({"use_dora": True}, "use_dora is set"),
         ({"r": 8}, "says rank 8"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
     ],
@@ -213,9 +213,9 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
     held = {  # by storage, because a layer and its loaded ladder share some
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for layer in manager.layers.values()
-        for of_adapter in layer.layer.products.factors.values()
-        for factors in of_adapter
+        for adapter in manager.backend.adapters
+        for of_layer in manager.backend._products.factors(adapter).values()
+        for factors in of_layer
         for tensor in factors.slices[-1]
     } | {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
