@@ -23,6 +23,7 @@ from llama_models import (
 
 from chunkwise_lora import ChunkWiseConfig
 from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
+from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.config import KVCacheConfig, LevelKVPolicy
 
 F16, Q8_0 = 1, 8
@@ -107,6 +108,15 @@ def test_the_type_of_the_cache_follows_the_config() -> None:
     assert "type_k=8" in " ".join(llm.kv_left_undone(llm.chunkwise_config.kv_cache))
     logits_of(llm, IDS[:8])
     assert llm.trace.kv_notes == tuple(llm.kv_left_undone(llm.chunkwise_config.kv_cache))
+
+
+def test_heads_that_q8_0_cannot_hold_keep_float16() -> None:
+    compact = ChunkWiseConfig.preset("compact")
+    llm = ChunkWiseLlama(base_file("qwen3"), chunkwise_config=compact, n_ctx=64, verbose=False)
+    assert llm.context_params.type_k == F16
+    assert "INT8" in " ".join(llm.kv_left_undone(compact.kv_cache))
+    with pytest.raises(EngineError, match="refuses these options"):
+        ChunkWiseLlama(base_file("qwen3"), type_k=Q8_0, type_v=Q8_0, flash_attn=True, n_ctx=64, verbose=False)
 
 
 def test_q8_0_halves_the_bytes() -> None:

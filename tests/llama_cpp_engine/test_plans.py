@@ -18,6 +18,7 @@ from llama_models import (
 )
 
 from chunkwise_lora import ChunkWiseConfig, embedded
+from chunkwise_lora.engines.base import Engine
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import PRESETS, CompositionConfig, SelectionConfig
@@ -105,6 +106,10 @@ def prompt_logits(llm: ChunkWiseLlama, ids: Sequence[int], cuts: Sequence[int]) 
     for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         Llama.eval(llm, list(ids[start:end]))
     return llm.scores[: len(ids)].copy()
+
+
+def test_it_is_an_engine() -> None:
+    assert isinstance(tiny("llama"), Engine)
 
 
 def test_a_calibrated_ladder_follows_its_own_policy() -> None:

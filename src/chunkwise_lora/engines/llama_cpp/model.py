@@ -31,6 +31,9 @@ BASE = "__base__"
 DEFAULT = "default"
 """The name of an adapter that was given without a name, as in PEFT."""
 
+NO_CONTEXT = "Failed to create llama_context"
+"""What llama-cpp-python says if llama.cpp refuses options, such as a q8_0 cache for heads of width 16."""
+
 Source = RankLadder | str | Path
 """A ladder, or the folder or hub name of a ladder or a PEFT adapter."""
 
@@ -102,12 +105,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
         self._adapters: dict[str, LoadedAdapter] = {}
         self._request: Request | None = None
         self._turn = 0
-        if "type_k" not in options and "type_v" not in options:
-            options = {**kv.type_options(chunkwise_config), **options}
-        try:
-            super().__init__(model_path, **options)
-        except ValueError as error:
-            raise EngineError(f"{model_path}: {error}; give a complete GGUF file of a model") from None
+        self._load(model_path, options)
         if self._is_recurrent or self._is_hybrid or llama_cpp.llama_model_has_encoder(self.model):
             raise EngineError(f"{model_path}: only models that are decoders with attention run with adapters")
         self._base = base_of(self)
@@ -125,6 +123,20 @@ class ChunkWiseLlama(llama_cpp.Llama):
         self._session = Session(self, self._graph, self.request)
         self._ctx.decode = self._session.decode
         self._install()
+
+    def _load(self, model_path: str, options: dict[str, Any]) -> None:
+        """Load the model, if possible with a cache of the type that the config asks for."""
+        is_free = "type_k" not in options and "type_v" not in options
+        chosen = kv.type_options(self.chunkwise_config) if is_free else {}
+        for more in (chosen, {}) if chosen else ({},):
+            try:
+                super().__init__(model_path, **{**more, **options})
+                return
+            except ValueError as error:
+                reason = str(error)
+            if NO_CONTEXT not in reason:
+                raise EngineError(f"{model_path}: {reason}; give a complete GGUF file of a model")
+        raise EngineError(f"{model_path}: llama.cpp refuses these options for this model; verbose=True shows why")
 
     def _reserve(self, graph: Graph) -> None:
         threads = max(self.n_threads, self.n_threads_batch)
