@@ -509,7 +509,9 @@ def test_a_ladder_in_a_subfolder_is_found(tmp_path: Path) -> None:
     assert source.ladder is not None and source.ladder.fingerprint == ladder.fingerprint
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "../nothing", "a/b/c", "~/adapter", r"C:\adapter"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/folder", "./no/such", "../nothing", "a/b/c", "~/adapter", r"C:\adapter", "wiki"]
+)
 def test_a_path_that_no_repository_can_have_is_a_missing_folder(path: str) -> None:
     with pytest.raises(LadderError, match=re.escape(path) + ": there is no such folder; give"):
         AdapterSource.load(path)

@@ -24,7 +24,7 @@ from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines
-from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table
+from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table, rank_legend
 from chunkwise_lora.method.trace import SequenceTrace
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
@@ -58,6 +58,7 @@ def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:
     code, coloured, _ = run(*arguments, "--show-ranks", "--json", tmp_path / "out.json")
     assert code == 0 and "mean rank" in coloured
     result = json.loads((tmp_path / "out.json").read_text())
+    assert result["adapter"] == "wiki" and "wiki, mean rank" in coloured
     assert result["text"].strip() in plain
     assert len(result["ranks"]) == len(result["tokens"])
     assert 0 < result["mean_rank"] < 16
@@ -108,6 +109,32 @@ def test_an_error_is_one_clear_line(run: Any, arguments: tuple[str, ...], messag
     assert code == 1
     assert message in err and "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["-o", "--json"])
+def test_an_empty_path_is_not_the_current_folder(
+    run: Any, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("ladder", "build", "wiki", "-o", "ladder", option, "")
+    assert code == 2 and option in err and "the path is empty" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_the_results_is_refused_before_anything_runs(run: Any, tmp_path: Path) -> None:
+    code, _, err = run("ladder", "build", "wiki", "-o", tmp_path / "ladder", "--json", tmp_path)
+    assert code == 1 and f"--json {tmp_path}: is a folder" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_ladder_of_many_rungs_fits_the_terminal(run: Any) -> None:
+    code, out, _ = run("ladder", "show", "wiki-nested")
+    assert code == 0 and max(len(line) for line in out.splitlines()) <= 80
+    assert "…" not in out and "7 more rungs" in out
+
+
+def test_ranks_are_rounded_for_people() -> None:
+    assert rank_legend([0.0, 0.984, 3.98, 10.55, 16.0]).plain.startswith("rank  0  1  4  10.6  16 ")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"model": 1}'])

@@ -11,7 +11,7 @@ import typer
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, small_gguf
-from chunkwise_lora.cli.options import JsonOption, device_named, dtype_named
+from chunkwise_lora.cli.options import JsonOption, device_named, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import bench_table, llama_table
@@ -91,7 +91,12 @@ def bench(
         list[str] | None, typer.Option(help="Fast paths of ChunkWise to switch off: kernels, attention, products.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="PNG file to write, with plots of latency and memory against the context.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PNG file to write, with plots of latency and memory against the context.",
+            parser=path_given,
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:

@@ -13,7 +13,7 @@ import typer
 from chunkwise_lora import embedded
 from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, given, share
+from chunkwise_lora.cli.options import JsonOption, ModelOption, given, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import calibration_table
@@ -41,7 +41,12 @@ def calibrate(
             "on. --task says what kind of file it is."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the ladder and its policy to.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder to write the ladder and its policy to.", parser=path_given
+        ),
+    ],
     task: Annotated[
         str,
         typer.Option(

@@ -10,7 +10,7 @@ import typer
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths
+from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths, path_given
 from chunkwise_lora.cli.output import console, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.errors import ChunkWiseError
@@ -86,7 +86,10 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = NEW_TOKENS,
     batch: Annotated[int, typer.Option(min=1, help="Windows or prompts that run together.")] = 16,
-    report: Annotated[Path | None, typer.Option(help="Folder to write report.html and report.md to.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder to write report.html and report.md to.", parser=path_given),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure quality: the task's metric, mean rank, KL to full rank and KV bytes, compared with baselines.

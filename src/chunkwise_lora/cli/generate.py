@@ -50,10 +50,15 @@ def generate(
     from chunkwise_lora.engines.transformers import ChunkWiseModel  # slow to import: only after all refusals
 
     base, tokenizer = load_base_and_tokenizer(model)
-    with ChunkWiseModel(base, source, settings) as chunkwise:
+    with ChunkWiseModel(base, {_name_of(adapter): source}, settings) as chunkwise:
         if show_ranks:
             console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
         generations = print_generations(
             chunkwise, tokenizer, [prompt], show_ranks=show_ranks, max_new_tokens=max_new_tokens, do_sample=False
         )
     write_json(json_file, generations[0])
+
+
+def _name_of(adapter: str) -> str:
+    """A name to show for an adapter: the last part of its path, without dots, which PEFT does not allow."""
+    return Path(adapter).name.replace(".", "-") or "adapter"

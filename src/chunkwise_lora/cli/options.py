@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,31 @@ from chunkwise_lora.errors import ChunkWiseError
 if TYPE_CHECKING:
     import torch
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON.")]
+
+def path_given(text: str) -> Path:
+    """The path in the value of an option.
+
+    Raises:
+        BadParameter: The value is empty, which `Path` takes for the current folder.
+    """
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
+def _is_no_folder(path: Path | None) -> Path | None:
+    """Refuse a folder as the file of `--json`, before anything runs."""
+    if path is not None and os.path.isdir(path):
+        raise ChunkWiseError(f"--json {path}: is a folder; give a file in it")
+    return path
+
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the results as JSON.", parser=path_given, callback=_is_no_folder
+    ),
+]
 ModelOption = Annotated[
     str,
     typer.Option(metavar="MODEL", help="Base model: a folder or a name on the hub.", show_default="the embedded model"),

@@ -51,26 +51,42 @@ def rank_legend(ranks: Sequence[float]) -> Text:
     """A legend of the colours of ranks. `ranks` must rise, and the last one is the full rank."""
     text = Text("rank ")
     for rank in ranks:
-        text.append(f" {rank:.3g} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
+        text.append(f" {_rank(rank)} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
     return text.append("  │ chunk boundary   prompt in italics")
 
 
-def ladder_table(ladder: RankLadder, rows: int = 40) -> Table:
-    """The singular values of at most `rows` modules, and the share of their squares that each rung keeps."""
+def ladder_table(ladder: RankLadder, rows: int = 40, columns: int = 8) -> Table:
+    """The singular values of at most `rows` modules, and the share of their squares that rungs keep.
+
+    At most `columns` rungs between the first and the last one are shown, at even distances.
+    """
+    inner = range(1, len(ladder.rung_ranks) - 1)
+    step = max(1, -(-len(inner) // columns))
+    rungs = inner[(len(inner) - 1) % step :: step]  # the last one is always shown
     prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
     table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung", box=SIMPLE_HEAD, padding=0)
     table.add_column(Text(shown(f"{prefix}.", 60)) if prefix else "module", no_wrap=True)
     table.add_column("r", justify="right")
     table.add_column("spectrum", no_wrap=True)
-    for rank in ladder.rung_ranks[1:-1]:
-        table.add_column(f"{rank:.3g}", justify="right")
+    for rung in rungs:
+        table.add_column(_rank(ladder.rung_ranks[rung]), justify="right")
     for name, module in list(ladder.modules.items())[:rows]:
-        energies = [f"{module.energy(k):.0%}" for k in module.ranks[1:-1]]
+        energies = [f"{module.energy(module.ranks[rung]):.0%}" for rung in rungs]
         label = Text(shown(name.removeprefix(f"{prefix}."), 60))
         table.add_row(label, str(module.rank), sparkline(module.sigma.tolist()), *energies)
-    if len(ladder.modules) > rows:
-        table.caption = f"{len(ladder.modules) - rows} more modules; --json writes all of them"
+    hidden = [
+        f"{count} more {what}"
+        for count, what in ((len(ladder.modules) - rows, "modules"), (len(inner) - len(rungs), "rungs"))
+        if count > 0
+    ]
+    if hidden:
+        table.caption = f"{' and '.join(hidden)}; --json writes all of them"
     return table
+
+
+def _rank(rank: float) -> str:
+    """A rank as people read it: at most one decimal."""
+    return f"{round(rank, 1):g}"
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:

@@ -17,8 +17,8 @@ PICKLE_NAME = "adapter_model.bin"
 MLX_WEIGHTS_NAME = "adapters.safetensors"
 """The file in which mlx-lm stores an adapter."""
 
-HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
-"""Matches names of repositories on the hub. Anything else can only be a folder."""
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""Matches names of repositories on the hub, owner/name. Anything else can only be a folder."""
 
 MOST_NAMED = 5
 """Bound on the folders that an error lists."""
@@ -42,7 +42,9 @@ def find_folder(adapter: str | Path, subfolder: str | None = None) -> Path | Non
     if os.path.lexists(adapter):
         raise LadderError(f"{adapter}: is not a folder that can be opened; give the folder of a PEFT adapter")
     if not HUB_NAME.fullmatch(str(adapter)):
-        raise LadderError(f"{shown(adapter)}: there is no such folder; give the folder of a PEFT adapter")
+        raise LadderError(
+            f"{shown(adapter)}: there is no such folder; give the folder of a PEFT adapter, or owner/name on the hub"
+        )
     return None
 
 

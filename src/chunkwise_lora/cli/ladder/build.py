@@ -9,7 +9,7 @@ import typer
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
-from chunkwise_lora.cli.options import JsonOption, dtype_named
+from chunkwise_lora.cli.options import JsonOption, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import ladder_table
@@ -24,7 +24,10 @@ def build(
     adapter: Annotated[
         str, typer.Argument(help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the ladder to.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write the ladder to.", parser=path_given),
+    ],
     base: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Base model for a data-aware ladder: a folder or a name on the hub."),

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from chunkwise_lora import embedded
-from chunkwise_lora.cli.options import JsonOption, dtype_named, share
+from chunkwise_lora.cli.options import JsonOption, dtype_named, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.errors import ChunkWiseError
 
@@ -49,6 +49,8 @@ def export(
         typer.Option(
             "--output",
             "-o",
+            metavar="PATH",
+            parser=path_given,
             help="Folder to write the PEFT adapter to, other than a ladder's folder; for GGUF, the file to write.",
         ),
     ],

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from chunkwise_lora import embedded
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption
+from chunkwise_lora.cli.options import JsonOption, ModelOption, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.errors import ChunkWiseError
@@ -28,7 +28,11 @@ def measure(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder to write the measured ladder to. It may be the ladder's own folder."
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder to write the measured ladder to. It may be the ladder's own folder.",
+            parser=path_given,
         ),
     ],
     task: Annotated[
