@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ConfigError
 from chunkwise_lora.calibration import CalibrationConfig
-from chunkwise_lora.engines.vllm.settings import Choice
+from chunkwise_lora.engines.requested_config import Choice
 from chunkwise_lora.method.config import (
     PRESETS,
     ChunkingConfig,

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder, embedded
 from chunkwise_lora.benchmark.shapes import random_adapter
 from chunkwise_lora.engines.base import Engine as ChunkWiseEngine
+from chunkwise_lora.engines.requested_config import KEY, Choice
 from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ComplexityConfig
@@ -106,8 +107,8 @@ def test_options_that_ladders_do_not_support_are_refused_by_name(changes: dict[s
 
 def test_the_environment_is_settled_for_all_processes(engine: Engine) -> None:
     config = engine.llm.llm_engine.vllm_config
-    assert settings.of_server(config.additional_config) == settings.Choice()
-    assert settings.KEY in config.additional_config
+    assert settings.of_server(config.additional_config) == Choice()
+    assert KEY in config.additional_config
 
 
 def copy_adapter(folder: Path, **changes: Any) -> Path:
@@ -241,7 +242,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
 
 def test_files_are_checked_again_only_when_they_change(tmp_path: Path) -> None:
     loading._check.cache_clear()
-    server = settings.Choice()
+    server = Choice()
     for _ in range(2):
         loading.check(str(copy_adapter(tmp_path)) if not list(tmp_path.iterdir()) else str(tmp_path), server)
     assert loading._check.cache_info()[:2] == (1, 1)

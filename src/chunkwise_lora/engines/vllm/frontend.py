@@ -11,6 +11,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import get_adapter_absolute_path
 
+from chunkwise_lora.engines.requested_config import KEY, of_request
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError
 
@@ -42,7 +43,7 @@ def prepare(config: VllmConfig) -> None:
     server = settings.of_server(config.additional_config)
     if isinstance(config.additional_config, dict):  # workers on other machines have another environment
         choice = server.model_dump(mode="json", exclude_none=True)
-        config.additional_config = {**config.additional_config, settings.KEY: choice}
+        config.additional_config = {**config.additional_config, KEY: choice}
     # A captured graph would repeat the plan of one pass.
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     metrics.open_folder()
@@ -56,7 +57,7 @@ def accept(config: VllmConfig, request: Any) -> None:
     """
     extra_args = getattr(request.sampling_params, "extra_args", None)
     try:
-        wanted = settings.of_request(extra_args)
+        wanted = of_request(extra_args)
         if request.lora_request is None:
             if wanted is not None:
                 raise EngineError("a chunkwise preset or mean rank is given, but the request names no adapter")
@@ -92,4 +93,4 @@ def private_key(request: Any, end: int) -> list[tuple[str, str]]:
     after a preemption; no other request does.
     """
     is_private = (request.cache_salt or "").endswith(settings.PRIVATE)
-    return [(settings.KEY, request.request_id)] if is_private and end > request.num_prompt_tokens else []
+    return [(KEY, request.request_id)] if is_private and end > request.num_prompt_tokens else []

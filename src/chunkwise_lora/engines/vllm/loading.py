@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from chunkwise_lora.engines.base import config_for, refuse_non_finite
-from chunkwise_lora.engines.vllm import settings
+from chunkwise_lora.engines.requested_config import Choice
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
@@ -42,7 +42,7 @@ def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
         )
 
 
-def check(path: str, server: settings.Choice) -> ChunkWiseConfig:
+def check(path: str, server: Choice) -> ChunkWiseConfig:
     """Check that the folder can be served, before an engine loads it.
 
     The files are read again only when they have changed.
@@ -69,7 +69,7 @@ def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 @lru_cache(maxsize=1024)
-def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
+def _check(path: str, server: Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
     if not is_ladder(path):
         adapter = PeftAdapter.load(path)  # without the SVD, which only the worker needs
         if not adapter.of_ladder:
@@ -78,7 +78,7 @@ def _check(path: str, server: settings.Choice, *stamps: tuple[str, int, int]) ->
     return config_of(load(path), server, path)
 
 
-def config_of(ladder: RankLadder | None, server: settings.Choice, path: str) -> ChunkWiseConfig:
+def config_of(ladder: RankLadder | None, server: Choice, path: str) -> ChunkWiseConfig:
     """Return the config of requests that do not ask for another one. `ladder` is None for a plain adapter.
 
     Raises:

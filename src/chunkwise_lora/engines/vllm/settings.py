@@ -1,7 +1,6 @@
-"""Reads the `ChunkWiseConfig` that a server or a request asks for.
+"""Settings of vLLM's server, and the config that a request carries from the API server to the workers.
 
-A server names a config in its `--additional-config`, or else in its environment. A request names one in its extra
-arguments. `chunkwise_lora.engines.base.config_for` decides which of them applies.
+A server names a config in its `--additional-config`, or else in its environment.
 """
 
 from __future__ import annotations
@@ -10,44 +9,15 @@ import hashlib
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import Field, model_validator
-
+from chunkwise_lora.engines.requested_config import KEY, Choice
 from chunkwise_lora.errors import ConfigError
-from chunkwise_lora.method.config import ChunkWiseConfig, StrictConfig
-
-KEY = "chunkwise"
-"""Key of our settings in vLLM's `--additional-config`. With an underscore, prefix of a request's extra arguments."""
+from chunkwise_lora.method.config import ChunkWiseConfig
 
 SALT = f"{KEY}:"
 PRIVATE = ":private"
 """End of the salt of requests whose plan reads entropies, so that no other request has the same plan."""
-
-
-class Choice(StrictConfig):
-    """A config that is given in one of three ways, or no config."""
-
-    preset: Literal["lossless", "balanced", "compact"] | None = Field(None, description="A preset's name.")
-    mean_rank: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Every token alike, at the rung nearest to this share of the full rank."
-    )
-    config: ChunkWiseConfig | None = Field(None, description="All settings of the method; for servers only.")
-
-    @model_validator(mode="after")
-    def _at_most_one(self) -> Self:
-        if sum(value is not None for value in (self.preset, self.mean_rank, self.config)) > 1:
-            raise ConfigError("Choice: give one of preset, mean_rank and config, not several")
-        return self
-
-    @property
-    def chosen(self) -> ChunkWiseConfig | None:
-        """The config that is given, or None."""
-        if self.preset is not None:
-            return ChunkWiseConfig.preset(self.preset)
-        if self.mean_rank is not None:
-            return ChunkWiseConfig.uniform(self.mean_rank)
-        return self.config
 
 
 def of_server(additional_config: Any) -> Choice:
@@ -69,21 +39,6 @@ def of_server(additional_config: Any) -> Choice:
         return Choice.model_validate(given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def of_request(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
-    """Return the config in a request's extra argument `chunkwise_preset` or `chunkwise_mean_rank`, or None.
-
-    Raises:
-        ConfigError: A name is unknown, or a value is impossible.
-    """
-    prefix = f"{KEY}_"
-    given = {name: value for name, value in (extra_args or {}).items() if name.startswith(prefix)}
-    if not given:
-        return None
-    if unknown := given.keys() - {f"{prefix}preset", f"{prefix}mean_rank"}:
-        raise ConfigError(f"unknown {', '.join(sorted(unknown))}; give {prefix}preset or {prefix}mean_rank")
-    return Choice.model_validate({name.removeprefix(prefix): value for name, value in given.items()}).chosen
 
 
 def with_config(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:

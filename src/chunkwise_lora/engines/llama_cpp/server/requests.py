@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from chunkwise_lora.engines.llama_cpp.model import ChunkWiseLlama
 from chunkwise_lora.engines.llama_cpp.session import Request
-from chunkwise_lora.engines.vllm.settings import of_request
+from chunkwise_lora.engines.requested_config import of_request
 from chunkwise_lora.errors import ChunkWiseError, EngineError
 
 Message = MutableMapping[str, Any]
