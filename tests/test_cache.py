@@ -202,12 +202,11 @@ def test_stream_gives_a_text_the_logits_that_generation_had(preset: str) -> None
     tokens, logits = greedy(model, inputs, 24)
     expected = trace_of(model)
     pieces = [inputs["input_ids"], *tokens[:, :-1].split(1, dim=1)]
-    with torch.no_grad(), model.stream(batch=2, prompt_columns=20) as session:
+    with torch.no_grad(), model.stream(batch=2, prompt_columns=20) as call:
         scored = [
-            model.model(input_ids=piece, past_key_values=session.cache, use_cache=True).logits[:, -1]
-            for piece in pieces
+            model.model(input_ids=piece, past_key_values=call.cache, use_cache=True).logits[:, -1] for piece in pieces
         ]
-        trace = session.trace()
+        trace = call.trace()
     assert (torch.stack(scored, dim=1) - logits).abs().max() < 1e-4
     assert [sequence.ranks for sequence in trace.sequences] == [sequence.ranks for sequence in expected.sequences]
     assert trace.kv_bytes == expected.kv_bytes
@@ -264,10 +263,10 @@ def test_every_beam_is_planned_like_its_tokens_alone(config: ChunkWiseConfig) ->
         prompt_tokens = int(inputs["attention_mask"][row // 3].sum())
         ids = torch.tensor(beam.tokens)
         assert torch.equal(ids[:prompt_tokens], inputs["input_ids"][row // 3][-prompt_tokens:])
-        with torch.no_grad(), model.stream(prompt_columns=prompt_tokens) as session:
+        with torch.no_grad(), model.stream(prompt_columns=prompt_tokens) as call:
             for piece in (ids[:prompt_tokens], *ids[prompt_tokens:].split(1)):
-                model.model(input_ids=piece[None], past_key_values=session.cache)
-            (alone,) = session.trace().sequences
+                model.model(input_ids=piece[None], past_key_values=call.cache)
+            (alone,) = call.trace().sequences
         assert beam.ranks == pytest.approx(alone.ranks)
         assert [scheduled.kv for scheduled in beam.chunks] == [scheduled.kv for scheduled in alone.chunks]
 
@@ -286,9 +285,9 @@ def test_beams_with_a_kv_policy_have_the_scores_of_their_tokens_alone() -> None:
         length_penalty=0.0,
     )
     sequence = output.sequences[0]
-    with torch.no_grad(), model.stream(prompt_columns=12) as session:
+    with torch.no_grad(), model.stream(prompt_columns=12) as call:
         log_p = [
-            model.model(input_ids=piece[None], past_key_values=session.cache).logits[0, -1].log_softmax(-1)
+            model.model(input_ids=piece[None], past_key_values=call.cache).logits[0, -1].log_softmax(-1)
             for piece in (sequence[:12], *sequence[12:-1].split(1))
         ]
     total = sum(float(row[token]) for row, token in zip(log_p, sequence[12:], strict=True))
@@ -812,12 +811,12 @@ def test_a_long_generation_needs_no_more_memory_than_a_short_one() -> None:
     config = kv_only(window, window, window)
     model = ChunkWiseModel(build("llama"), adapter("llama"), config)
     held, token = [], torch.tensor([[5]])
-    with torch.no_grad(), model.stream() as session:
+    with torch.no_grad(), model.stream() as call:
         for step in range(4000):
-            logits = model.model(token, past_key_values=session.cache, use_cache=True).logits[0, -1]
+            logits = model.model(token, past_key_values=call.cache, use_cache=True).logits[0, -1]
             token = (logits + torch.randn(VOCABULARY)).argmax()[None, None]
             if step % 500 == 499:
-                held.append((session.cache.nbytes, session.cache.chunkwise_layers[0].slots))
-    assert session.cache.get_seq_length() == 4000
+                held.append((call.cache.nbytes, call.cache.chunkwise_layers[0].slots))
+    assert call.cache.get_seq_length() == 4000
     assert max(slots for _, slots in held) < 200 * 9 / 8 + 40
     assert max(nbytes for nbytes, _ in held[1:]) < 1.3 * held[0][0]

@@ -87,8 +87,8 @@ def test_the_model_fulfils_the_protocol_of_an_engine() -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"))
     assert isinstance(model, Engine)
     assert model.planner is None
-    with model.stream() as session:
-        assert model.planner is session.planner
+    with model.stream() as call:
+        assert model.planner is call.planner
 
 
 # The server

@@ -66,10 +66,10 @@ def test_the_plan_is_that_of_the_transformers_engine(
         # The transformers engine runs the tokens that vLLM generated, one by one after the prompt.
         with transformers_model.stream(
             prompt_columns=len(ids), adapter_names=Path(adapter).name, chunkwise_config=config
-        ) as session:
+        ) as call:
             for part in ([ids], *([[token]] for token in tokens[len(ids) : -1])):
-                transformers_model.model(torch.tensor(part), past_key_values=session.cache)
-            ranks = session.trace().sequences[0].ranks
+                transformers_model.model(torch.tensor(part), past_key_values=call.cache)
+            ranks = call.trace().sequences[0].ranks
         if plan.constant_weights is not None:
             assert set(ranks) == {float(plan.constant_weights @ plan.adapter.rung_ranks)}
         else:

@@ -19,10 +19,10 @@ def perplexity(method: Method, tokens: Tensor) -> float:
         logits = method.model(input_ids=tokens).logits[0, :-1]
     else:
         steps = []
-        with method.chunkwise.stream(chunkwise_config=method.config) as session:
+        with method.chunkwise.stream(chunkwise_config=method.config) as call:
             for column in range(tokens.shape[1] - 1):
                 ids = tokens[:, column : column + 1]
-                steps.append(method.model(input_ids=ids, past_key_values=session.cache, use_cache=True).logits[0, -1])
+                steps.append(method.model(input_ids=ids, past_key_values=call.cache, use_cache=True).logits[0, -1])
         logits = torch.stack(steps)
     loss = torch.nn.functional.cross_entropy(logits.float(), tokens[0, 1:])
     return float(loss.exp())

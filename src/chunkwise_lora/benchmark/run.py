@@ -29,9 +29,9 @@ class Run:
         self._model = method.model
         batch, self._columns = prompt.shape
         names = list(islice(cycle(method.adapters), batch)) or None
-        self._session = None
+        self._call = None
         if method.chunkwise is not None:
-            self._session = self._stack.enter_context(
+            self._call = self._stack.enter_context(
                 method.chunkwise.stream(
                     batch=batch,
                     prompt_columns=self._columns,
@@ -39,13 +39,13 @@ class Run:
                     chunkwise_config=method.config,
                 )
             )
-            self.cache: Any = self._session.cache
+            self.cache: Any = self._call.cache
         else:
             self.cache = cache_for(method.name, self._model, length)
             if names is not None and method.name != BASE:
                 # PEFT's `generate` does this once per call.
                 self._stack.enter_context(self._model._enable_peft_forward_hooks(adapter_names=names))
-        cut = self._session is not None and self._session.session.acts and prompt.shape[1] > LONG_PROMPT
+        cut = self._call is not None and self._call.session.acts and prompt.shape[1] > LONG_PROMPT
         self._pieces = prompt.split(PREFILL_TOKENS if cut else prompt.shape[1], dim=1)
         self._next = prompt[:, -1:]
 
@@ -84,7 +84,7 @@ class Run:
     @property
     def kv_bytes(self) -> int:
         """Bytes of storage that the cache's tensors hold."""
-        if self._session is not None:
+        if self._call is not None:
             return self.cache.nbytes
         tensors = (tensor for layer in self.cache.layers for tensor in vars(layer).values())
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
@@ -92,15 +92,15 @@ class Run:
     @property
     def adapter_bytes(self) -> float:
         """Bytes of adapter weights read per forward pass, averaged over the passes so far."""
-        if self._session is None:
+        if self._call is None:
             return float(self.method.adapter_bytes)
-        trace = self._session.trace()
+        trace = self._call.trace()
         return trace.adapter_bytes_read / trace.passes
 
     @property
     def scheduler_seconds(self) -> float:
         """Seconds spent on planning so far; 0 for a baseline."""
-        return 0.0 if self._session is None else self._session.trace().scheduler_seconds
+        return 0.0 if self._call is None else self._call.trace().scheduler_seconds
 
 
 def _now(device: torch.device) -> float:

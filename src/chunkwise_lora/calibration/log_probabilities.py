@@ -78,8 +78,8 @@ def log_probabilities(
     count = model.ladders[adapter].rungs
     plan = np.broadcast_to(count - 1 if rungs is None else rungs, tuple(tokens.shape))
     lossless = ChunkWiseConfig.preset("lossless")
-    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as session:
-        session.follow([FixedScheduler(row, count, scale) for row in plan])
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as call:
+        call.follow([FixedScheduler(row, count, scale) for row in plan])
         logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
     return logits.float().log_softmax(-1)
 
@@ -93,9 +93,9 @@ def log_probabilities_in_one_pass(
     The entropies of the predictions are unknown to the policy, and keys and values stay in full precision.
     """
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
-    with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as session:
+    with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as call:
         logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
-    ranks = np.array([sequence.ranks for sequence in session.trace().sequences])
+    ranks = np.array([sequence.ranks for sequence in call.trace().sequences])
     return ScoredPass(logits.float().log_softmax(-1), ranks)
 
 
@@ -108,11 +108,11 @@ def log_probabilities_token_by_token(
     The plan, the cross-fades and the KV policy of `config` are all in force.
     """
     steps = []
-    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as session:
+    with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as call:
         for column in tokens.split(1, dim=1):
-            logits = model.base(input_ids=column, past_key_values=session.cache, use_cache=True).logits
+            logits = model.base(input_ids=column, past_key_values=call.cache, use_cache=True).logits
             steps.append(logits[:, -1].float().log_softmax(-1))
-    trace = session.trace()
+    trace = call.trace()
     ranks = np.array([sequence.ranks for sequence in trace.sequences])
     return ScoredPass(torch.stack(steps, dim=1), ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
 
