@@ -18,6 +18,7 @@ from architectures import ARCHITECTURES, IMAGES, PAD, VOCABULARY, prompts
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
+from chunkwise_lora.ladder.peft_model import plain_adapter
 from chunkwise_lora.method.config import (
     ChunkingConfig,
     CompositionConfig,
@@ -133,9 +134,8 @@ def plain_layers(cache: Cache) -> list[DynamicLayer]:
 def masked_generation(pair: Pair, ids: Tensor, new_tokens: int) -> Tensor:
     """Logits (new, vocabulary) of greedy generation by PEFT, whose cache keeps all tokens, under a mask of the kept."""
     model = pair.peft.get_base_model()
-    scheduler = RuntimeScheduler(
-        DROPS, RankLadder.from_peft(pair.ours.model, adapter_name="first").rung_ranks, VOCABULARY
-    )
+    ladder = RankLadder.of_adapter(plain_adapter(pair.ours.model, "first"))
+    scheduler = RuntimeScheduler(DROPS, ladder.rung_ranks, VOCABULARY)
     cache = DynamicCache(config=model.config)
     kept, new, logits = torch.zeros(0, dtype=torch.bool), ids, []
     for _ in range(new_tokens):
