@@ -159,8 +159,9 @@ def calibrate(
 def _print_result(result: Calibration, output: Path) -> None:
     console.print(calibration_table(result))
     check = result.check
+    change = "rise" if check.loss_increase >= 0 else "fall"
     print_plain(
-        f"Expect the loss to rise by {check.loss_increase:.2%} (95% interval: plus or minus "
+        f"Expect the loss to {change} by {abs(check.loss_increase):.2%} (95% interval: plus or minus "
         f"{check.loss_increase_error:.2%}) at a mean rank of {check.mean_rank:.1f} of "
         f"{result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV bytes. This was measured on "
         f"{check.tokens:,} tokens of unseen text."
