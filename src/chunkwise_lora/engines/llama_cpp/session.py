@@ -14,9 +14,8 @@ from chunkwise_lora.engines.llama_cpp.graph import Graph
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig
-from chunkwise_lora.method.segments import ranks_of
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
-from chunkwise_lora.method.trace import SequenceTrace, Trace
+from chunkwise_lora.method.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,27 +208,17 @@ class Session:
         """Return what happened to the texts; None before the first one."""
         if not self._running:
             return self._last
-        traces = []
+        sequences = tuple(running.planner.trace() for running in self._running.values())
         notes = dict.fromkeys(self._graph.notes)
         for running in self._running.values():
-            adapter, planner = running.request.adapter, running.planner
             notes |= dict.fromkeys(kv.left_undone(self._llm, running.request.config.kv_cache))
-            traces.append(
-                SequenceTrace(
-                    adapter=None if adapter is NO_ADAPTER else adapter.name,
-                    tokens=tuple(planner.tokens),
-                    ranks=tuple(ranks_of(planner.weights, adapter.rung_ranks).tolist()),
-                    full_rank=float(adapter.rung_ranks[-1]),
-                    chunks=tuple(planner.chunks),
-                )
-            )
         return Trace(
-            sequences=tuple(traces),
+            sequences=sequences,
             passes=self._passes,
             adapter_bytes_read=self._bytes_read,
             kv_bytes=sum(kv.used_bytes(self._llm, running.sequence) for running in self._running.values()),
             kv_bytes_reserved=kv.reserved_bytes(self._llm),
-            kv_bytes_full=sum(len(trace.tokens) for trace in traces) * kv.full_bytes_per_token(self._llm),
+            kv_bytes_full=sum(len(sequence.tokens) for sequence in sequences) * kv.full_bytes_per_token(self._llm),
             kv_notes=tuple(notes),
             notes=(),
             scheduler_seconds=self.planner.seconds,
