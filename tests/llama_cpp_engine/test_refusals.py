@@ -146,7 +146,11 @@ def test_the_check_at_load_knows_right_kernels_from_wrong_ones(
         modules = {name: replace(factors, down=1.5 * factors.down) for name, factors in random.modules.items()}
         return replace(random, modules=modules)
 
+    llm = tiny(architecture)
     monkeypatch.setattr(selfcheck, "_rank_1", wrong)
+    with pytest.raises(EngineError, match="do not compute"):
+        llm.load_adapter(adapter(architecture, seed=5), "other")
+    assert np.abs(logits_of(llm, ids) - peft_logits(architecture, ids)).max() < 1e-4, "the first one still runs"
     with pytest.raises(EngineError, match=r"do not compute what llama.cpp's own LoRA computes"):
         tiny(architecture)
 

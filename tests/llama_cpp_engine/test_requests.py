@@ -256,6 +256,21 @@ def test_adapters_are_loaded_replaced_and_deleted(llm: ChunkWiseLlama) -> None:
     assert text(other, PROMPT, adapter="two") == texts["e2e"]
 
 
+def test_a_change_of_adapters_ends_a_running_text(llm: ChunkWiseLlama) -> None:
+    other = text_model()
+    stream = other.create_completion(FACTS, adapter="e2e", stream=True, **GREEDY)
+    next(stream)
+    other.load_adapter(WIKI, "third")
+    with pytest.raises(EngineError, match="another request began"):
+        list(stream)
+    with other.using("third"):
+        found = logits_of(other, token_ids(12))
+        other.delete_adapter("third")
+    assert other.n_tokens == 0
+    with llm.using("wiki"):
+        assert np.abs(logits_of(llm, token_ids(12)) - found).max() < 1e-4
+
+
 def test_an_adapter_of_other_modules_beside_it_changes_nothing() -> None:
     ids = token_ids(30)
     both = ChunkWiseLlama(

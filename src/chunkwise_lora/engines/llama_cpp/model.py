@@ -118,8 +118,6 @@ class ChunkWiseLlama(llama_cpp.Llama):
         given = adapters if isinstance(adapters, Mapping) else {} if adapters is None else {DEFAULT: adapters}
         for name, source in given.items():
             self._add(source, name)
-        if isinstance(self._graph, Graph) and self._adapters and self._base.architecture.name not in TESTED:
-            check_kernels(self, self._graph, self._carrier, next(iter(self._adapters.values())))
         self._session = Session(self, self._graph, self.request)
         self._ctx.decode = self._session.decode
         self._install()
@@ -179,17 +177,19 @@ class ChunkWiseLlama(llama_cpp.Llama):
         return next(iter(self._adapters), BASE)
 
     def load_adapter(self, source: Source, adapter_name: str = DEFAULT) -> None:
-        """Load an adapter, and call it `adapter_name`. It replaces an adapter of the same name.
+        """Load an adapter as `adapter_name`. It replaces an adapter of the same name, and ends a running text.
 
         Raises:
             EngineError: The name is reserved, or the adapter does not fit the model.
             LadderError: The adapter cannot be read, or holds NaN or infinity.
         """
-        self._add(source, adapter_name)
-        self._install()
+        try:
+            self._add(source, adapter_name)
+        finally:
+            self._install()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Unload an adapter.
+        """Unload an adapter. This ends a running text.
 
         Raises:
             EngineError: It is not loaded.
@@ -204,10 +204,15 @@ class ChunkWiseLlama(llama_cpp.Llama):
         if not isinstance(source, (RankLadder, str, Path)):
             raise EngineError(f"adapter {name!r} is a {type(source).__name__}; give a RankLadder, or a folder")
         ladder = source if isinstance(source, RankLadder) else RankLadder.load(source)
-        self._adapters[name] = LoadedAdapter.load(name, ladder, self._base, self._factors)
+        loaded = LoadedAdapter.load(name, ladder, self._base, self._factors)
+        if isinstance(self._graph, Graph) and self._base.architecture.name not in TESTED:
+            check_kernels(self, self._graph, self._carrier, loaded)
+        self._adapters[name] = loaded
 
     def _install(self) -> None:
         self._session.end()
+        self.n_tokens, self._requires_eval = 0, True
+        self._turn += 1
         if isinstance(self._graph, Graph):
             self._carrier.cover(self._base.architecture.name, shapes_of(self._adapters))
         self._graph.install({adapter.info.key: adapter for adapter in self._adapters.values()})
@@ -419,8 +424,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
 
     def save_state(self) -> ChunkWiseState:
         """Save the context like `Llama.save_state`, with the plan of its tokens."""
-        state = super().save_state()
-        state.__class__ = ChunkWiseState
+        state = ChunkWiseState(**vars(super().save_state()))
         state.running = self._session.saved()
         return state
 

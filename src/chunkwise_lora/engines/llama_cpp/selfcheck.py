@@ -75,7 +75,7 @@ def _logits(llm: Any) -> np.ndarray:
 
     llm._ctx.kv_cache_clear()
     llm._batch.set_batch(TOKENS.tolist(), n_past=0, logits_all=False)
-    llm._ctx.decode(llm._batch)
+    type(llm._ctx).decode(llm._ctx, llm._batch)  # not planned
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
     llm._ctx.kv_cache_clear()
     return logits

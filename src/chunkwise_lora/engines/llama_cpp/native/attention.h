@@ -37,16 +37,22 @@ INLINE vector load_state(const char *row, int64_t v, int is_q8) {
 INLINE void attend_cells(const Cells *at, int heads, int64_t width, int is_q8) {
   float scores[HEADS][CELLS];
   const int64_t count = at->count;
-  for (int64_t c = 0; c < count; c++) {
-    vector sums[HEADS];
-    const char *key = at->keys + at->cells[c] * at->key_stride;
-    for (int h = 0; h < heads; h++) sums[h] = all(0);
+  for (int64_t c = 0; c < count; c += 4) {
+    vector sums[HEADS][4];
+    for (int h = 0; h < heads; h++)
+      for (int i = 0; i < 4; i++) sums[h][i] = all(0);
     for (int64_t v = 0; v < width / LANES; v++) {
-      const vector part = load_state(key, v, is_q8);
-      for (int h = 0; h < heads; h++)
-        sums[h] += part * load((const float *)(at->query + h * at->query_stride) + v * LANES);
+      for (int i = 0; i < 4; i++) {
+        const int64_t cell = at->cells[c + i < count ? c + i : count - 1];  // past the end, the last one again
+        const vector part = load_state(at->keys + cell * at->key_stride, v, is_q8);
+        for (int h = 0; h < heads; h++)
+          sums[h][i] += part * load((const float *)(at->query + h * at->query_stride) + v * LANES);
+      }
     }
-    for (int h = 0; h < heads; h++) scores[h][c] = sum(sums[h]) * at->scale + at->masks[c];
+    for (int h = 0; h < heads; h++) {
+      sum_4(scores[h] + c, sums[h][0], sums[h][1], sums[h][2], sums[h][3]);
+      for (int64_t i = c; i < c + 4 && i < count; i++) scores[h][i] = scores[h][i] * at->scale + at->masks[i];
+    }
   }
   for (int h = 0; h < heads; h++) {
     Partial *partial = partial_at(at->partials, h, width);

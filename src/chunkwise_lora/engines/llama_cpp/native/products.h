@@ -35,13 +35,16 @@ INLINE void project(float *z, int64_t z_stride, const float *x, int64_t x_stride
       }
     }
   }
+  float totals[BLOCK * BLOCK];
+  const int count = rows * directions;
+  for (int s = 0; chains == 2 && s < count; s++) sums[s] = sums[2 * s] + sums[2 * s + 1];
+  for (int s = 0; s + 4 <= count; s += 4) sum_4(totals + s, sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
+  for (int s = count / 4 * 4; s < count; s++) totals[s] = sum(sums[s]);
   for (int j = 0; j < directions; j++) {
     for (int r = 0; r < rows; r++) {
-      vector total = sums[(j * rows + r) * chains];
-      if (chains == 2) total += sums[(j * rows + r) * chains + 1];
       float rest = 0;
       for (int64_t k = i; k < in; k++) rest += widen_one(down, (first + j) * in + k, element) * x[r * x_stride + k];
-      z[r * z_stride + first + j] = sum(total) + rest;
+      z[r * z_stride + first + j] = totals[j * rows + r] + rest;
     }
   }
 }
