@@ -4,11 +4,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__F16C__)
 #define LANES 16
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
 #define LANES 8
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
@@ -27,7 +28,7 @@ INLINE void store(float *to, vector v) { *(unaligned *)to = v; }
 INLINE vector all(float value) { return value - (vector){0}; }
 
 INLINE float sum(vector v) {
-#if defined(__AVX512F__)
+#if LANES == 16
   return _mm512_reduce_add_ps((__m512)v);
 #elif LANES == 8
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
@@ -40,7 +41,7 @@ INLINE float sum(vector v) {
 
 // The sums of four vectors, which cost little more together than one alone.
 INLINE void sum_4(float *sums, vector a, vector b, vector c, vector d) {
-#if defined(__AVX512F__)
+#if LANES == 16
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
   const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
@@ -60,17 +61,21 @@ INLINE float float_of(uint32_t bits) {
 
 // Exact, also for subnormal numbers, infinities and NaN.
 INLINE float widen_half(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
   const uint32_t size = (uint32_t)(half & 0x7fff) << 13, exponent = size & 0x0f800000;
   const float small = float_of(size + (113u << 23)) - float_of(113u << 23);
   const float large = float_of(size + (exponent == 0x0f800000 ? 224u << 23 : 112u << 23));
   const float value = exponent ? large : small;
   return half & 0x8000 ? -value : value;
+#endif
 }
 
 INLINE vector load_halves(const uint16_t *from) {
-#if defined(__AVX512F__)
+#if LANES == 16
   return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-#elif LANES == 8 && defined(__F16C__)
+#elif LANES == 8
   return (vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #elif defined(__aarch64__) && LANES == 4 && defined(__ARM_NEON)
   return (vector)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
@@ -82,9 +87,9 @@ INLINE vector load_halves(const uint16_t *from) {
 }
 
 INLINE vector load_codes(const int8_t *from) {
-#if defined(__AVX512F__)
+#if LANES == 16
   return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
-#elif LANES == 8 && defined(__F16C__)
+#elif LANES == 8
   return (vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 #elif defined(__aarch64__) && LANES == 4 && defined(__ARM_NEON)
   int32_t four;
