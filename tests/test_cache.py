@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from caches import new_cache, run_pass
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder, RuntimeScheduler, Trace
@@ -90,7 +90,7 @@ def slow_generation(
     ladder = RankLadder.from_peft(adapter(architecture))
     scheduler = RuntimeScheduler(config, ladder.rung_ranks, model.config.vocab_size)
     cache = DynamicCache(config=model.config)
-    full = [layer for layer in cache.layers if not isinstance(layer, DynamicSlidingWindowLayer)]
+    full = [layer for layer in cache.layers if type(layer) is DynamicLayer]
     hybrid = len(full) < len(cache.layers)
     hidden = torch.zeros(0, dtype=torch.bool)
     new, logits = prompt, []
@@ -105,7 +105,7 @@ def slow_generation(
         positions = torch.arange(len(hidden), len(hidden) + len(new))[None]
         with torch.no_grad():
             output = model.get_base_model()(
-                input_ids=new[None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                input_ids=new[None], attention_mask=mask, position_ids=positions, **{versions.CACHE: cache}
             )
         hidden = torch.cat([hidden, torch.zeros(len(new), dtype=torch.bool)])
         for decision in decisions:
@@ -144,6 +144,11 @@ def test_a_padded_batch_equals_each_sequence_with_a_masked_full_cache(
     config, inputs = kv_only(*POLICIES[policy]), prompts((5, 27, 16))
     model = ChunkWiseModel(build(architecture), adapter(architecture), config, FAST[fast])
     tokens, logits = greedy(model, inputs, 40)
+    if model.base.config._attn_implementation == "eager":
+        assert any(
+            "does not read its cache through the engine's attention" in note for note in trace_of(model).kv_notes
+        )
+        pytest.skip("since transformers 5.24, models that cap attention scores run their own attention code")
     hidden = 0
     for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
         expected_tokens, expected_logits, hidden_here = slow_generation(architecture, config, ids[mask.bool()], 40)
@@ -204,7 +209,8 @@ def test_stream_gives_a_text_the_logits_that_generation_had(preset: str) -> None
     pieces = [inputs["input_ids"], *tokens[:, :-1].split(1, dim=1)]
     with torch.no_grad(), model.stream(batch=2, prompt_columns=20) as call:
         scored = [
-            model.model(input_ids=piece, past_key_values=call.cache, use_cache=True).logits[:, -1] for piece in pieces
+            model.model(input_ids=piece, **{versions.CACHE: call.cache}, use_cache=True).logits[:, -1]
+            for piece in pieces
         ]
         trace = call.trace()
     assert (torch.stack(scored, dim=1) - logits).abs().max() < 1e-4
@@ -265,7 +271,7 @@ def test_every_beam_is_planned_like_its_tokens_alone(config: ChunkWiseConfig) ->
         assert torch.equal(ids[:prompt_tokens], inputs["input_ids"][row // 3][-prompt_tokens:])
         with torch.no_grad(), model.stream(prompt_columns=prompt_tokens) as call:
             for piece in (ids[:prompt_tokens], *ids[prompt_tokens:].split(1)):
-                model.model(input_ids=piece[None], past_key_values=call.cache)
+                model.model(input_ids=piece[None], **{versions.CACHE: call.cache})
             (alone,) = call.trace().sequences
         assert beam.ranks == pytest.approx(alone.ranks)
         assert [scheduled.kv for scheduled in beam.chunks] == [scheduled.kv for scheduled in alone.chunks]
@@ -287,7 +293,7 @@ def test_beams_with_a_kv_policy_have_the_scores_of_their_tokens_alone() -> None:
     sequence = output.sequences[0]
     with torch.no_grad(), model.stream(prompt_columns=12) as call:
         log_p = [
-            model.model(input_ids=piece[None], past_key_values=call.cache).logits[0, -1].log_softmax(-1)
+            model.model(input_ids=piece[None], **{versions.CACHE: call.cache}).logits[0, -1].log_softmax(-1)
             for piece in (sequence[:12], *sequence[12:-1].split(1))
         ]
     total = sum(float(row[token]) for row, token in zip(log_p, sequence[12:], strict=True))
@@ -813,7 +819,7 @@ def test_a_long_generation_needs_no_more_memory_than_a_short_one() -> None:
     held, token = [], torch.tensor([[5]])
     with torch.no_grad(), model.stream() as call:
         for step in range(4000):
-            logits = model.model(token, past_key_values=call.cache, use_cache=True).logits[0, -1]
+            logits = model.model(token, **{versions.CACHE: call.cache}, use_cache=True).logits[0, -1]
             token = (logits + torch.randn(VOCABULARY)).argmax()[None, None]
             if step % 500 == 499:
                 held.append((call.cache.nbytes, call.cache.chunkwise_layers[0].slots))

@@ -142,6 +142,18 @@ def test_a_cropped_cache_goes_on_as_if_it_had_never_been_longer(preset: str) -> 
     assert (again - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("architecture", ["gpt_neo", "bloom"])
+def test_a_cache_that_carries_out_no_decisions_is_cropped_and_repeated_too(architecture: str) -> None:
+    model, ids = ChunkWiseModel(build(architecture), adapter(architecture)), prompts((12,))["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits[:, 8:]
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(8)
+        cache.batch_repeat_interleave(2)
+        logits = model(ids[:, 8:].repeat(2, 1), past_key_values=cache).logits
+    assert (logits - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sequences_of_a_cache_may_be_repeated_and_selected(preset: str) -> None:
     model, inputs = attached(preset), prompts((30, 30))

@@ -15,7 +15,7 @@ import transformers as t
 
 import models
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
-from chunkwise_lora.engines.transformers import runner
+from chunkwise_lora.engines.transformers import runner, versions
 from models import adapter, build, greedy, peft_model, prompts
 
 LOSSLESS, BALANCED = ChunkWiseConfig.preset("lossless"), ChunkWiseConfig.preset("balanced")
@@ -127,13 +127,26 @@ def test_a_model_with_its_own_attention_gets_the_whole_cache(name: str) -> None:
     ("name", "config", "message"),
     [
         ("rwkv", BALANCED, "sees .* tokens of a pass"),
-        ("longrope", LOSSLESS, "has dropped its cache after 32 tokens.*use_cache=False"),
         ("deepseek_v3", BALANCED, "kv_b_proj: sees .* tokens of a pass of 3 x 1.*lossless preset"),
     ],
 )
 def test_a_call_that_cannot_be_planned_is_refused(name: str, config: ChunkWiseConfig, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         attached(name, config).generate(**prompts(), max_new_tokens=40, do_sample=False)
+
+
+@pytest.mark.parametrize("config", [LOSSLESS, BALANCED])
+def test_a_model_that_drops_its_cache_on_the_way_begins_again_or_is_refused(config: ChunkWiseConfig) -> None:
+    model, options = attached("longrope", config), {"max_new_tokens": 40, "do_sample": False}
+    if versions.CACHE == "past_key_values":  # transformers passed only the last token then
+        with pytest.raises(EngineError, match=r"has dropped its cache after 32 tokens.*use_cache=False"):
+            model.generate(**prompts(), **options)
+        return
+    tokens = model.generate(**prompts(), **options)
+    assert model.trace is not None
+    assert [len(sequence.tokens) for sequence in model.trace.sequences] == [44, 50, 47]
+    if config is LOSSLESS:
+        assert torch.equal(tokens, peft_model("longrope").generate(**prompts(), **options))
 
 
 def test_the_body_of_the_model_alone_runs_with_the_adapter() -> None:

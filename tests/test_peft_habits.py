@@ -266,7 +266,10 @@ def test_trainer_trains_and_saves_as_with_peft(tmp_path: Path) -> None:
             "already carries the LoRA adapters default",
         ),
         (lambda: ChunkWiseModel(build("llama")), "has no adapters; give a ladder"),
-        (lambda: ChunkWiseModel(nn.Linear(2, 2), adapter("llama")), "expected a transformers model"),
+        (
+            lambda: ChunkWiseModel(nn.Linear(2, 2), adapter("llama")),
+            "the model is a Linear; load one with AutoModelForCausalLM",
+        ),
         (
             lambda: ChunkWiseModel(two_in_peft(), {"a": RankLadder.from_peft(adapter("llama", seed=3))}),
             "not that of the weights",

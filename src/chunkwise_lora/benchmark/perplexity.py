@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.benchmark.methods import Method
+from chunkwise_lora.engines.transformers.versions import CACHE
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def perplexity(method: Method, tokens: Tensor) -> float:
         with method.chunkwise.stream(chunkwise_config=method.config) as call:
             for column in range(tokens.shape[1] - 1):
                 ids = tokens[:, column : column + 1]
-                steps.append(method.model(input_ids=ids, past_key_values=call.cache, use_cache=True).logits[0, -1])
+                steps.append(method.model(input_ids=ids, **{CACHE: call.cache}, use_cache=True).logits[0, -1])
         logits = torch.stack(steps)
     loss = torch.nn.functional.cross_entropy(logits.float(), tokens[0, 1:])
     return float(loss.exp())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from chunkwise_lora.benchmark.methods import BASE, Method, cache_for
 from chunkwise_lora.engines.transformers.runner import LONG_PROMPT, PREFILL_TOKENS
+from chunkwise_lora.engines.transformers.versions import CACHE
 
 
 class Run:
@@ -78,7 +79,7 @@ class Run:
         return (_now(self._next.device) - start) * 1e3 / steps
 
     def _pass(self, tokens: Tensor) -> None:
-        output = self._model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self._model(input_ids=tokens, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         self._next = output.logits[:, -1].argmax(-1, keepdim=True)
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
+from chunkwise_lora.engines.transformers.versions import CACHE
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 
@@ -110,7 +111,7 @@ def log_probabilities_token_by_token(
     steps = []
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as call:
         for column in tokens.split(1, dim=1):
-            logits = model.base(input_ids=column, past_key_values=call.cache, use_cache=True).logits
+            logits = model.base(input_ids=column, **{CACHE: call.cache}, use_cache=True).logits
             steps.append(logits[:, -1].float().log_softmax(-1))
     trace = call.trace()
     ranks = np.array([sequence.ranks for sequence in trace.sequences])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
+from chunkwise_lora.engines.transformers.versions import CACHE
 
 FULL = "PEFT, full rank"
 """Name of the method that all others are compared with: unmerged PEFT at full rank."""
@@ -76,7 +77,7 @@ class Method:
             ranks = [sequence.mean_rank for sequence in trace.sequences]
             return Generation(ids, ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
         cache = DynamicCache(config=self.model.config.get_text_config())
-        return Generation(self.model.generate(**inputs, past_key_values=cache, **options), [])
+        return Generation(self.model.generate(**inputs, **{CACHE: cache}, **options), [])
 
 
 def full_rank_of(methods: Sequence[Method]) -> Method:

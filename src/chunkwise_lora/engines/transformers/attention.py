@@ -37,7 +37,10 @@ def attention(
     """
     layer = getattr(key, "layer", None)
     plain = (
-        not options.get("dropout") and options.get("position_bias") is None and options.get("is_causal") is not False
+        not options.get("dropout")
+        and options.get("position_bias") is None
+        and options.get("softcap") is None
+        and options.get("is_causal") is not False
     )
     if getattr(value, "layer", None) is layer and isinstance(layer, ChunkWiseLayer):
         scaling = options.get("scaling")

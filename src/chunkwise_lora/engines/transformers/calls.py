@@ -51,6 +51,20 @@ class Call:
             return cache is None and tokens is not None and mask is not None and mask.shape[-1] > tokens.shape[1]
         return cache is not None or not self.session.columns or self.session.begins(tokens)
 
+    def is_restarted_by(self, inputs: dict[str, Any]) -> bool:
+        """Return whether a pass of `generate` runs all tokens again without the cache, as some models do when a text
+        passes their original length."""
+        cache = inputs.get(self.takes_cache_as) if self.takes_cache_as is not None else None
+        by_generate = inputs.get("use_cache") is True and inputs.get("position_ids") is not None
+        if self.cache is None or not self.cache.get_seq_length() or cache is not None or not by_generate:
+            return False
+        return self.session.begins(inputs.get("input_ids"))
+
+    def restart(self, use_kernels: bool) -> None:
+        """Begin again, with all tokens so far as prompts and an empty cache."""
+        self.session = self.session.anew()
+        self.cache = self.session.new_cache(use_kernels)
+
 
 CALL: ContextVar[Call | None] = ContextVar("chunkwise_call", default=None)
 

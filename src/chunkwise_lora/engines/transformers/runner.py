@@ -408,6 +408,9 @@ class Runner:
         if "adapter_names" in inputs or "chunkwise_config" in inputs:
             request = Request(self, inputs.pop("adapter_names", None), inputs.pop("chunkwise_config", None))
         call = running_call(self)
+        if call is not None and call.is_restarted_by(inputs):
+            call.restart(self._fast.kernels)
+            inputs[str(call.takes_cache_as)] = call.cache
         if call is not None and call.owns(inputs):
             return self._pass(called, forward, inputs, call)
         if self.base.training or (request.adapter_names is None and self._records_gradients()):

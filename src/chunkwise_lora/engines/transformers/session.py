@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
@@ -122,6 +122,10 @@ class Session:
         """By key of the adapters in use, the highest rung."""
         return {info.key: len(info.rung_ranks) - 1 for info in set(self._adapters) if info is not NO_ADAPTER}
 
+    def anew(self) -> Session:
+        """Return a new session for the same adapters, whose prompts are all tokens so far and the next one."""
+        return Session(self._owner(), self._traits, replace(self._prompts, columns=self._columns + 1))
+
     def new_cache(self, use_kernels: bool) -> SessionCache:
         """Return an empty cache that carries this session."""
         policies = [config.kv_cache for config in self._prompts.configs]
@@ -233,7 +237,7 @@ class Session:
             for row, entropy in enumerate(entropies_of(logits[:, -1]).tolist()):
                 self.planner[row].learn(len(self._real[row]), entropy)
         tokens, decisions = self._pending
-        if cache is not None and cache.chunkwise_layers:
+        if cache is not None:
             cache.check_used(tokens.shape[1])
             cache.note(tokens)
             cache.carry_out(decisions)

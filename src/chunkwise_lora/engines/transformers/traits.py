@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkwise_lora.engines.transformers.checks import GenerateOptions
 from chunkwise_lora.engines.transformers.positions import tabled_positions
-from chunkwise_lora.engines.transformers.versions import cache_name
+from chunkwise_lora.engines.transformers.versions import PLAIN_LAYERS, cache_name
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})
 """Inputs that `generate` cuts along the tokens when a prompt runs in several passes."""
@@ -110,7 +109,7 @@ def _cuts_text(model: PreTrainedModel) -> bool:
     cached = {type(layer) for layer in DynamicCache(config=config).layers}
     return (
         _mixes_tokens_by_attention_only(model)
-        and cached <= {DynamicLayer, DynamicSlidingWindowLayer}
+        and cached <= PLAIN_LAYERS
         and set(_layer_types(config)) <= _ATTENTION_LAYERS
         and set(_rope_types(config)) <= LENGTH_FREE_ROPE
     )
