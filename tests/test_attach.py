@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, LadderError, RankLadder
+from chunkwise_lora.engines.transformers.replacements import ReplacedForwards
 from models import adapter, build, greedy, prompts
 
 LOSSLESS = ChunkWiseConfig.preset("lossless")
@@ -163,3 +164,18 @@ def test_a_plain_loop_over_an_unknown_cache_is_refused() -> None:
     cache = base(prompts((6,))["input_ids"], use_cache=True).past_key_values
     with ChunkWiseModel(base, adapter("llama"), BALANCED), pytest.raises(EngineError, match="cache are unknown"):
         base(torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_attaching_that_is_interrupted_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build("llama")
+    before, attention = fingerprint(base), base.config._attn_implementation
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReplacedForwards, "refresh", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ChunkWiseModel(base, adapter("llama"), LOSSLESS)
+    assert_unchanged(base, before)
+    assert base.config._attn_implementation == attention
+    assert all(parameter.requires_grad for parameter in base.parameters())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError, RankLadder
@@ -138,14 +139,58 @@ def test_several_active_adapters_run_in_peft() -> None:
         assert (greedy(model, prompts(), 8)[1] - expected).abs().max() < 1e-4
 
 
-def test_a_merged_adapter_is_not_added_again() -> None:
-    model = two_in_peft()
+@pytest.mark.parametrize("kind", ["plain", "saved_head", "dora", "embedding"])
+def test_a_merged_adapter_is_not_added_again(kind: str) -> None:
+    model = OTHER_KINDS[kind]() if kind in OTHER_KINDS else peft_model("llama", kind)
     expected = greedy(model, prompts(), 8)[1]
-    with ChunkWiseModel(model, config=LOSSLESS):
+    with model.disable_adapter():
+        base = greedy(model, prompts(), 8)[1]
+    with ChunkWiseModel(model, config=LOSSLESS) as chunkwise:
         model.merge_adapter()
-        assert (greedy(model, prompts(), 8)[1] - expected).abs().max() < 1e-4
+        assert (greedy(model, prompts(), 8)[1] - expected).abs().max() < 1e-3
+        with torch.no_grad():
+            last = chunkwise(**prompts()).logits[:, -1]
+            assert (last - expected[:, 0]).abs().max() < 1e-3
+        for name in ("default", "__base__"):
+            with pytest.raises(EngineError, match=r"merged into the model's weights; call unmerge_adapter\(\)"):
+                greedy(chunkwise, prompts(), 1, adapter_names=name)
+        with model.disable_adapter():  # unmerges, as in PEFT
+            assert (greedy(model, prompts(), 8)[1] - base).abs().max() < 1e-3
+        model.merge_adapter()
         model.unmerge_adapter()
+        assert (greedy(model, prompts(), 8)[1] - expected).abs().max() < 1e-3
+
+
+def test_layers_with_different_active_adapters_run_in_peft() -> None:
+    model = two_in_peft()
+    next(module for module in model.modules() if isinstance(module, LoraLayer)).set_adapter("b")
+    expected = greedy(model, prompts(), 8)[1]
+    with ChunkWiseModel(model, config=BALANCED):
         assert (greedy(model, prompts(), 8)[1] - expected).abs().max() < 1e-4
+
+
+def test_a_model_without_adapters_left_is_the_base_and_can_get_new_ones() -> None:
+    chunkwise = ChunkWiseModel(two_in_peft(), config=LOSSLESS)
+    for name in ("a", "b"):
+        chunkwise.delete_adapter(name)
+    inputs = prompts()
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.equal(chunkwise(**inputs).logits[mask], build("llama")(**inputs).logits[mask])
+        chunkwise.load_adapter(adapter("llama"), "a")
+        expected = peft_model("llama")(**inputs).logits[mask]
+        assert torch.allclose(chunkwise(**inputs, adapter_names="a").logits[mask], expected, atol=1e-4)
+
+
+def test_replacing_an_adapter_changes_no_other_and_keeps_what_is_active() -> None:
+    chunkwise = ChunkWiseModel(two_in_peft(), config=LOSSLESS)
+    chunkwise.load_adapter(adapter("llama", seed=3), "b__0")
+    expected = greedy(chunkwise, prompts(), 4, adapter_names="b__0")[1]
+    chunkwise.model.base_model.set_adapter(["a", "b"])
+    chunkwise.load_adapter(adapter("llama", seed=4), "b")
+    assert chunkwise.model.base_model.active_adapters == ["a", "b"]
+    assert [*chunkwise.ladders] == ["a", "b__0", "b"]
+    assert torch.equal(greedy(chunkwise, prompts(), 4, adapter_names="b__0")[1], expected)
 
 
 def test_adapters_added_by_peft_run_by_plan(tmp_path: Path) -> None:
@@ -204,6 +249,57 @@ def test_weights_that_were_trained_meanwhile_are_seen(caplog: pytest.LogCaptureF
     chunkwise.detach()
     chunkwise._runner._injection.put_in()
     assert (greedy(model, prompts(), 4)[1] - after).abs().max() < 1e-4
+
+
+def test_weights_that_were_changed_through_data_are_seen() -> None:
+    model = two_in_peft()
+    chunkwise = ChunkWiseModel(model, config=LOSSLESS)
+    before = greedy(model, prompts(), 2)[1]
+    for name, parameter in model.named_parameters():
+        if "lora_B.a" in name:
+            parameter.data.mul_(2)  # which PyTorch does not count
+    after = greedy(model, prompts(), 2)[1]
+    chunkwise.detach()
+    assert (after - before).abs().max() > 0.1
+    assert (after - greedy(model, prompts(), 2)[1]).abs().max() < 1e-4
+
+
+def test_gradients_are_never_recorded_without_the_adapters() -> None:
+    chunkwise = ChunkWiseModel(two_in_peft(), config=BALANCED)
+    with torch.no_grad():
+        cache = chunkwise(**prompts((5,)), use_cache=True).past_key_values
+    chunkwise.model.set_adapter("a")
+    for name, parameter in chunkwise.model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    assert not chunkwise(**prompts(), adapter_names="b").logits.requires_grad
+    with pytest.raises(EngineError, match="records no gradients"):
+        chunkwise(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    chunkwise.train()
+    with pytest.raises(EngineError, match="adapter_names cannot be given in training"):
+        chunkwise.model(**prompts(), adapter_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("config", [LOSSLESS, BALANCED], ids=["lossless", "balanced"])
+def test_gradients_of_inputs_are_those_of_peft_or_refused(config: ChunkWiseConfig) -> None:
+    def gradient(model: Any, called: Any) -> Tensor:
+        found: list[Tensor] = []
+
+        def begin(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            found.append(output.detach().requires_grad_())
+            return found[0]
+
+        model.requires_grad_(False).get_input_embeddings().register_forward_hook(begin)
+        called(**prompts((5,))).logits.sum().backward()
+        assert found[0].grad is not None
+        return found[0].grad
+
+    plain, model = two_in_peft(), two_in_peft()
+    chunkwise = ChunkWiseModel(model, config=config)
+    if config is LOSSLESS:
+        assert torch.allclose(gradient(model, chunkwise), gradient(plain, plain), rtol=1e-3, atol=1e-3)
+    else:
+        with pytest.raises(EngineError, match="gradients are recorded through a pass whose ranks depend"):
+            gradient(model, chunkwise)
 
 
 def test_training_runs_in_peft_with_its_gradients() -> None:
@@ -324,3 +420,12 @@ def test_torch_compile_gives_the_same_answer() -> None:
     with torch.no_grad():
         expected = chunkwise(**prompts()).logits
         assert torch.allclose(torch.compile(chunkwise.base, backend="eager")(**prompts()).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_runs_under_autocast(dtype: torch.dtype) -> None:
+    model, plain = ChunkWiseModel(build("llama").half(), adapter("llama"), LOSSLESS), peft_model("llama").half()
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        found, expected = (one(**prompts((5,))).logits.float() for one in (model, plain))
+    assert found.isfinite().all()
+    assert (found - expected).norm() / expected.norm() < 0.05

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from transformers import StoppingCriteria
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
+from chunkwise_lora.backends import backend_on
 from chunkwise_lora.engines.transformers.context import PASS
-from chunkwise_lora.engines.transformers.turns import Turns
+from chunkwise_lora.engines.transformers.turns import Ends, Turns
 from models import adapter, build, greedy, prompts
 
 LOSSLESS = ChunkWiseConfig.preset("lossless")
@@ -195,3 +197,90 @@ def test_a_change_goes_between_passes_and_waits_for_no_generation() -> None:
         with turns.a_change("load"), turns.a_change("load"), turns.a_pass():
             seen.append("changed")
     assert seen == ["changed"]
+
+
+def test_merging_waits_for_generations_and_switching_for_those_that_peft_runs() -> None:
+    turns, ended = Turns(), threading.Event()
+    for in_peft, ends in ((False, Ends.CALLS), (True, Ends.CALLS), (True, Ends.CALLS_IN_PEFT)):
+        changed: list[bool] = []
+
+        def change(ends: Ends = ends, changed: list[bool] = changed) -> None:
+            with turns.a_change("merge", ends):
+                changed.append(ended.is_set())
+
+        ended.clear()
+        with turns.a_call(in_peft):
+            with (
+                pytest.raises(EngineError, match="merge is not possible inside a generation"),
+                turns.a_change("merge", ends),
+            ):
+                pass
+            thread = threading.Thread(target=change)
+            thread.start()
+            with turns.a_call(in_peft), turns.a_pass():  # what the call still needs goes on
+                pass
+            ended.set()
+        thread.join(timeout=60)
+        assert changed == [True]
+
+
+def test_a_turn_may_end_in_another_thread() -> None:
+    turns = Turns()
+    turn = turns.a_call()
+    turn.__enter__()
+    together(lambda: turn.__exit__(None, None, None))
+    with turns.a_change("detach", Ends.CALLS):
+        pass
+
+
+def test_abandoned_and_interleaved_loops_leave_nothing_behind() -> None:
+    model, inputs = two_adapters(), prompts((5,))
+    expected = greedy(model, inputs, 6)[0][0].tolist()
+
+    def loop() -> Iterator[int]:
+        with model.stream(prompt_columns=5) as call, torch.no_grad():
+            tokens = inputs["input_ids"]
+            while True:
+                logits = model(input_ids=tokens, past_key_values=call.cache, use_cache=True).logits
+                tokens = logits[:, -1:].argmax(-1)
+                yield int(tokens)
+
+    first, second = loop(), loop()
+    found = [(next(first), next(second)) for _ in range(3)]
+    first.close()
+    found += [(next(second),) * 2 for _ in range(3)]
+    assert [pair[1] for pair in found] == [pair[0] for pair in found] == expected
+    together(second.close)
+    assert model.planner is None
+    assert torch.equal(greedy(model.attach(), inputs, 6)[0][0], torch.tensor(expected))
+    model.detach()
+
+
+def test_a_thread_that_copies_the_context_of_a_call_makes_calls_of_its_own() -> None:
+    model, inputs = two_adapters(), prompts((5,))
+    expected = greedy(model, inputs, 4)[0]
+    with model.stream(prompt_columns=5) as call:
+        for _ in range(2):
+            assert torch.equal(asyncio.run(asyncio.to_thread(greedy, model, inputs, 4))[0], expected)
+        assert call.session.columns == 0
+
+
+def test_a_cache_from_before_a_cast_is_refused_and_new_calls_are_right() -> None:
+    model, inputs = two_adapters(), prompts((5,))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        cache = model(**inputs, use_cache=True).past_key_values
+        model.to(torch.float64)
+        assert torch.allclose(model(**inputs).logits.float(), expected, atol=1e-4)
+        with pytest.raises(EngineError, match=r"replaced or deleted|cast or moved"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_layer_that_got_another_backend_refuses_the_adapters_of_the_former() -> None:
+    model, inputs = two_adapters(), prompts((5,))
+    with torch.no_grad(), model.stream(prompt_columns=5) as call:
+        model(**inputs, past_key_values=call.cache)
+        layer = next(iter(model._runner.adapters.layers.values()))
+        layer.use(backend_on(torch.device("cpu"), torch.float64), (32, 32))
+        with pytest.raises(EngineError, match="cast or moved since this call began"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=call.cache)

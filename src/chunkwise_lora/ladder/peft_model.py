@@ -133,7 +133,7 @@ def _wrappers(model: PeftModel, adapter: str) -> Iterator[tuple[str, AuxiliaryTr
 
 def _modules(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the base model. A layer that PEFT has wrapped has the name that it had before."""
-    for name, module in model.get_base_model().named_modules():
+    for name, module in model.base_model.model.named_modules():  # get_base_model() needs an adapter
         yield name.replace(".base_layer", ""), module
 
 

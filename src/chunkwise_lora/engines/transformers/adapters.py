@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest relative difference between a ladder and the weights it stands for; 0.05 for other dtypes."""
 
+SAMPLES = 16
+"""How many numbers of a weight are compared before every call."""
+
 ACTIVATED = "activated LoRA"
 """What `other_parts` calls layers that wait for tokens that activate them. PEFT tells each layer where they are."""
 
@@ -280,6 +283,7 @@ class Adapters:
                 backend.unload(loaded.info.key)
             for layer in self.layers.values():
                 layer.keys.discard(loaded.info.key)
+                layer.lost_keys.discard(loaded.info.key)
 
     def _modules(self, name: str) -> tuple[dict[str, Any], dict[str, str]]:
         config = self._model.peft_config.get(name)
@@ -298,6 +302,7 @@ class Adapters:
             self._base.dtype,
             id(self._given.get(name)),
             *(part for layer in layers.values() for part in _layer_state(layer, name)),
+            _samples(layer.weight for pair in layers.values() for layer in (pair.lora_A[name], pair.lora_B[name])),
         )
 
     def _ladder(self, name: str) -> RankLadder | None:
@@ -349,6 +354,17 @@ class Adapters:
 def _layer_state(layer: Any, name: str) -> tuple[object, ...]:
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     return a.data_ptr(), _version(a), b.data_ptr(), _version(b), a.device, layer.scaling[name]
+
+
+@torch.no_grad()
+def _samples(weights: Iterable[Tensor]) -> bytes:
+    """Return some numbers of each weight: PyTorch does not count changes that were made through `.data`."""
+    by_place: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for weight in weights:
+        step = max(1, weight.numel() // SAMPLES)
+        sample = weight.as_strided((min(SAMPLES, weight.numel()),), (step,)) if weight.is_contiguous() else weight[0]
+        by_place.setdefault((weight.device, weight.dtype), []).append(sample)
+    return b"".join(torch.cat(samples).double().cpu().numpy().tobytes() for samples in by_place.values())
 
 
 def _version(tensor: Tensor) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from chunkwise_lora.engines.transformers.session import Session, SessionCache
@@ -24,6 +25,9 @@ class Call:
     """The engine's cache; None if the model keeps another kind of cache, or none."""
     takes_cache_as: str | None
     """The name of the model's parameter for its cache; None if it has none."""
+    thread: int = field(default_factory=get_ident)
+    """The thread that runs it. Other threads may have copied its context."""
+    has_ended: bool = False
 
     @property
     def planner(self) -> BatchPlanner:
@@ -72,4 +76,5 @@ CALL: ContextVar[Call | None] = ContextVar("chunkwise_call", default=None)
 def running_call(owner: object) -> Call | None:
     """Return the innermost call of `owner` that runs in this thread."""
     call = CALL.get()
-    return call if call is not None and call.owner is owner else None
+    runs_here = call is not None and call.owner is owner and call.thread == get_ident() and not call.has_ended
+    return call if runs_here else None

@@ -6,7 +6,7 @@ A new thread starts without the context of the thread that started it. Outside o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,7 +97,8 @@ def within(variable: ContextVar[Any], value: object) -> Iterator[None]:
     try:
         yield
     finally:
-        variable.reset(token)
+        with suppress(ValueError):  # a generator that the user has left may be closed in another thread
+            variable.reset(token)
 
 
 def adapter_between_passes(owner: object) -> str | None:

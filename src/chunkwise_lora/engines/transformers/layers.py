@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from chunkwise_lora.backends import AnyBackend, Columns, Layer
@@ -22,6 +23,20 @@ BASE = "__base__"
 
 ROUTED = "experts"
 """Part of the name of routed experts, which see the tokens of a pass in another order."""
+
+
+MERGED = "adapters are merged into the model's weights; call unmerge_adapter() first"
+
+
+class Asked(NamedTuple):
+    """What PEFT would run in one of its layers, by the state that the user set."""
+
+    known: frozenset[str]
+    """The adapters that the layer has."""
+    active: frozenset[str]
+    """Those that run."""
+    disabled: bool
+    merged: bool
 
 
 class PeftLayer:
@@ -41,6 +56,19 @@ class PeftLayer:
         self._owner = owner
         self._turn = turn
         self._forward: Callable[..., Any] = module.forward
+
+    def asked(self) -> Asked:
+        """Return what PEFT would run now, by the state that the user set."""
+        state: Any = self.module
+        with self._turn:
+            known = frozenset(state._get_available_adapters())
+            active = frozenset() if state.disable_adapters else known.intersection(state.active_adapters)
+            return Asked(known, active, bool(state.disable_adapters), bool(getattr(state, "merged", False)))
+
+    def refuse_merged(self) -> None:
+        """Raise `EngineError` if an adapter is merged into the module's weight."""
+        if getattr(self.module, "merged_adapters", ()):
+            raise EngineError(MERGED)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the module, with every sequence's adapter."""
@@ -66,6 +94,7 @@ class PeftLayer:
     def with_adapter(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Return the output with the adapter `name` for all sequences; `BASE` means none."""
         state: Any = self.module
+        self.refuse_merged()
         with self._turn:
             before = state._active_adapter, state._disable_adapters
             # Adapters that do not change this module leave it to the base.
@@ -96,6 +125,8 @@ class GatedLayer:
         self.base = base
         self.keys: set[str] = set()
         """Keys of the adapters that the backend has for this module."""
+        self.lost_keys: set[str] = set()
+        """Keys of those that another backend had, before the model was cast or moved."""
         self.run_by_peft: frozenset[str] = frozenset()
         """Names of adapters that are more than plain LoRA in this module, so that PEFT runs them."""
         self.peft = peft
@@ -110,6 +141,7 @@ class GatedLayer:
         if backend is not self._backend:
             self._layer = backend.add_layer(self.name, shape[1], [Columns(0, shape[0])])
             self._backend = backend
+            self.lost_keys |= self.keys
             self.keys = set()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,8 +156,16 @@ class GatedLayer:
         return self._gated(running, x, *args, **kwargs)
 
     def _gated(self, running: ForwardPass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.peft.refuse_merged()
         y = self.base(x, *args, **kwargs)
         plan, backend = running.plan, self._backend
+        if x.requires_grad and torch.is_grad_enabled() and not running.is_constant_per_sequence:
+            raise EngineError(
+                "gradients are recorded through a pass whose ranks depend on the tokens; use torch.no_grad(), the "
+                "lossless preset, or detach()"
+            )
+        if self.lost_keys and not self.lost_keys.isdisjoint(plan.adapters):
+            raise EngineError("the model was cast or moved since this call began; begin again with a new cache")
         if backend is None or self.keys.isdisjoint(plan.adapters):
             return y
         tokens = x.numel() // x.shape[-1]

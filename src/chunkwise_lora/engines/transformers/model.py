@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,11 +94,11 @@ class ChunkWiseModel(nn.Module):
         try:
             for adapter in adapters:
                 self._take(adapter, is_loaded=injection is not None and adapter is adapters[0])
+            self.attach()
         except BaseException:
             if injection is not None:
                 injection.take_out()
             raise
-        self.attach()
 
     @classmethod
     def from_pretrained(
@@ -217,6 +218,8 @@ class ChunkWiseModel(nn.Module):
             except BaseException:
                 self.model.delete_adapter(adapter.name)
                 raise
+            if not self.model.base_model.active_adapters:  # the only adapter, after all others were deleted
+                self.model.set_adapter(adapter.name, inference_mode=True)
 
     def _describe(self, adapter: Adapter, must_agree: bool = False) -> None:
         """Tell the runner what PEFT does not know about a loaded adapter, and check the adapter's weights."""
@@ -229,15 +232,16 @@ class ChunkWiseModel(nn.Module):
 
     def _replace(self, adapter: Adapter) -> None:
         """Load an adapter under a name that is taken."""
-        trial = replace(adapter, name=f"{adapter.name}__new")
+        free = next(name for n in count() if (name := f"{adapter.name}__{n}") not in self.model.peft_config)
+        trial = replace(adapter, name=free)
         self._take(trial)  # if it fails, the old one is still there
         self.model.delete_adapter(trial.name)
-        was_active = adapter.name in self.model.base_model.active_adapters
+        active = [*self.model.base_model.active_adapters]
         self.model.delete_adapter(adapter.name)
         self._runner.adapters.forget(adapter.name)
         self._take(adapter)
-        if was_active:
-            self.model.set_adapter(adapter.name, inference_mode=True)
+        if adapter.name in active:
+            self.model.base_model.set_adapter(active, inference_mode=True)
 
     # Running
 
@@ -290,10 +294,11 @@ class ChunkWiseModel(nn.Module):
         """
         if not self.attached:
             raise EngineError("the model is detached; call attach() first")
+        model = self.model if self.model.peft_config else self.base  # PeftModel's forward needs an adapter
         if adapter_names is None and chunkwise_config is None:
-            return self.model(*args, **options)
+            return model(*args, **options)
         with within(REQUEST, Request(self._runner, adapter_names, chunkwise_config)):
-            return self.model(*args, **options)
+            return model(*args, **options)
 
     def stream(
         self,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from chunkwise_lora.engines.transformers.attachment import Attachment
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
-from chunkwise_lora.engines.transformers.layers import GatedLayer, PeftLayer
+from chunkwise_lora.engines.transformers.layers import Asked, GatedLayer, PeftLayer
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.engines.transformers.wide_linear import WideLinear, widens
 
@@ -68,6 +68,15 @@ class ReplacedForwards:
             if vars(module).get("forward") is not self._found[key][1]:
                 attachment.replace(module, "forward", self._found[key][1])
         self.gated = {key: new for key, (_, new) in self._found.items() if isinstance(new, GatedLayer)}
+
+    def asked(self) -> set[Asked]:
+        """Return what PEFT would run in the layers of its adapters."""
+        layers = (new.peft if isinstance(new, GatedLayer) else new for _, new in self._found.values())
+        return {
+            layer.asked()
+            for layer in layers
+            if isinstance(layer, PeftLayer) and isinstance(layer.module, BaseTunerLayer)
+        }
 
     def _replacement(self, name: str, module: nn.Module) -> GatedLayer | PeftLayer | WideLinear:
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

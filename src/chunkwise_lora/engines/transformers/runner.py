@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -25,11 +24,11 @@ from chunkwise_lora.engines.transformers.checks import GenerateOptions, check_pr
 from chunkwise_lora.engines.transformers.context import BETWEEN, PASS, REQUEST, ForwardPass, Request, request_of, within
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.injection import Injection
-from chunkwise_lora.engines.transformers.layers import BASE
+from chunkwise_lora.engines.transformers.layers import BASE, MERGED
 from chunkwise_lora.engines.transformers.replacements import ReplacedForwards
 from chunkwise_lora.engines.transformers.session import Prompts, Session, SessionCache
 from chunkwise_lora.engines.transformers.traits import ModelTraits, forward_parameters
-from chunkwise_lora.engines.transformers.turns import Turns
+from chunkwise_lora.engines.transformers.turns import Ends, Turns
 from chunkwise_lora.engines.transformers.versions import CACHE_NAMES
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
@@ -48,8 +47,11 @@ PREFILL_TOKENS = 512
 INJECTING = ("load_adapter", "add_adapter", "delete_adapter", "add_weighted_adapter")
 """Methods of PEFT that change which modules a model has."""
 
-SWITCHING = ("set_adapter", "merge_adapter", "unmerge_adapter", "disable_adapter_layers", "enable_adapter_layers")
+SWITCHING = ("set_adapter", "disable_adapter_layers", "enable_adapter_layers")
 """Methods of PEFT that change which adapters run."""
+
+MERGING = ("merge_adapter", "unmerge_adapter")
+"""Methods of PEFT that change the base's weights."""
 
 REMOVING = ("unload", "merge_and_unload")
 """Methods of PEFT that take the adapters out of the model."""
@@ -109,26 +111,40 @@ class Runner:
                 raise EngineError("another ChunkWiseModel is attached to this model; detach that one first")
             if self._injection is not None and not self._injection.is_in:
                 self._injection.put_in()
-            replace = self._attachment.replace
-            # The inner model may also be called alone, for hidden states. Inside a pass of the model it just runs.
-            for called in dict.fromkeys((self.base, self.base.base_model)):
-                replace(called, "forward", _Planned(self, called))
-            replace(self.base, "generate", self.generate)
-            tuner = self.model.base_model
-            replace(tuner, "_enable_peft_forward_hooks", self._request)
-            for target in (self.model, tuner):
-                for name in (*INJECTING, *SWITCHING):
-                    if hasattr(type(target), name):
-                        replace(target, name, self._in_turn(target, name))
-            for name in REMOVING:
-                replace(tuner, name, self._refusing(name, "call detach() first"))
-            replace(self.base, "load_adapter", self._refusing("load_adapter", "use ChunkWiseModel.load_adapter"))
-            replace(self.base, "add_adapter", self._refusing("add_adapter", "use ChunkWiseModel.load_adapter"))
-            for target in (self.model, self.base):
-                replace(target, "_apply", self._in_turn(target, "_apply", ends_calls=True))
-            if self._fast.attention and self.traits.carries_out_kv:
-                self._attachment.use_attention(self.base, attention.NAME)
-            self._refresh()
+            try:
+                self._replace_methods()
+            except BaseException:
+                self._undo()
+                raise
+
+    def _undo(self) -> None:
+        """Give the model its own methods and modules back."""
+        self._attachment.undo()
+        if self._injection is not None:
+            self._injection.take_out()
+
+    def _replace_methods(self) -> None:
+        """Let the model's methods ask this runner."""
+        replace = self._attachment.replace
+        # The inner model may also be called alone, for hidden states. Inside a pass of the model it just runs.
+        for called in dict.fromkeys((self.base, self.base.base_model)):
+            replace(called, "forward", _Planned(self, called))
+        replace(self.base, "generate", self.generate)
+        tuner = self.model.base_model
+        replace(tuner, "_enable_peft_forward_hooks", self._request)
+        for target in (self.model, tuner):
+            for name in (*INJECTING, *SWITCHING, *MERGING):
+                if hasattr(type(target), name):
+                    replace(target, name, self._in_turn(target, name))
+        for name in REMOVING:
+            replace(tuner, name, self._refusing(name, "call detach() first"))
+        replace(self.base, "load_adapter", self._refusing("load_adapter", "use ChunkWiseModel.load_adapter"))
+        replace(self.base, "add_adapter", self._refusing("add_adapter", "use ChunkWiseModel.load_adapter"))
+        for target in (self.model, self.base):
+            replace(target, "_apply", self._in_turn(target, "_apply"))
+        if self._fast.attention and self.traits.carries_out_kv:
+            self._attachment.use_attention(self.base, attention.NAME)
+        self._refresh()
 
     def detach(self) -> nn.Module:
         """Restore the model to its state before `attach`, and return it. See `ChunkWiseModel.detach`.
@@ -137,16 +153,14 @@ class Runner:
             EngineError: The thread is inside a generation or a pass of the model.
         """
         if self.attached:
-            with self.turns.a_change("detach()", ends_calls=True):
-                self._attachment.undo()
-                if self._injection is not None:
-                    self._injection.take_out()
+            with self.turns.a_change("detach()", Ends.CALLS):
+                self._undo()
         return self.model if self._injection is None else self.base
 
     @contextmanager
     def change(self, what: str) -> Iterator[None]:
         """Change the modules of the adapters while no pass runs. `what` names the change in errors."""
-        with self.turns.a_change(what):
+        with self.turns.a_change(what, Ends.CALLS_IN_PEFT):
             if self._changes:
                 yield
                 return
@@ -169,7 +183,7 @@ class Runner:
         self._forwards.refresh(self._attachment)
         self.adapters.layers = self._forwards.gated
 
-    def _in_turn(self, target: nn.Module, name: str, ends_calls: bool = False) -> Callable[..., Any]:
+    def _in_turn(self, target: nn.Module, name: str) -> Callable[..., Any]:
         """Return a method of PEFT or PyTorch that runs while no pass does."""
         method = getattr(target, name)
 
@@ -178,7 +192,10 @@ class Runner:
             if not self.attached:
                 return method(*args, **kwargs)
             what = f"{name}()"
-            with self.change(what) if name in INJECTING else self.turns.a_change(what, ends_calls):
+            # PEFT's set_adapter unmerges first.
+            changes_base = name in ("_apply", *MERGING) or (name == "set_adapter" and self._is_merged())
+            ends = Ends.CALLS if changes_base else Ends.CALLS_IN_PEFT
+            with self.change(what) if name in INJECTING else self.turns.a_change(what, ends):
                 if name == "delete_adapter":
                     self.adapters.refuse_if_used_in_peft(*args, *kwargs.values())
                 return method(*args, **kwargs)
@@ -210,13 +227,17 @@ class Runner:
         input_ids = options.pop("input_ids", inputs)
         if generation_config is not None:
             options["generation_config"] = generation_config
-        given = [options.pop(name) for name in CACHE_NAMES if options.get(name) is not None]
+        given_as = [name for name in CACHE_NAMES if options.get(name) is not None]
+        given = [options.pop(name) for name in given_as]
         asked = GenerateOptions(options, generation_config, self.base.generation_config)
         embeddings = options.get("inputs_embeds")
         batch, columns = (embeddings if input_ids is None and embeddings is not None else _checked(input_ids)).shape[:2]
         names = self._names(request, batch)
         if names is None:
-            return original(input_ids, *args, **options)
+            options |= dict.fromkeys(given_as, given[0]) if given else {}
+            self._set_trace(None)
+            with self.turns.a_call(in_peft=True), self._in_peft():
+                return original(input_ids, *args, **options)
         use_cache = asked.use_cache is not False and self.traits.cache_name is not None
         refuse_options(asked, use_cache)
         check_prompt(self.base, input_ids, options)
@@ -277,8 +298,11 @@ class Runner:
     @contextmanager
     def _running(self, call: Call) -> Iterator[None]:
         names = frozenset(BASE if info is NO_ADAPTER else info.name for info in call.session.adapters)
-        with within(CALL, call), within(BETWEEN, (self, names)):
-            yield
+        try:
+            with within(CALL, call), within(BETWEEN, (self, names)):
+                yield
+        finally:
+            call.has_ended = True
 
     @contextmanager
     def _continuing(
@@ -346,17 +370,37 @@ class Runner:
 
     def _names(self, request: Request, batch: int) -> list[str] | None:
         """Return the adapter of each sequence; None if only PEFT can run what is active."""
-        if request.adapter_names is not None:
-            return self._named(request.adapter_names, batch)
+        names = None if request.adapter_names is None else self._named(request.adapter_names, batch)
         with self.turns.a_pass():
-            layer = next((module for module in self.base.modules() if isinstance(module, LoraLayer)), None)
-        if layer is None or layer.disable_adapters or layer.merged:
-            return [BASE] * batch  # merged adapters are part of the base's weights
-        active = self.model.base_model.active_adapters
-        if len(active) > 1:
-            self._say("several adapters are active at once; PEFT runs them, at full rank and without a KV policy")
+            asked = self._forwards.asked()
+            active = self.model.base_model.active_adapters
+        if any(one.merged for one in asked):
+            return self._merged_names(request, batch, disabled=any(one.disabled for one in asked))
+        if names is not None:
+            return names
+        if asked and all(one.disabled for one in asked):
+            return [BASE] * batch
+        found = frozenset[str]().union(*(one.active for one in asked))
+        if not found and len(active) == 1 and not any(active[0] in one.known for one in asked):
+            found = frozenset(active)  # an adapter without LoRA layers
+        if len(found) > 1 or any(found & one.known != one.active for one in asked):
+            self._say("not one adapter is active in all layers; PEFT runs them, at full rank and without a KV policy")
             return None
-        return [*(active or [BASE])] * batch
+        return [*(found or [BASE])] * batch
+
+    def _merged_names(self, request: Request, batch: int, disabled: bool) -> list[str] | None:
+        """Return `_names` of a model with merged adapters."""
+        if disabled:  # PEFT unmerges in its next forward, and would do so under other passes
+            self.model.base_model.unmerge_adapter()
+            return self._names(request, batch)
+        if request.adapter_names is not None:
+            raise EngineError(f"adapter_names cannot be given: {MERGED}")
+        self._say("merged adapters are part of the weights; PEFT runs the model, at full rank and without a KV policy")
+        return None
+
+    def _is_merged(self) -> bool:
+        """Return whether an adapter is merged into the base's weights."""
+        return any(one.merged for one in self._forwards.asked())
 
     def _named(self, names: str | Sequence[str], batch: int) -> list[str]:
         refuse_type("adapter_names", names, str, Sequence)
@@ -413,10 +457,10 @@ class Runner:
             inputs[str(call.takes_cache_as)] = call.cache
         if call is not None and call.owns(inputs):
             return self._pass(called, forward, inputs, call)
-        if self.base.training or (request.adapter_names is None and self._records_gradients()):
-            return forward(**inputs)  # PEFT runs it, so that gradients are PEFT's
         cache_name = self.traits.cache_name
         cache = inputs.get(cache_name) if cache_name else None
+        if self.base.training or self._records_gradients():
+            return self._run_with_gradients(called, forward, inputs, request)
         if isinstance(cache, SessionCache):
             if not cache.session.belongs_to(self):
                 raise EngineError("the cache belongs to another model")
@@ -430,10 +474,34 @@ class Runner:
         batch, columns = self._shape_of(inputs, cache)
         names = self._names(request, batch)
         if names is None:
-            return forward(**inputs)
-        with self.using(names) as used:
+            return self._run_in_peft(forward, inputs)
+        with self.turns.a_call(), self.using(names) as used:
             session = self._new_session(used, request.config, columns)
             return self._first_pass(called, forward, inputs, cache, session)
+
+    @contextmanager
+    def _in_peft(self) -> Iterator[None]:
+        """Let layers run as in PEFT, also inside a call of the same thread."""
+        with within(PASS, None), within(CALL, None), within(BETWEEN, None):
+            yield
+
+    def _run_in_peft(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run a pass as in PEFT."""
+        with self.turns.a_pass(), self._in_peft():
+            return forward(**inputs)
+
+    def _run_with_gradients(
+        self, called: nn.Module, forward: Callable[..., Any], inputs: dict[str, Any], request: Request
+    ) -> Any:
+        """Run a pass that trains the model or records gradients of its parameters: as in PEFT."""
+        if isinstance(inputs.get(self.traits.cache_name or ""), SessionCache):
+            raise EngineError("a cache of this engine records no gradients; use torch.no_grad(), or no cache")
+        if request.adapter_names is None:
+            return self._run_in_peft(forward, inputs)
+        if self.base.training:
+            raise EngineError("adapter_names cannot be given in training; call set_adapter(), or eval() first")
+        with torch.no_grad(), within(REQUEST, request):  # rather than gradients that leave out the adapters
+            return self.run(called, forward, inputs)
 
     def _shape_of(self, inputs: dict[str, Any], cache: Any) -> tuple[int, int]:
         """Return the numbers of sequences and tokens of a first pass, and refuse impossible token ids."""
@@ -452,7 +520,7 @@ class Runner:
         cache_name = self.traits.cache_name
         if inputs.get("input_ids") is None and not session.knows_no_tokens:
             self._say("plans are made from token ids; passes over embeddings run in PEFT at full rank")
-            return forward(**inputs)
+            return self._run_in_peft(forward, inputs)
         if cache is not None and cache.get_seq_length() and not session.knows_no_tokens:
             raise EngineError(
                 "the tokens of this cache are unknown, so the model cannot continue it by plan; begin with the whole "
