@@ -128,7 +128,7 @@ def test_a_ladder_that_fails_to_load_leaves_the_attached_model_as_it_was() -> No
     model.load_adapter(adapter("llama", seed=2), "second")
 
 
-@pytest.mark.parametrize("name", ["", "__base__", "v1.0", 5])
+@pytest.mark.parametrize("name", ["", "__base__", "v1.0", "weight", "keys", 5])
 def test_an_impossible_adapter_name_is_refused(name: Any) -> None:
     model = ChunkWiseModel(build("llama"), adapter("llama"))
     with pytest.raises(EngineError, match=f"adapter name {name!r}"):

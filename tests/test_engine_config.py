@@ -9,6 +9,7 @@ import torch
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, ConfigError, RankLadder
 from chunkwise_lora.engines.base import Engine, config_for
+from chunkwise_lora.engines.requested_config import of_request
 from chunkwise_lora.engines.vllm import settings
 from chunkwise_lora.method.config import ComplexityConfig
 from models import adapter, build, greedy, prompts
@@ -100,8 +101,8 @@ def test_a_server_may_name_its_config_in_its_settings_or_its_environment(monkeyp
     monkeypatch.setenv("CHUNKWISE_PRESET", "compact")
     assert settings.of_server({}).chosen == COMPACT
     assert settings.of_server({"chunkwise": {"mean_rank": 0.5}}).chosen == ChunkWiseConfig.uniform(0.5)
-    assert settings.of_request({"chunkwise_preset": "balanced", "other": 1}) == BALANCED
-    assert settings.of_request({"other": 1}) is None
+    assert of_request({"chunkwise_preset": "balanced", "other": 1}) == BALANCED
+    assert of_request({"other": 1}) is None
 
 
 def test_a_server_may_give_all_settings() -> None:

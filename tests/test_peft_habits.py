@@ -324,7 +324,8 @@ def test_training_runs_in_peft_with_its_gradients() -> None:
         assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in found)
 
 
-def test_trainer_trains_and_saves_as_with_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains_wrapper", [False, True])
+def test_trainer_trains_and_peft_saves(tmp_path: Path, trains_wrapper: bool) -> None:
     class Texts(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
             return 4
@@ -338,9 +339,15 @@ def test_trainer_trains_and_saves_as_with_peft(tmp_path: Path) -> None:
     with ChunkWiseModel(model, config=LOSSLESS) as chunkwise:
         before = chunkwise(**prompts()).logits
         options = t.TrainingArguments(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], learning_rate=0.1, use_cpu=True
+            str(tmp_path),
+            save_strategy="no",
+            max_steps=2,
+            per_device_train_batch_size=2,
+            report_to=[],
+            learning_rate=0.1,
+            use_cpu=True,
         )
-        t.Trainer(model, options, train_dataset=Texts()).train()
+        t.Trainer(chunkwise if trains_wrapper else model, options, train_dataset=Texts()).train()
         model.eval()
         with torch.no_grad():
             after = chunkwise(**prompts()).logits

@@ -67,7 +67,7 @@ def refuse_name(name: object) -> None:
     """Raise `EngineError` for adapter names that PEFT cannot hold."""
     if not isinstance(name, str) or not name or "." in name:
         raise EngineError(f"adapter name {name!r} cannot be used; choose a text without dots")
-    if name == BASE:
+    if name in (BASE, "weight", "bias") or hasattr(nn.ModuleDict(), name):  # PEFT keeps adapters in a ModuleDict
         raise EngineError(f"adapter name {name!r} is reserved; choose another")
 
 

@@ -276,7 +276,10 @@ class ChunkWiseModel(nn.Module):
 
     def forward(
         self,
+        input_ids: Tensor | None = None,
         *args: Any,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         adapter_names: str | Sequence[str] | None = None,
         chunkwise_config: ChunkWiseConfig | None = None,
         **options: Any,
@@ -286,14 +289,23 @@ class ChunkWiseModel(nn.Module):
         A pass without a cache is planned as a prompt. With `use_cache`, the output holds a cache that the next pass, or
         `generate`, can go on with.
 
+        The parameters that the `Trainer` looks for have names of their own here.
+
         Args:
+            input_ids: (batch, tokens) token ids.
             args: As for the model's own forward.
+            attention_mask: As for the model's own forward.
+            labels: As for the model's own forward.
             adapter_names: As for `generate`.
             chunkwise_config: As for `generate`.
             options: As for the model's own forward.
         """
         if not self.attached:
             raise EngineError("the model is detached; call attach() first")
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if args:
+            args = (named.pop("input_ids"), *args)
+        options |= {name: tensor for name, tensor in named.items() if tensor is not None}
         model = self.model if self.model.peft_config else self.base  # PeftModel's forward needs an adapter
         if adapter_names is None and chunkwise_config is None:
             return model(*args, **options)
