@@ -50,7 +50,7 @@ class Call:
         cache, tokens, mask = (inputs.get(name) for name in (self.takes_cache_as, "input_ids", "attention_mask"))
         if isinstance(cache, SessionCache):
             return cache is self.cache
-        if self.cache is not None and self.cache.get_seq_length():
+        if self.cache is not None and self.session.columns:
             # A wider mask shows that the pass goes on, but that the model has dropped its cache.
             return cache is None and tokens is not None and mask is not None and mask.shape[-1] > tokens.shape[1]
         return cache is not None or not self.session.columns or self.session.begins(tokens)
@@ -60,7 +60,7 @@ class Call:
         passes their original length."""
         cache = inputs.get(self.takes_cache_as) if self.takes_cache_as is not None else None
         by_generate = inputs.get("use_cache") is True and inputs.get("position_ids") is not None
-        if self.cache is None or not self.cache.get_seq_length() or cache is not None or not by_generate:
+        if self.cache is None or not self.session.columns or cache is not None or not by_generate:
             return False
         return self.session.begins(inputs.get("input_ids"))
 
