@@ -17,6 +17,7 @@ from packaging.version import Version
 import models
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
 from chunkwise_lora.engines.transformers import runner
+from chunkwise_lora.engines.transformers.traits import forward_parameters
 from models import adapter, build, greedy, peft_model, prompts
 
 LOSSLESS, BALANCED = ChunkWiseConfig.preset("lossless"), ChunkWiseConfig.preset("balanced")
@@ -81,6 +82,10 @@ OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
         lambda: t.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, context_length=256, eos_token_id=None),
         "all-linear",
     ),
+    "mamba": (
+        lambda: t.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None),
+        r".*\.in_proj",
+    ),
     "longrope": (
         lambda: t.Phi3Config(
             **{**LLAMA_LIKE, "max_position_embeddings": 256},
@@ -134,6 +139,16 @@ def test_a_model_with_its_own_attention_gets_the_whole_cache(name: str) -> None:
 def test_a_call_that_cannot_be_planned_is_refused(name: str, config: ChunkWiseConfig, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         attached(name, config).generate(**prompts(), max_new_tokens=40, do_sample=False)
+
+
+def test_a_recurrent_model_goes_on_with_a_cache_that_the_user_made() -> None:
+    logits = []
+    for model in (peft_model("mamba"), attached("mamba")):
+        name = next(name for name in ("cache", "cache_params") if name in forward_parameters(build("mamba")))
+        with torch.no_grad():
+            cache = getattr(model(prompts((9,))["input_ids"], **{name: t.DynamicCache(config=model.config)}), name)
+            logits.append(model(torch.tensor([[5]]), **{name: cache}).logits)
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [LOSSLESS, BALANCED])

@@ -509,7 +509,7 @@ class Runner:
         if embeddings is not None:
             return embeddings.shape[0], embeddings.shape[1]
         input_ids: Any = inputs.get("input_ids")
-        if cache is None or not cache.get_seq_length():
+        if not _holds_tokens(cache):
             check_prompt(self.base, input_ids, inputs)
         return _checked(input_ids).shape[0], input_ids.shape[1]
 
@@ -521,7 +521,7 @@ class Runner:
         if inputs.get("input_ids") is None and not session.knows_no_tokens:
             self._say("plans are made from token ids; passes over embeddings run in PEFT at full rank")
             return self._run_in_peft(forward, inputs)
-        if cache is not None and cache.get_seq_length() and not session.knows_no_tokens:
+        if _holds_tokens(cache) and not session.knows_no_tokens:
             raise EngineError(
                 "the tokens of this cache are unknown, so the model cannot continue it by plan; begin with the whole "
                 "text and no cache, or use the lossless preset"
@@ -604,6 +604,16 @@ def _index_last_token(inputs: dict[str, Any]) -> None:
     input_ids = inputs.get("input_ids")
     if inputs.get("logits_to_keep") == 1 and input_ids is not None and input_ids.shape[1] > 1:
         inputs["logits_to_keep"] = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Return whether a cache that the user gives is in use. A recurrent model's cache has no length, but states."""
+    if cache is None:
+        return False
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:
+        return bool(cache.has_previous_state())
 
 
 def _checked(input_ids: object) -> Tensor:
