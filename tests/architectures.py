@@ -19,7 +19,7 @@ SLIDING_WINDOW = 16
 Config = Callable[[], t.PreTrainedConfig]
 
 _TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None}
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     **_TOKENS,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -61,7 +61,7 @@ _DELTA = {
 
 def _sized(kind: str, **changes: Any) -> Config:
     """The config class `kind` of transformers with the common sizes and these changes."""
-    return lambda: getattr(t, f"{kind}Config")(**copy.deepcopy({**_SIZES, **changes}))
+    return lambda: getattr(t, f"{kind}Config")(**copy.deepcopy({**SIZES, **changes}))
 
 
 def _gpt(kind: str, **changes: Any) -> Config:
@@ -98,7 +98,7 @@ _CLIP = {**_VISION, "projection_dim": 16}
 def _seeing(kind: str, vision: dict[str, Any], text: dict[str, Any] | None = None, **changes: Any) -> Config:
     """The config class `kind` of an image-text model with these parts, and the id of its image token."""
     image = {"image_token_id": IMAGE, "image_token_index": IMAGE}
-    parts = {"text_config": {**_SIZES, **(text or {})}, "vision_config": vision}
+    parts = {"text_config": {**SIZES, **(text or {})}, "vision_config": vision}
     # Configs change the dicts that they are given.
     return lambda: getattr(t, f"{kind}Config")(**copy.deepcopy(parts), **_TOKENS, **image, **changes)
 

@@ -15,29 +15,17 @@ import transformers as t
 from packaging.version import Version
 
 import models
+from architectures import SIZES
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
 from chunkwise_lora.engines.transformers import runner
 from chunkwise_lora.engines.transformers.traits import forward_parameters
 from models import adapter, build, greedy, peft_model, prompts
 
 LOSSLESS, BALANCED = ChunkWiseConfig.preset("lossless"), ChunkWiseConfig.preset("balanced")
-LLAMA_LIKE = {
-    "vocab_size": models.VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.18,
-    "pad_token_id": models.PAD,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
     "minimax": (
         lambda: t.MiniMaxConfig(
-            **LLAMA_LIKE,
+            **SIZES,
             num_local_experts=2,
             num_experts_per_tok=1,
             layer_types=["linear_attention", "full_attention"],
@@ -61,7 +49,7 @@ OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
     ),
     "deepseek_v3": (
         lambda: t.DeepseekV3Config(
-            **{**LLAMA_LIKE, "num_key_value_heads": 4},
+            **{**SIZES, "num_key_value_heads": 4},
             moe_intermediate_size=16,
             n_routed_experts=4,
             num_experts_per_tok=2,
@@ -76,8 +64,8 @@ OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
         ),
         ["q_b_proj", "kv_b_proj", "o_proj"],
     ),
-    "doge": (lambda: t.DogeConfig(**LLAMA_LIKE), ["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "diffllama": (lambda: t.DiffLlamaConfig(**LLAMA_LIKE), "all-linear"),
+    "doge": (lambda: t.DogeConfig(**SIZES), ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "diffllama": (lambda: t.DiffLlamaConfig(**SIZES), "all-linear"),
     "rwkv": (
         lambda: t.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, context_length=256, eos_token_id=None),
         "all-linear",
@@ -88,7 +76,7 @@ OTHERS: dict[str, tuple[Callable[[], t.PreTrainedConfig], Any]] = {
     ),
     "longrope": (
         lambda: t.Phi3Config(
-            **{**LLAMA_LIKE, "max_position_embeddings": 256},
+            **{**SIZES, "max_position_embeddings": 256},
             original_max_position_embeddings=32,
             rope_parameters={
                 "rope_type": "longrope",
