@@ -141,6 +141,7 @@ MANIFEST_EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an impossible policy": lambda manifest: manifest.update(policy={"chunking": {"min_length": 0}}),
     "a policy for what was not learned": lambda manifest: manifest.update(policy={"complexity": {"learned": True}}),
     "a divergence less": lambda manifest: manifest.update(rung_divergence=[0.0]),
+    "an expectation without numbers": lambda manifest: manifest.update(expectation={"mean_rank": 8.0}),
     "no modules": lambda manifest: manifest.update(ranks={}),
     "a module less": lambda manifest: manifest["ranks"].pop(first_module(manifest)),
     "a module more": lambda manifest: manifest["ranks"].update(no_such_module=[0, 8]),

@@ -290,6 +290,8 @@ def test_a_calibrated_folder_runs_like_any_ladder(calibrated: Calibration, tmp_p
 def test_a_calibrated_ladder_holds_its_policy_and_the_divergence_of_every_rung(calibrated: Calibration) -> None:
     ladder = calibrated.ladder
     assert ladder.policy is calibrated.policy
+    assert ladder.expectation is not None and ladder.expectation.asked_rank == ladder.rung_ranks[-1] / 2
+    assert ladder.expectation.loss_increase == calibrated.check.loss_increase
     divergence = ladder.rung_divergence
     assert divergence is not None and len(divergence) == ladder.rungs and divergence[-1] == 0
     held = TokenBlocks.cut(text(), BLOCK)[-4:-2]  # the first half of the held-back text

@@ -22,6 +22,7 @@ from torch import Tensor
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, LadderError, RankLadder
 from chunkwise_lora.calibration.moments import second_moments
 from chunkwise_lora.ladder import LADDER_NAME, LadderModule, describe, even_ranks, is_ladder, truncate
+from chunkwise_lora.ladder.contents import Expectation
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
 from chunkwise_lora.ladder.tensors import learned_tensors
 from chunkwise_lora.method.complexity import LearnedComplexity
@@ -57,8 +58,10 @@ def write_adapter(folder: Path, a: Tensor, b: Tensor, alpha: float = 16.0, **con
 def same(first: RankLadder, second: RankLadder) -> bool:
     return (
         first.modules.keys() == second.modules.keys()
-        and (first.base_model, first.build, first.rung_ranks, first.policy, first.rung_divergence)
-        == (second.base_model, second.build, second.rung_ranks, second.policy, second.rung_divergence)
+        and all(
+            getattr(first, field) == getattr(second, field)
+            for field in ("base_model", "build", "rung_ranks", "policy", "rung_divergence", "expectation")
+        )
         and all(
             torch.equal(one.up, two.up)
             and torch.equal(one.down, two.down)
@@ -393,13 +396,17 @@ def test_modules_whose_names_end_alike_keep_their_own_ranks(tmp_path: Path) -> N
         assert {scale for _, _, scale in read.values()} == {1.0}
 
 
-def test_the_policy_and_the_measured_divergence_are_saved_with_the_ladder(tmp_path: Path) -> None:
+def test_the_policy_and_what_was_measured_are_saved_with_the_ladder(tmp_path: Path) -> None:
     plain = RankLadder.from_peft(adapter("llama"))
-    ladder = replace(plain, policy=ChunkWiseConfig.preset("compact"), rung_divergence=(0.5, *[0.1] * 7, 0.0))
+    expectation = Expectation(asked_rank=None, mean_rank=4.1, loss_increase=0.004, loss_increase_error=0.001)
+    divergence = (0.5, *[0.1] * 7, 0.0)
+    policy = ChunkWiseConfig.preset("compact")
+    ladder = replace(plain, policy=policy, rung_divergence=divergence, expectation=expectation)
     ladder.save_pretrained(tmp_path)
     assert same(RankLadder.load(tmp_path), ladder)
     assert describe(ladder)["rung_divergence"] == ladder.rung_divergence
-    assert ladder.with_ranks({name: (0, m.rank) for name, m in ladder.modules.items()}).rung_divergence is None
+    other = ladder.with_ranks({name: (0, m.rank) for name, m in ladder.modules.items()})
+    assert other.rung_divergence is other.expectation is None
 
 
 def test_a_policy_that_needs_a_learned_estimator_is_refused_without_one() -> None:

@@ -118,7 +118,8 @@ def calibrate(
         batches = run.batches(held, "divergence of every rung")
         divergence = rung_divergence(chunkwise, batches, GIVEN, same_full_rank=not config.distillations)
         check = check_policy(run, chunkwise, policy)
-    ladder = replace(fitted.ladder, policy=policy, rung_divergence=divergence)
+    expectation = check.expectation(config.mean_rank, fitted.ladder.rung_ranks[-1])
+    ladder = replace(fitted.ladder, policy=policy, rung_divergence=divergence, expectation=expectation)
     return Calibration(ladder, check, fitted.estimator.explained, searched)
 
 

@@ -15,6 +15,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     next_token_losses,
 )
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
+from chunkwise_lora.ladder.contents import Expectation
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 MAX_SEGMENT = 64
@@ -46,6 +47,15 @@ class Check:
     """Increase of the perplexity over full rank, as a share of the perplexity at full rank."""
     kv_share: float
     """Bytes of the KV cache, divided by those of a full-precision cache."""
+
+    def expectation(self, asked_share: float | None, full_rank: float) -> Expectation:
+        """What the ladder says about its policy. `asked_share` is the mean rank that was asked for, if one was."""
+        return Expectation(
+            asked_rank=None if asked_share is None else asked_share * full_rank,
+            mean_rank=self.mean_rank,
+            loss_increase=self.loss_increase,
+            loss_increase_error=self.loss_increase_error,
+        )
 
 
 def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> Check:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
@@ -16,6 +17,21 @@ from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 Build = Literal["svd", "as-trained", "data-aware", "calibrated"]
+
+
+class Expectation(BaseModel):
+    """What a policy was fitted for, and what it cost on text that calibration had used for nothing else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    asked_rank: float | None
+    """The mean rank that was asked for; None if a loss was."""
+    mean_rank: float
+    """The mean rank on that text."""
+    loss_increase: float
+    """Increase of the loss over full rank, as a share of the loss."""
+    loss_increase_error: float
+    """Half of the width of the 95% interval of `loss_increase`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class LadderContents:
     rung_divergence: tuple[float, ...] | None = None
     """Per rung: mean KL divergence from full rank, nats per token, when every token runs on that rung, as calibration
     measured it."""
+    expectation: Expectation | None = None
+    """What to expect of the policy, as calibration measured it."""
 
     def __post_init__(self) -> None:
         if not self.modules:

@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | `adapter_config.json`, `adapter_model.safetensors` | the ladder at full rank, as PEFT stores an adapter |
-| `chunkwise.json` | format version, SHA-256 of the other files, build, base model, rungs as ranks per module, policy |
+| `chunkwise.json` | format version, SHA-256 of the other files, build, base model, ranks per rung and module, policy, expectation |
 | `chunkwise.safetensors` | only if there is something learned: importance of the directions, complexity of tokens |
 
 `chunkwise.safetensors` holds `sigma/<module>` only if the importance of directions is not their length: after
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import format_v1
-from chunkwise_lora.ladder.contents import Build, Contents, LadderContents
+from chunkwise_lora.ladder.contents import Build, Contents, Expectation, LadderContents
 from chunkwise_lora.ladder.module import LadderModule, checked_module, checked_parameter, direction_lengths
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME, MEANING, PREFIX, WEIGHTS_NAME, peft_config, peft_files
 from chunkwise_lora.ladder.reading import LARGEST_JSON, parse_json, parse_tensors, read_file
@@ -57,6 +57,7 @@ class _Manifest(BaseModel):
     files: dict[str, str]
     ranks: dict[str, list[int]] = Field(min_length=1)
     rung_divergence: list[float] | None
+    expectation: Expectation | None = None
     policy: dict[str, Any] | None
 
 
@@ -92,6 +93,7 @@ def ladder_files(ladder: LadderContents) -> dict[str, bytes]:
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "ranks": {name: list(module.ranks) for name, module in ladder.modules.items()},
         "rung_divergence": None if ladder.rung_divergence is None else list(ladder.rung_divergence),
+        "expectation": None if ladder.expectation is None else ladder.expectation.model_dump(),
         "policy": None if ladder.policy is None else ladder.policy.model_dump(mode="json"),
     }
     return {LADDER_NAME: (_dump(manifest) + "\n").encode(), **files}
@@ -158,6 +160,7 @@ def read(folder: Path, kind: type[Contents]) -> Contents:
             read_learned(extra),
             None if manifest.policy is None else format_v1.parse_policy(manifest.policy, f"{path}: policy"),
             None if manifest.rung_divergence is None else tuple(manifest.rung_divergence),
+            manifest.expectation,
         )
     except LadderError as error:
         raise LadderError(f"{path}: does not fit the other files ({error}); build the ladder again") from None

@@ -204,8 +204,8 @@ class RankLadder(LadderContents):
         return self._changed(modules=modules, learned=None, policy=None)
 
     def _changed(self, **changes: Any) -> RankLadder:
-        """Return a changed ladder, without the divergence that was measured for the old rungs."""
-        return replace(self, rung_divergence=None, **changes)
+        """Return a changed ladder, without what was measured for the old rungs."""
+        return replace(self, rung_divergence=None, expectation=None, **changes)
 
     def to(self, dtype: torch.dtype) -> RankLadder:
         """Return the ladder with factors in `dtype`: bfloat16 and float16 take half the bytes, and are not lossless.

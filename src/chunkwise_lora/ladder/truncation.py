@@ -61,7 +61,7 @@ def truncate(ladder: Ladder, share: float, one_rank: bool = False) -> Truncation
     modules = {name: _cut(module, ranks[name]) for name, module in ladder.modules.items() if ranks[name]}
     if one_rank:
         modules = {name: _filled(module, rank) for name, module in modules.items()}
-    cut = replace(ladder, modules=modules, policy=None, learned=None, rung_divergence=None)
+    cut = replace(ladder, modules=modules, policy=None, learned=None, rung_divergence=None, expectation=None)
     return Truncation(cut, kl, kept / total if total else 1.0)
 
 
