@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | `adapter_config.json`, `adapter_model.safetensors` | the ladder at full rank, as PEFT stores an adapter |
-| `chunkwise.json` | format version, SHA-256 of the other files, build, base model, ranks per rung and module, policy, expectation |
+| `chunkwise.json` | format version, SHA-256 of the other files, build, base model, ranks, policy and what it costs |
 | `chunkwise.safetensors` | only if there is something learned: importance of the directions, complexity of tokens |
 
 `chunkwise.safetensors` holds `sigma/<module>` only if the importance of directions is not their length: after
