@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from architectures import ARCHITECTURES, IMAGES, PAD, VOCABULARY, prompts
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, RuntimeScheduler
+from chunkwise_lora.calibration.log_probabilities import at_full_rank
 from chunkwise_lora.engines.transformers import versions
 from chunkwise_lora.engines.transformers.traits import ModelTraits
 from chunkwise_lora.errors import EngineError
@@ -94,6 +95,21 @@ def test_a_padded_batch_of_two_adapters_matches_peft(pair: Pair) -> None:
             pair.check(pair.prompts(7, 12), "first", "second")
     else:
         pair.check(pair.prompts(7, 12), "first", "second")
+
+
+@torch.no_grad()
+def test_the_head_sees_only_the_tokens_whose_predictions_are_scored(pair: Pair) -> None:
+    ids = pair.prompts(12, 12, images=False)["input_ids"]
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    scored[0, 3:5] = scored[1, -1] = True
+    expected = at_full_rank(pair.ours, ids, "first")[scored]
+    seen: list[Tensor] = []
+    head = pair.ours.base.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    found = at_full_rank(pair.ours, ids, "first", scored)
+    hook.remove()
+    assert [len(x.flatten(0, -2)) for x in seen] == [3]
+    assert (found - expected).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("architecture", IMAGES)

@@ -26,10 +26,13 @@ from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.log_probabilities import (
+    at_full_rank,
     kl_divergence,
     log_probabilities,
     log_probabilities_in_one_pass,
+    log_probabilities_token_by_token,
     next_token_losses,
+    scored_losses,
 )
 from chunkwise_lora.calibration.rung_policy import choose_rungs
 from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
@@ -430,6 +433,28 @@ def test_a_scale_with_fixed_rungs_equals_the_same_scale_in_a_policy() -> None:
         assert torch.allclose(log_probabilities(model, tokens, 4, scale=0.9), planned.log_p, atol=1e-5)
         assert not torch.allclose(log_probabilities(model, tokens, 4), planned.log_p, atol=1e-2)
     assert (planned.ranks == 4).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "lm_head", "saved_head"])
+def test_predictions_of_scored_tokens_are_those_of_a_full_pass(kind: str) -> None:
+    tokens = torch.tensor(text()).view(-1, BLOCK)[:3]
+    scored = torch.rand(tokens.shape) < 0.4
+    rungs = np.arange(tokens.numel()).reshape(tokens.shape) % 9
+    config = ChunkWiseConfig.preset("balanced")
+    blocks = TokenBlocks(tokens, scored)
+    with ChunkWiseModel(build("llama"), adapter("llama", kind)) as model:
+        model.requires_grad_(False)
+        for all_of_it, some in (
+            (at_full_rank(model, tokens), at_full_rank(model, tokens, scored=scored)),
+            (log_probabilities(model, tokens, rungs), log_probabilities(model, tokens, rungs, scored=scored)),
+            *(
+                (run(model, tokens, config).log_p, run(model, tokens, config, scored=scored).log_p)
+                for run in (log_probabilities_in_one_pass, log_probabilities_token_by_token)
+            ),
+        ):
+            assert torch.allclose(all_of_it[scored], some, atol=1e-5)
+            losses = next_token_losses(all_of_it, tokens)[blocks.scored_predictions]
+            assert torch.allclose(scored_losses(some, blocks), losses, atol=1e-5)
 
 
 def test_a_ladder_of_one_rung_is_calibrated_too() -> None:

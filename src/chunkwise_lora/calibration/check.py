@@ -12,7 +12,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     ChunkWiseModel,
     kl_divergence,
     log_probabilities_token_by_token,
-    next_token_losses,
+    scored_losses,
 )
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
 from chunkwise_lora.ladder.contents import Expectation
@@ -68,12 +68,11 @@ def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCo
     """
     full_losses, increases, kl, ranks, kv_shares = [], [], [], [], []
     for batch in run.batches(run.text.check, "checking on unseen text"):
-        tokens, scored = batch.tokens, batch.scored_predictions
-        full = given_full_rank(model, tokens)
-        done = log_probabilities_token_by_token(model, tokens, config)
-        full_losses.append(next_token_losses(full, tokens)[scored])
-        increases.append(next_token_losses(done.log_p, tokens)[scored] - full_losses[-1])
-        kl.append(kl_divergence(full, done.log_p)[batch.scored])
+        full = given_full_rank(model, batch)
+        done = log_probabilities_token_by_token(model, batch.tokens, config, scored=batch.scored)
+        full_losses.append(scored_losses(full, batch))
+        increases.append(scored_losses(done.log_p, batch) - full_losses[-1])
+        kl.append(kl_divergence(full, done.log_p))
         ranks.append(done.ranks)
         kv_shares.append(done.kv_share)
     loss, increase = float(torch.cat(full_losses).mean()), torch.cat(increases)

@@ -55,10 +55,10 @@ def match_full_rank(
     for batch in training.batches:
         switch_rungs(None)
         with torch.no_grad():
-            full = at_full_rank(model, batch.tokens, adapter)
+            full = at_full_rank(model, batch.tokens, adapter, batch.scored)
         with torch.enable_grad():
             switch_rungs(training.sampler(batch.tokens, generator))
-            loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter))[batch.scored].mean()
+            loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -39,29 +39,37 @@ def explore(
     parts = []
     for batch in run.batches(text, "cost per token and rung"):
         tokens = batch.tokens
-        full = given_full_rank(model, tokens)
-        signals = _signals(tokens, entropy(full), run.vocab_size)
+        full = given_full_rank(model, batch)
+        signals = _signals(tokens, _of_all_tokens(entropy(full), batch), run.vocab_size)
         previous = torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=-1)
         for _ in range(run.config.explorations):
             rungs = generator.choice(np.array(allowed), tuple(tokens.shape))
-            costs = kl_divergence(full, log_probabilities(model, tokens, rungs)).clamp_min(0)
-            costs[~batch.scored] = math.nan
-            of_tokens = (tokens, previous, signals, torch.from_numpy(rungs), costs)
+            costs = kl_divergence(full, log_probabilities(model, tokens, rungs, scored=batch.scored)).clamp_min(0)
+            of_tokens = (tokens, previous, signals, torch.from_numpy(rungs), _of_all_tokens(costs, batch))
             parts.append([tensor.flatten(0, 1) for tensor in of_tokens])
     return Observations(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _of_all_tokens(values: Tensor, blocks: TokenBlocks) -> Tensor:
+    """(blocks, length) the values (scored,) of the scored tokens, and NaN for the other tokens."""
+    return torch.full(blocks.tokens.shape, math.nan).masked_scatter(blocks.scored, values)
 
 
 def _signals(tokens: Tensor, entropies: Tensor, vocab_size: int) -> Tensor:
     """The complexity signals of token ids (sequences, tokens), NaN where unknown.
 
-    `entropies` (sequences, tokens) are those of the predictions after each token, in nats.
+    `entropies` (sequences, tokens) are those of the predictions after each token, in nats, and NaN where unknown.
 
     Returns:
         (sequences, tokens, 4) float32.
     """
     rows = []
-    for row, of_row in zip(tokens.tolist(), entropies.tolist(), strict=True):
+    before = torch.nn.functional.pad(entropies[:, :-1], (1, 0), value=math.nan)
+    for row, of_row in zip(tokens.tolist(), before.tolist(), strict=True):
         estimator = TokenComplexityEstimator(ComplexityConfig(), vocab_size)
-        signals = [estimator.signals(token, known) for token, known in zip(row, [None, *of_row[:-1]], strict=True)]
+        signals = [
+            estimator.signals(token, None if math.isnan(known) else known)
+            for token, known in zip(row, of_row, strict=True)
+        ]
         rows.append([[math.nan if value is None else value for value in of_token] for of_token in signals])
     return torch.tensor(rows)

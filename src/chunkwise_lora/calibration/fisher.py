@@ -66,11 +66,11 @@ def sensitivities(
     with forward_hooks(model.base, {name: add_leaf(name) for name in ladder}):
         for batch in batches:
             with torch.enable_grad():
-                log_p = at_full_rank(model, batch.tokens, adapter)
-                flat = log_p.detach().flatten(0, 1).cpu()
-                drawn = torch.multinomial(flat.exp(), 1, generator=generator).to(log_p.device)
-                log_p.flatten(0, 1).gather(1, drawn)[batch.scored.flatten()].sum().backward()
-            tokens += int(batch.scored.sum())
+                log_p = at_full_rank(model, batch.tokens, adapter, batch.scored)
+                probabilities = log_p.detach().exp().cpu()
+                drawn = torch.multinomial(probabilities, 1, generator=generator).to(log_p.device)
+                log_p.gather(1, drawn).sum().backward()
+            tokens += len(log_p)
             for name, (z, leaf) in leaves.items():
                 if leaf.grad is None:
                     continue

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from chunkwise_lora.calibration.text import TokenBlocks
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.engines.transformers.versions import CACHE
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -28,6 +31,7 @@ __all__ = [
     "log_probabilities_in_one_pass",
     "log_probabilities_token_by_token",
     "next_token_losses",
+    "scored_losses",
 ]
 
 
@@ -36,23 +40,26 @@ class ScoredPass:
     """The log-probabilities of a text, and what the plan spent on it."""
 
     log_p: Tensor
-    """(batch, tokens, vocabulary) log-probabilities of the token after each token."""
+    """(batch, tokens, vocabulary) log-probabilities of the token after each token; (predictions, vocabulary) if only
+    some predictions were asked for."""
     ranks: np.ndarray
     """(batch, tokens) the rank of every token."""
     kv_share: float = 1.0
     """Bytes of the KV cache at the end, divided by those of a full-precision cache."""
 
 
-def at_full_rank(model: ChunkWiseModel, tokens: Tensor, adapter: str | None = None) -> Tensor:
+def at_full_rank(
+    model: ChunkWiseModel, tokens: Tensor, adapter: str | None = None, scored: Tensor | None = None
+) -> Tensor:
     """Run token ids (batch, tokens) at full rank in one pass, with gradients where they are enabled.
 
     Returns:
-        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token.
+        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token. With `scored` (batch,
+        tokens) bool, only those after scored tokens are computed: (predictions, vocabulary).
     """
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless):
-        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
-    return logits.float().log_softmax(-1)
+        return _one_pass(model, tokens, scored)
 
 
 @torch.no_grad()
@@ -62,6 +69,7 @@ def log_probabilities(
     rungs: np.ndarray | int | None = None,
     adapter: str | None = None,
     scale: float = 1.0,
+    scored: Tensor | None = None,
 ) -> Tensor:
     """Run token ids on given rungs in one pass.
 
@@ -71,9 +79,11 @@ def log_probabilities(
         rungs: (batch, tokens) the rung of every token, or one rung for all tokens; None is full rank.
         adapter: Name of the ladder; by default the first one of the model.
         scale: Factor on the adapter's output, the same for all tokens.
+        scored: (batch, tokens) bool: the tokens whose predictions are computed; by default all.
 
     Returns:
-        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token.
+        (batch, tokens, vocabulary) float32 log-probabilities of the token after each token; (predictions, vocabulary)
+        with `scored`.
     """
     adapter = adapter or next(iter(model.ladders))
     count = model.ladders[adapter].rungs
@@ -81,41 +91,92 @@ def log_probabilities(
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as call:
         call.follow([FixedScheduler(row, count, scale) for row in plan])
-        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
-    return logits.float().log_softmax(-1)
+        return _one_pass(model, tokens, scored)
 
 
 @torch.no_grad()
 def log_probabilities_in_one_pass(
-    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+    model: ChunkWiseModel,
+    tokens: Tensor,
+    config: ChunkWiseConfig,
+    adapter: str | None = None,
+    scored: Tensor | None = None,
 ) -> ScoredPass:
     """Run token ids (batch, tokens) under the policy `config` in one pass, as a prompt runs.
 
-    The entropies of the predictions are unknown to the policy, and keys and values stay in full precision.
+    The entropies of the predictions are unknown to the policy, and keys and values stay in full precision. With
+    `scored` (batch, tokens) bool, only the predictions after scored tokens are computed.
     """
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
     with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as call:
-        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
-    ranks = np.array([sequence.ranks for sequence in call.trace().sequences])
-    return ScoredPass(logits.float().log_softmax(-1), ranks)
+        log_p = _one_pass(model, tokens, scored)
+    return ScoredPass(log_p, np.array([sequence.ranks for sequence in call.trace().sequences]))
 
 
 @torch.no_grad()
 def log_probabilities_token_by_token(
-    model: ChunkWiseModel, tokens: Tensor, config: ChunkWiseConfig, adapter: str | None = None
+    model: ChunkWiseModel,
+    tokens: Tensor,
+    config: ChunkWiseConfig,
+    adapter: str | None = None,
+    scored: Tensor | None = None,
 ) -> ScoredPass:
     """Run token ids (batch, tokens) under the policy `config` one after the other, as generation runs.
 
-    The plan, the cross-fades and the KV policy of `config` are all in force.
+    The plan, the cross-fades and the KV policy of `config` are all in force. With `scored` (batch, tokens) bool, only
+    the predictions after scored tokens are kept.
     """
+    wanted = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
     steps = []
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as call:
-        for column in tokens.split(1, dim=1):
+        for column, kept in zip(tokens.split(1, dim=1), wanted.T, strict=True):
             logits = model.base(input_ids=column, **{CACHE: call.cache}, use_cache=True).logits
-            steps.append(logits[:, -1].float().log_softmax(-1))
+            steps.append(logits[kept, -1].float().log_softmax(-1))
     trace = call.trace()
     ranks = np.array([sequence.ranks for sequence in trace.sequences])
-    return ScoredPass(torch.stack(steps, dim=1), ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
+    log_p = torch.cat(steps)[_by_sequence(wanted)]
+    kv_share = trace.kv_bytes / max(trace.kv_bytes_full, 1)
+    return ScoredPass(log_p.unflatten(0, tuple(tokens.shape)) if scored is None else log_p, ranks, kv_share)
+
+
+def _by_sequence(wanted: Tensor) -> Tensor:
+    """(predictions,) where each prediction after a wanted token (batch, tokens) stands if columns come one by one."""
+    of_columns = wanted.T.flatten().cumsum(0).view(wanted.T.shape).T - 1
+    return of_columns[wanted]
+
+
+def _one_pass(model: ChunkWiseModel, tokens: Tensor, scored: Tensor | None) -> Tensor:
+    """Run token ids (batch, tokens) in the open call.
+
+    Returns:
+        (batch, tokens, vocabulary) log-probabilities; (predictions, vocabulary) with `scored` (batch, tokens).
+    """
+    with _head_reads(model.base, scored):
+        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
+    if scored is not None:
+        logits = logits[scored] if logits.shape[:2] == scored.shape else logits[0]
+    return logits.float().log_softmax(-1)
+
+
+@contextmanager
+def _head_reads(base: PreTrainedModel, scored: Tensor | None) -> Iterator[None]:
+    """Let the output head see scored tokens (batch, tokens) alone, as one sequence, because vocabularies are large.
+
+    An adapted head sees all tokens, because each of them has its own plan. So does a model that does not call its head.
+    """
+    head = base.get_output_embeddings()
+    if scored is None or head is None or isinstance(head, BaseTunerLayer):
+        yield
+        return
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0][scored][None], *args[1:]
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -162,3 +223,17 @@ def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
         (batch, tokens - 1) nats.
     """
     return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+
+
+def scored_losses(log_p: Tensor, blocks: TokenBlocks) -> Tensor:
+    """The losses of the scored predictions whose next token is known.
+
+    Args:
+        log_p: (scored, vocabulary) log-probabilities of the token after each scored token of `blocks`.
+        blocks: The text.
+
+    Returns:
+        (predictions,) nats.
+    """
+    following = blocks.tokens.roll(-1, dims=1)[blocks.scored]
+    return -log_p.gather(1, following[:, None]).squeeze(1)[blocks.has_next]

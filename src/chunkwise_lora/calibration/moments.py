@@ -42,7 +42,8 @@ def second_moments(model: ChunkWiseModel, batches: Iterable[Tensor], adapter: st
     ]
     try:
         for tokens in batches:
-            at_full_rank(model, tokens, adapter)
+            last = (torch.arange(tokens.shape[1]) == tokens.shape[1] - 1).expand_as(tokens)
+            at_full_rank(model, tokens, adapter, last)  # fewer logits cost less, and none are needed
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,9 @@ from chunkwise_lora.ladder import RankLadder
 GIVEN = "given"
 """Name, in the model, of the ladder as it was given. Every divergence is measured from its full rank."""
 PASS_ELEMENTS = 2**24
-"""Largest number of log-probabilities (tokens times vocabulary) of one pass: 64 MB in float32."""
+"""Largest number of log-probabilities (scored tokens times vocabulary) of one pass: 64 MB in float32."""
+PASS_TOKENS = 2048
+"""Largest number of tokens of one pass, of which the model keeps activations."""
 
 
 class Track(Protocol):
@@ -47,7 +50,9 @@ class CalibrationRun:
     @property
     def batch(self) -> int:
         """Blocks per pass."""
-        return max(1, PASS_ELEMENTS // (self.text.learning.length * self.vocab_size))
+        learning = self.text.learning
+        scored = math.ceil(int(learning.scored.sum()) / len(learning))
+        return max(1, min(PASS_ELEMENTS // (scored * self.vocab_size), PASS_TOKENS // learning.length))
 
     def attach(self, ladder: RankLadder) -> ChunkWiseModel:
         """The model with `ladder` attached, and with the given ladder to compare with."""
@@ -62,6 +67,6 @@ class CalibrationRun:
         return min(round(self.config.lowest_share * top), top - 1)
 
 
-def given_full_rank(model: ChunkWiseModel, tokens: Tensor) -> Tensor:
-    """(batch, tokens, vocabulary) log-probabilities of the given ladder at full rank, of a model from `attach`."""
-    return log_probabilities(model, tokens, adapter=GIVEN)
+def given_full_rank(model: ChunkWiseModel, blocks: TokenBlocks) -> Tensor:
+    """(scored, vocabulary) log-probabilities of the given ladder at full rank, of a model from `attach`."""
+    return log_probabilities(model, blocks.tokens, adapter=GIVEN, scored=blocks.scored)

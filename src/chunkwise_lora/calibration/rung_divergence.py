@@ -31,9 +31,9 @@ def rung_divergence(
     rungs = model.ladders[DEFAULT].rungs
     totals, scored = np.zeros(rungs), 0
     for batch in batches:
-        full = log_probabilities(model, batch.tokens, adapter=reference)
-        scored += int(batch.scored.sum())
+        full = log_probabilities(model, batch.tokens, adapter=reference, scored=batch.scored)
+        scored += len(full)
         for rung in range(rungs - 1 if same_full_rank else rungs):
-            kl = kl_divergence(full, log_probabilities(model, batch.tokens, rung))
-            totals[rung] += float(kl[batch.scored].clamp_min(0).sum())
+            kl = kl_divergence(full, log_probabilities(model, batch.tokens, rung, scored=batch.scored))
+            totals[rung] += float(kl.clamp_min(0).sum())
     return tuple((totals / scored).tolist())

@@ -13,7 +13,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     kl_divergence,
     log_probabilities_in_one_pass,
     log_probabilities_token_by_token,
-    next_token_losses,
+    scored_losses,
 )
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
@@ -47,14 +47,13 @@ def share_for_loss_budget(run: CalibrationRun, fitted: FittedLadder, budget: flo
     configs = [fitted.config(fitted.rung_policy(share)) for share in SHARES]
     with run.attach(fitted.ladder) as model:
         for batch in run.batches(run.text.choice, "finding the mean rank"):
-            tokens, scored = batch.tokens, batch.scored_predictions
-            full = given_full_rank(model, tokens)
-            full_losses = next_token_losses(full, tokens)
-            full_loss += float(full_losses[scored].sum())
+            full = given_full_rank(model, batch)
+            full_losses = scored_losses(full, batch)
+            full_loss += float(full_losses.sum())
             for i, config in enumerate(configs):
-                log_p = log_probabilities_in_one_pass(model, tokens, config).log_p
-                kl[i] += float(kl_divergence(full, log_p)[:, :-1][scored].sum())
-                increase[i] += float((next_token_losses(log_p, tokens) - full_losses)[scored].sum())
+                log_p = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored).log_p
+                kl[i] += float(kl_divergence(full, log_p)[batch.has_next].sum())
+                increase[i] += float((scored_losses(log_p, batch) - full_losses).sum())
     loss_per_kl = float(increase @ kl) / max(float(kl @ kl), 1e-12)
     predicted = loss_per_kl * kl / full_loss
     return min((share for share, one in zip(SHARES, predicted, strict=True) if one <= budget), default=1.0)
@@ -106,13 +105,12 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
     with_int8 = config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
     increase = total = 0.0
     for batch in run.batches(run.text.choice, "trying INT8 keys and values"):
-        tokens, scored = batch.tokens, batch.scored_predictions
         before, after = (
-            next_token_losses(log_probabilities_token_by_token(model, tokens, one).log_p, tokens)
+            scored_losses(log_probabilities_token_by_token(model, batch.tokens, one, scored=batch.scored).log_p, batch)
             for one in (config, with_int8)
         )
-        total += float(before[scored].sum())
-        increase += float((after - before)[scored].sum())
+        total += float(before.sum())
+        increase += float((after - before).sum())
     return with_int8 if increase <= INT8_TOLERANCE * total else config
 
 
@@ -124,9 +122,8 @@ def _costs(
     totals = dict.fromkeys(configs, 0.0)
     for batch in run.batches(text, "chunk lengths and scales"):
         for value, config in configs.items():
-            done = log_probabilities_in_one_pass(model, batch.tokens, config)
-            loss = next_token_losses(done.log_p, batch.tokens)[batch.scored_predictions].sum()
-            totals[value] += float(loss) / int(text.scored_predictions.sum())
+            done = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored)
+            totals[value] += float(scored_losses(done.log_p, batch).sum()) / int(text.scored_predictions.sum())
             totals[value] += multiplier * float(done.ranks.sum()) / text.tokens.numel()
     return totals
 

@@ -71,6 +71,11 @@ class TokenBlocks:
         """(blocks, length - 1) bool: `scored`, without the last token of each block, whose next token is unknown."""
         return self.scored[:, :-1]
 
+    @property
+    def has_next(self) -> Tensor:
+        """(scored,) bool: whether the next token of each scored token is known, as it is not at the end of a block."""
+        return (torch.arange(self.length) < self.length - 1).expand_as(self.scored)[self.scored]
+
     def __len__(self) -> int:
         return len(self.tokens)
 
