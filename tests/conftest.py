@@ -15,7 +15,8 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # se
 
 from hypothesis import settings
 
-from chunkwise_lora import cli
+import small
+from chunkwise_lora import cli, examples
 
 torch.set_num_threads(1)  # the models are tiny: on a busy machine a second thread only waits
 settings.register_profile("shared", deadline=None, max_examples=60, print_blob=True)
@@ -25,6 +26,13 @@ settings.load_profile("shared")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of the examples, commands take the small model and its adapters, which need no other package."""
+    monkeypatch.setattr(examples, "base_folder", lambda begin=None: small.BASE)
+    monkeypatch.setattr(examples, "ladders", lambda: {"wiki": small.WIKI, "e2e": small.E2E})
 
 
 @pytest.fixture

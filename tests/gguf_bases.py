@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import transformers as t
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
 from torch import Tensor
 
 ARCHITECTURES = {
@@ -18,11 +19,34 @@ ARCHITECTURES = {
     "phi3": MODEL_ARCH.PHI3,
 }
 """llama.cpp's architecture by the name in `models.ARCHITECTURES`."""
+CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
 def no_tokenizer(writer: GGUFWriter) -> None:
     """Say that the file has no tokenizer: it runs token ids only."""
     writer.add_tokenizer_model("none")
+
+
+def tokenizer_of(folder: Path) -> Callable[[GGUFWriter], None]:
+    """A function that adds the byte-level BPE tokenizer in a folder, and a chat template."""
+
+    def add(writer: GGUFWriter) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        ids: dict[str, int] = content["model"]["vocab"]
+        special = {token["content"] for token in content["added_tokens"]}
+        ids |= {token["content"]: token["id"] for token in content["added_tokens"]}
+        tokens = sorted(ids, key=ids.__getitem__)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_add_bos_token(False)
+        writer.add_chat_template(CHAT)
+
+    return add
 
 
 def write_base(

@@ -1,4 +1,4 @@
-"""The commands on the embedded model, called as a user calls them."""
+"""The commands on the small model, called as a user calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, examples
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
@@ -33,7 +34,7 @@ TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the isla
 def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = tmp_path / "held.txt"
     held.write_text(TEXT * 3)
-    monkeypatch.setattr(embedded, "HELD_TEXT", held)
+    monkeypatch.setattr("chunkwise_lora.cli.demo.HELD_TEXT", held)
     code, out, err = run("demo", "--new-tokens", 4, "--rounds", 1, "--json", tmp_path / "demo.json")
     assert code == 0 and err.startswith("comparing with PEFT: 1 of 18 after ")
     assert "mean rank" in out and "│" in out
@@ -75,7 +76,7 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
     text = tmp_path / "calibration.txt"
     text.write_text(TEXT * 40)
     folder = tmp_path / "ladder"
-    code, out, _ = run("ladder", "build", "wiki", "-o", folder, "--base", embedded.BASE, "--calibration-text", text)
+    code, out, _ = run("ladder", "build", "wiki", "-o", folder, "--base", small.BASE, "--calibration-text", text)
     assert code == 0 and "data-aware" in out
     assert RankLadder.from_pretrained(folder).build == "data-aware"
     code, out, _ = run("ladder", "show", folder, "--json", tmp_path / "show.json")
@@ -127,8 +128,9 @@ def test_a_folder_for_the_results_is_refused_before_anything_runs(run: Any, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_ladder_of_many_rungs_fits_the_terminal(run: Any) -> None:
-    code, out, _ = run("ladder", "show", "wiki-nested")
+def test_a_ladder_of_many_rungs_fits_the_terminal(run: Any, tmp_path: Path) -> None:
+    small.calibrated().save_pretrained(tmp_path)
+    code, out, _ = run("ladder", "show", tmp_path)
     assert code == 0 and max(len(line) for line in out.splitlines()) <= 80
     assert "…" not in out and "7 more rungs" in out
 
@@ -139,7 +141,7 @@ def test_ranks_are_rounded_for_people() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"model": 1}'])
 def test_a_damaged_tokenizer_is_refused_by_name(run: Any, tmp_path: Path, damage: bytes) -> None:
-    base = shutil.copytree(embedded.BASE, tmp_path / "base")
+    base = shutil.copytree(small.BASE, tmp_path / "base")
     (base / "tokenizer.json").write_bytes(damage)
     code, _, err = run("generate", "--prompt", "a", "--model", base)
     assert code == 1 and f"{base}: its tokenizer" in err
@@ -159,7 +161,7 @@ def test_a_calibration_text_that_is_too_short_is_refused(run: Any, tmp_path: Pat
     text = tmp_path / "short.txt"
     text.write_text(TEXT)
     code, _, err = run(
-        "ladder", "build", "wiki", "-o", tmp_path / "x", "--base", embedded.BASE, "--calibration-text", text
+        "ladder", "build", "wiki", "-o", tmp_path / "x", "--base", small.BASE, "--calibration-text", text
     )
     assert code == 1 and "short.txt" in err and "512" in err
     assert not (tmp_path / "x").exists()
@@ -264,8 +266,8 @@ def test_a_mistyped_adapter_is_refused_before_a_model_is_loaded_or_a_hub_asked()
 def test_a_folder_with_an_unusual_name_is_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wikki").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert embedded.find("wikki") == "wikki"
-    assert embedded.find("owner/name") == "owner/name"
+    assert examples.find("wikki") == "wikki"
+    assert examples.find("owner/name") == "owner/name"
 
 
 def test_without_a_terminal_progress_is_printed_in_lines() -> None:
@@ -294,7 +296,7 @@ def test_a_progress_bar_does_not_change_redirected_output(capsys: pytest.Capture
 
 def test_text_from_files_and_models_cannot_control_the_terminal() -> None:
     evil = "\x1b[2J[bold]\u202etext[/nonsense]"
-    modules = list(RankLadder.load(embedded.ADAPTERS["wiki"]).modules.values())
+    modules = list(RankLadder.load(small.WIKI).modules.values())
     sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), full_rank=8.0, chunks=())
     console = Console(width=200, file=io.StringIO(), record=True, force_terminal=True)
     console.print(ladder_table(RankLadder({f"{evil}.a": modules[0], f"{evil}.b": modules[1]})))
@@ -370,7 +372,7 @@ def test_bench_refuses_unknown_values(run: Any, options: tuple[Any, ...], messag
 
 
 def _logits_in_peft(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of missing weights
         return PeftModel.from_pretrained(base, str(folder)).eval()(tokens).logits
@@ -379,7 +381,7 @@ def _logits_in_peft(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def ragged(tmp_path: Path) -> RankLadder:
     """A saved ladder. On its middle rung the modules differ in rank, and some have rank 0."""
-    ladder = RankLadder.load(embedded.ADAPTERS["wiki"])
+    ladder = RankLadder.load(small.WIKI)
     importance = {
         name: module.sigma.square() * 10 ** (i % 5) for i, (name, module) in enumerate(ladder.modules.items())
     }
@@ -392,20 +394,20 @@ def ragged(tmp_path: Path) -> RankLadder:
 
 
 def test_an_exported_rung_gives_the_same_logits_in_peft(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
-    small, file = tmp_path / "small", tmp_path / "small.json"
-    code, out, _ = run("ladder", "export", tmp_path / "ladder", "--mean-rank", "50%", "-o", small, "--json", file)
-    assert code == 0 and f"PeftModel.from_pretrained(base, {str(small)!r})" in out
+    half, file = tmp_path / "half", tmp_path / "small.json"
+    code, out, _ = run("ladder", "export", tmp_path / "ladder", "--mean-rank", "50%", "-o", half, "--json", file)
+    assert code == 0 and f"PeftModel.from_pretrained(base, {str(half)!r})" in out
     assert "KL divergence" in out and "0.0400 nats" in " ".join(out.split())
     report = json.loads(file.read_text())
     assert report["kl"] == pytest.approx(0.04) and 0.5 < report["energy_kept"] < 1
     assert report["after"]["nbytes"] == pytest.approx(report["before"]["nbytes"] / 2, rel=0.02)
-    assert (small / "adapter_model.safetensors").stat().st_size == pytest.approx(report["after"]["nbytes"], rel=0.05)
-    assert sorted(path.name for path in small.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (half / "adapter_model.safetensors").stat().st_size == pytest.approx(report["after"]["nbytes"], rel=0.05)
+    assert sorted(path.name for path in half.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tokens = torch.randint(3, 500, (1, 20))
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32).eval()
     with ChunkWiseModel(base, ragged, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
         expected = model(tokens).logits
-    assert torch.allclose(_logits_in_peft(small, tokens), expected, atol=2e-4)
+    assert torch.allclose(_logits_in_peft(half, tokens), expected, atol=2e-4)
 
 
 def test_an_export_at_one_rank_has_no_patterns(run: Any, tmp_path: Path, ragged: RankLadder) -> None:
@@ -427,7 +429,7 @@ def test_an_export_at_one_rank_has_no_patterns(run: Any, tmp_path: Path, ragged:
 def test_a_measured_ladder_tells_its_loss_when_it_is_exported(run: Any, tmp_path: Path) -> None:
     measured, file = tmp_path / "measured", tmp_path / "measured.json"
     code, out, err = run(
-        *("ladder", "measure", "wiki", "--text", embedded.HELD_TEXT, "--tokens", 512, "-o", measured, "--json", file)
+        *("ladder", "measure", "wiki", "--text", small.HELD_TEXT, "--tokens", 512, "-o", measured, "--json", file)
     )
     assert code == 0, err
     assert "512 tokens" in " ".join(out.split())
@@ -453,9 +455,7 @@ def test_a_plain_adapter_is_exported_in_its_own_number_format(run: Any, tmp_path
     assert code == 0 and "nothing is lost" in out
     assert report["before"] == report["after"] and report["after"]["dtype"] == "float16"
     tokens = torch.randint(3, 500, (1, 20))
-    assert torch.allclose(
-        _logits_in_peft(tmp_path, tokens), _logits_in_peft(embedded.ADAPTERS["wiki"], tokens), atol=0.05
-    )
+    assert torch.allclose(_logits_in_peft(tmp_path, tokens), _logits_in_peft(small.WIKI, tokens), atol=0.05)
 
 
 def test_an_export_does_not_replace_its_source(run: Any, tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_an_export_does_not_replace_its_source(run: Any, tmp_path: Path) -> None
 
 
 def test_a_build_does_not_replace_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:
-    RankLadder.load(embedded.ADAPTERS["wiki-nested"]).save_pretrained(tmp_path)
+    small.calibrated().save_pretrained(tmp_path)
     code, _, err = run("ladder", "build", "wiki", "-o", tmp_path)
     assert code == 1 and "calibrated" in err
     assert RankLadder.load(tmp_path).policy is not None
@@ -479,7 +479,7 @@ def test_an_unknown_method_is_refused(run: Any) -> None:
 
 
 def test_an_export_does_not_replace_a_ladder(run: Any, tmp_path: Path) -> None:
-    assert run("ladder", "build", embedded.ADAPTERS["wiki"], "-o", tmp_path)[0] == 0
+    assert run("ladder", "build", small.WIKI, "-o", tmp_path)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     code, _, err = run("ladder", "export", tmp_path, "--mean-rank", "50%", "-o", tmp_path)
     assert code == 1 and "give another folder" in " ".join(err.split())

@@ -1,17 +1,16 @@
-"""Benchmarks measure what they report, and the embedded adapters improve the base model."""
+"""Benchmarks measure what they report, and the adapters of the tests improve their base model."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, RankLadder
 from chunkwise_lora.benchmark.measure import measure
 from chunkwise_lora.benchmark.memory import PeakMemory
 from chunkwise_lora.benchmark.methods import BASE, STATIC, UNMERGED, Method, methods
@@ -19,11 +18,6 @@ from chunkwise_lora.benchmark.perplexity import perplexity
 from chunkwise_lora.benchmark.plots import plot_bench
 from chunkwise_lora.benchmark.run import Run
 from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
-from chunkwise_lora.calibration.log_probabilities import (
-    log_probabilities,
-    log_probabilities_in_one_pass,
-    next_token_losses,
-)
 from chunkwise_lora.cli.rendering import bench_table, coloured_tokens, sparkline
 from chunkwise_lora.method.trace import SequenceTrace
 from models import VOCABULARY, adapter, build, peft_model
@@ -158,37 +152,20 @@ def test_the_bars_of_a_sparkline_are_to_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "text"),
+    ("adapter", "given", "text"),
     [
-        ("wiki", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
-        ("wiki-nested", " = ", embedded.HELD_TEXT.read_text()[3:1500]),
-        ("e2e", "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
-        ("e2e-nested", "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
+        (small.WIKI, " = ", small.HELD_TEXT.read_text()[3:1500]),
+        (small.E2E, "name[Aldhaven], eatType[pub], area[riverside] ->", " Aldhaven is a pub in the riverside area."),
     ],
+    ids=["wiki", "e2e"],
 )
-def test_an_embedded_adapter_beats_the_base_on_text_of_its_kind(name: str, given: str, text: str) -> None:
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
+def test_an_adapter_of_the_tests_beats_the_base_on_text_of_its_kind(adapter: Path, given: str, text: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
     tokens = tokenizer(given + text, return_tensors="pt").input_ids
     labels = tokens.clone()
     labels[:, : len(tokenizer(given).input_ids)] = -100
     without, _, tuned = (
-        method.model(input_ids=tokens, labels=labels).loss
-        for method in methods(base, {name: embedded.ADAPTERS[name]}, {})
+        method.model(input_ids=tokens, labels=labels).loss for method in methods(base, {"adapter": adapter}, {})
     )
     assert tuned < without - 1
-
-
-def test_the_adapter_trained_for_truncation_is_better_at_half_rank_than_the_ordinary_one_at_full_rank() -> None:
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32).eval()
-    tokens = AutoTokenizer.from_pretrained(embedded.BASE)(embedded.HELD_TEXT.read_text(), return_tensors="pt").input_ids
-    folder = embedded.ADAPTERS["wiki-nested"]
-    with torch.no_grad():
-        peft = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))(tokens).logits.log_softmax(-1)
-    ladders = {"nested": folder, "ordinary": embedded.ADAPTERS["wiki"]}
-    with ChunkWiseModel(base, ladders) as model:
-        assert torch.allclose(log_probabilities(model, tokens, adapter="nested"), peft, atol=1e-3)
-        planned = log_probabilities_in_one_pass(model, tokens, model.ladders["nested"].policy, "nested")
-        ordinary = log_probabilities(model, tokens, adapter="ordinary")
-    assert planned.ranks.mean() == pytest.approx(8, abs=0.5)
-    assert next_token_losses(planned.log_p, tokens).mean() < next_token_losses(ordinary, tokens).mean()

@@ -29,7 +29,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from peft import PeftModel
 
-from chunkwise_lora import embedded
+import small
 from chunkwise_lora.errors import LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.ladder.gguf import DTYPES, GgufBase, write_gguf
@@ -182,9 +182,9 @@ def test_a_text_model_inside_an_image_model_is_found(tmp_path: Path, prefix: str
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_number_formats_keep_the_products(tmp_path: Path, dtype: str) -> None:
-    ladder = RankLadder.load(embedded.ADAPTERS["wiki"])
-    file = write(ladder, tmp_path, base=embedded.BASE, dtype=dtype)
-    found, exact = products(file), products(write(ladder, tmp_path / "f32", base=embedded.BASE))
+    ladder = RankLadder.load(small.WIKI)
+    file = write(ladder, tmp_path, base=small.BASE, dtype=dtype)
+    found, exact = products(file), products(write(ladder, tmp_path / "f32", base=small.BASE))
     bound = {"f32": 0, "f16": 5e-4, "q8_0": 1e-2}[dtype]
     for name, wanted in exact.items():
         assert (found[name] - wanted).norm() <= bound * wanted.norm(), name
@@ -193,10 +193,10 @@ def test_number_formats_keep_the_products(tmp_path: Path, dtype: str) -> None:
 
 
 def test_q8_0_needs_rows_of_whole_blocks(tmp_path: Path) -> None:
-    ladder = RankLadder.load(embedded.ADAPTERS["wiki"])  # rank 16: the rows of B are too short
+    ladder = RankLadder.load(small.WIKI)  # rank 16: the rows of B are too short
     kinds = {
         item.name[-6:]: item.tensor_type.name
-        for item in GGUFReader(write(ladder, tmp_path, base=embedded.BASE, dtype="q8_0")).tensors
+        for item in GGUFReader(write(ladder, tmp_path, base=small.BASE, dtype="q8_0")).tensors
     }
     assert kinds == {"lora_a": "Q8_0", "lora_b": "F16"}
 
@@ -448,15 +448,17 @@ def test_without_the_package_gguf_the_remedy_is_named() -> None:
 # The command
 
 
-def test_the_command_exports_a_rung_of_an_embedded_ladder(run: Any, tmp_path: Path) -> None:
-    output, report = tmp_path / "small adapter.gguf", tmp_path / "report.json"
+def test_the_command_exports_a_rung_of_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:
+    output, report, ladder = tmp_path / "small adapter.gguf", tmp_path / "report.json", tmp_path / "ladder"
+    small.calibrated().save_pretrained(ladder)
     code, out, err = run(
-        *("ladder", "export", "wiki-nested", "--format", "gguf", "--mean-rank", "50%", "-o", output, "--json", report)
+        *("ladder", "export", ladder, "--format", "gguf", "--base", small.BASE, "--mean-rank", "50%"),
+        *("-o", output, "--json", report),
     )
     assert code == 0, err
     assert f"llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}" in out
     found, told = products(output), json.loads(report.read_text())
-    expected = RankLadder.load(embedded.ADAPTERS["wiki-nested"]).truncated(0.5)
+    expected = small.calibrated().truncated(0.5)
     assert len(found) == len(expected.modules) and told["after"]["dtype"] == "f32"
     assert told["after"]["nbytes"] == output.stat().st_size
     trained = product(expected.modules["model.layers.0.mlp.up_proj"])

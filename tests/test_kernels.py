@@ -42,6 +42,7 @@ from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, withi
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.wide_linear import WideLinear
 from chunkwise_lora.errors import EngineError
+from chunkwise_lora.files import user_cache_folder
 from chunkwise_lora.method.segments import PassPlan
 from models import adapter, greedy, prompts
 from models import build as build_model
@@ -698,7 +699,7 @@ def test_the_cache_is_in_the_usual_folder_of_the_user(
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"HOME": "/home/someone"} | variables).items():
         monkeypatch.setenv(name, value)
-    assert build._cache_root() == Path(folder)
+    assert user_cache_folder() == Path(folder)
 
 
 @pytest.mark.parametrize("switched_off", ["kernels", "attention", "products"])

@@ -23,7 +23,8 @@ from typer import BadParameter
 
 import adapters
 import answers
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder
 from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.calibration.calibrate import calibrate
 from chunkwise_lora.evaluation import data
@@ -141,10 +142,10 @@ def test_every_packed_block_begins_with_another_example(lengths: list[int], long
 
 @pytest.fixture(scope="module")
 def e2e_answers() -> Any:
-    """A generator of answers with the embedded E2E adapter, and its tokenizer."""
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
-    ladder = RankLadder.from_peft(embedded.ADAPTERS["e2e"])
+    """A generator of answers with the small E2E adapter, and its tokenizer."""
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
+    ladder = RankLadder.from_peft(small.E2E)
     return AnswerGenerator(base, ladder, tokenizer, batch=2), tokenizer
 
 
@@ -153,8 +154,8 @@ UNANSWERED = [Example(f"name[{name}], area[riverside] ->", ()) for name in ("Ald
 
 def test_an_adapter_generates_the_same_answers_as_in_peft(e2e_answers: Any) -> None:
     answer, tokenizer = e2e_answers
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
-    full = PeftModel.from_pretrained(base, str(embedded.ADAPTERS["e2e"]))
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
+    full = PeftModel.from_pretrained(base, str(small.E2E))
     found = answer(UNANSWERED)
     assert sorted(one.prompt for one in found) == sorted(one.prompt for one in UNANSWERED)
     for one in found:
@@ -191,17 +192,17 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(e2e_answers: An
         replace(answer, tokenizer=endless)(UNANSWERED)
 
 
-@pytest.mark.parametrize("name", ["e2e", "e2e-nested"])
-def test_answers_to_train_on_are_greedy_and_follow_the_ladders_policy(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "answers.csv"
+@pytest.mark.parametrize("ladder", [RankLadder.load(small.E2E), small.calibrated(small.E2E)], ids=["plain", "policy"])
+def test_answers_to_train_on_are_greedy_and_follow_the_ladders_policy(ladder: RankLadder, tmp_path: Path) -> None:
+    file, folder = tmp_path / "answers.csv", tmp_path / "ladder"
+    ladder.save_pretrained(folder)
     file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
-    answers.main(file, adapter=[name], out=file)
-    folder = Path(embedded.find(name))
-    planned = RankLadder.load(folder).policy or ChunkWiseConfig.preset("lossless")
-    tokenizer = AutoTokenizer.from_pretrained(embedded.BASE)
+    answers.main(file, adapter=[str(folder)], out=file)
+    planned = ladder.policy or ChunkWiseConfig.preset("lossless")
+    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
     rows = data.e2e_rows(str(file))
     assert [meaning for meaning, _ in rows] == ["name[Zizzi], area[riverside]", "name[Aldhaven]"], "in the given order"
-    with ChunkWiseModel.from_pretrained(embedded.BASE, folder, planned, dtype=torch.float32) as model:
+    with ChunkWiseModel.from_pretrained(small.BASE, folder, planned, dtype=torch.float32) as model:
         for meaning, answer in rows:
             prompt = tokenizer(data.e2e_prompt(meaning), return_tensors="pt")
             ids = model.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
@@ -220,15 +221,16 @@ def test_training_refuses_rows_without_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
     with pytest.raises(BadParameter, match="1 of 2 rows have no ref"):
-        adapters.e2e(file, base=embedded.BASE, out=tmp_path / "out")
+        adapters.e2e(file, base=small.BASE, out=tmp_path / "out")
 
 
-def test_several_adapters_answer_with_the_mean_of_their_distributions(e2e_answers: Any) -> None:
+def test_several_adapters_answer_with_the_mean_of_their_distributions(e2e_answers: Any, tmp_path: Path) -> None:
     answer, tokenizer = e2e_answers
     base = answer.base
-    names = ("e2e", "e2e-nested")
-    peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(embedded.ADAPTERS[name])) for name in names]
-    ladders = {name: RankLadder.from_peft(embedded.ADAPTERS[name]) for name in names}
+    RankLadder.load(small.E2E).truncated(0.5).save_adapter(tmp_path)
+    folders = {"e2e": small.E2E, "lower": tmp_path}
+    peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(folder)) for folder in folders.values()]
+    ladders = {name: RankLadder.from_peft(folder) for name, folder in folders.items()}
     found = AnswerGenerator(base, ladders, tokenizer, batch=2)(UNANSWERED)
     assert len(found) == len(UNANSWERED)
     for one in found:
@@ -421,7 +423,7 @@ def test_the_first_generation_of_a_method_is_not_timed(e2e_answers: Any, monkeyp
 
     monkeypatch.setattr(Method, "generate", note)
     answer, tokenizer = e2e_answers
-    methods = Comparison(answer.base, embedded.ADAPTERS["e2e"]).methods(MethodSelection(["lossless"]))
+    methods = Comparison(answer.base, small.E2E).methods(MethodSelection(["lossless"]))
     examples = [replace(one, references=("It is a pub.",)) for one in UNANSWERED]
     evaluate_answers(methods, examples, tokenizer, bleu, new_tokens=4)
     evaluate_text(methods, torch.randint(2, 100, (1, 8)), 8, len)
@@ -515,7 +517,7 @@ def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "half"), "half"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "at most 100%"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
-        (("calibrate", "--text", embedded.HELD_TEXT, "-o", "x", "--mean-rank", "50%"), "too few"),
+        (("calibrate", "--text", small.HELD_TEXT, "-o", "x", "--mean-rank", "50%"), "too few"),
         (
             ("calibrate", "--task", "e2e", "--text", "x", "--held-text", "x", "-o", "x", "--mean-rank", "50%"),
             "plain text",

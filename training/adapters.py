@@ -1,4 +1,4 @@
-"""Train the embedded LoRA adapters on the embedded base model.
+"""Train LoRA adapters for the examples and the tests.
 
     python training/adapters.py wiki valid.txt --base runs/base --out runs/wiki [--test test.txt]
     python training/adapters.py e2e devset.csv --base runs/base --out runs/e2e [--test test.csv]
@@ -45,8 +45,8 @@ from base import Blocks
 from chunkwise_lora import ChunkWiseError, ChunkWiseModel, RankLadder
 from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import TokenBlocks
-from chunkwise_lora.embedded import BASE_NAME
 from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_rows
+from chunkwise_lora.examples import BASE_NAME
 from chunkwise_lora.training import GrowRank, NestedRank
 
 HELD_OUT = 0.05
@@ -299,7 +299,7 @@ Teacher = Annotated[
 ]
 Grow = Annotated[Path | None, typer.Option(help="Add directions to this adapter of a lower rank.")]
 Init = Annotated[Path | None, typer.Option(help="Start from this adapter and keep its rank.")]
-app = typer.Typer(help="Train the embedded LoRA adapters.")
+app = typer.Typer(help="Train LoRA adapters.")
 
 
 def changed(

@@ -19,7 +19,7 @@ import typer
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from chunkwise_lora import ChunkWiseError, RankLadder, embedded
+from chunkwise_lora import ChunkWiseError, RankLadder, examples
 from chunkwise_lora.engines.transformers.loading import load_base
 from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example, e2e_prompt, e2e_rows
@@ -29,23 +29,24 @@ from meanings import write_rows
 def main(
     data: Annotated[Path, typer.Argument(help="Comma-separated values with a column mr.")],
     adapter: Annotated[
-        list[str], typer.Option(help="Embedded adapter, or folder of an adapter or a ladder. May be repeated.")
+        list[str], typer.Option(help="Example ladder, or folder of an adapter or a ladder. May be repeated.")
     ],
     out: Annotated[Path, typer.Option(help="File to write: comma-separated values with columns mr and ref.")],
-    base: Annotated[Path, typer.Option(help="Folder of the base model.")] = embedded.BASE,
+    base: Annotated[str, typer.Option(help="Base model: a folder, or smollm2, the example.")] = examples.BASE,
 ) -> None:
     """Generate answers to E2E prompts with adapters."""
     try:
         if len(set(adapter)) < len(adapter):
             raise ChunkWiseError("--adapter names the same adapter twice")
         meanings = {e2e_prompt(meaning): meaning for meaning, _ in e2e_rows(str(data))}
-        folders = {name: Path(embedded.find(name)) for name in adapter}
+        folders = {name: Path(examples.find(name)) for name in adapter}
         ladders = {name: RankLadder.load(folder) for name, folder in folders.items()}
         first, *others = ladders.values()
+        folder = examples.find_base(base)
         generator = AnswerGenerator(
-            load_base(base, dtype=torch.float32),
+            load_base(folder, dtype=torch.float32),
             ladders,
-            AutoTokenizer.from_pretrained(base),
+            AutoTokenizer.from_pretrained(folder),
             None if others else first.policy,
         )
         prompts = [Example(prompt, ()) for prompt in meanings]

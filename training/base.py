@@ -1,11 +1,11 @@
-"""Train the embedded base model: a Llama of 5.5M parameters on public-domain books.
+"""Train the base model of the tests: a Llama of 5.5M parameters on public-domain books.
 
     python training/base.py BOOKS/*.txt.xz --out runs/base [--init CHECKPOINT]
 
 There are two stages: many short sequences at a high learning rate, then sequences of 1,024 tokens while the rate falls
 to zero, so that the model has seen every position. Interrupted runs resume from the last checkpoint under ``--out``.
 Without ``--init`` a tokenizer is trained first and the weights start at random. The model card says from which
-checkpoint the embedded weights were trained.
+checkpoint the weights in tests/small were trained.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> torch.Tenso
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights in the embedded shape."""
+    """A model with random weights in the shape of the tests' model."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -156,7 +156,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the final model.")],
     init: Annotated[Path | None, typer.Option(help="Checkpoint to continue.")] = None,
 ) -> None:
-    """Train the embedded base model. The last tokens of the last file are held out."""
+    """Train the base model of the tests. The last tokens of the last file are held out."""
     torch.manual_seed(0)
     if init is None:
         tokenizer = train_tokenizer(books_)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from chunkwise_lora.errors import ChunkWiseError
@@ -57,3 +58,25 @@ def write_atomically(path: Path, content: bytes, error: type[ChunkWiseError] = C
             raise
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise error(f"{path}: cannot be written ({cause})") from None
+
+
+def user_cache_folder() -> Path:
+    """Return the folder in which this package keeps what it can make again. It may not exist.
+
+    It is `CHUNKWISE_CACHE_DIR`, or else in the platform's cache folder: `$XDG_CACHE_HOME/chunkwise-lora`,
+    `~/.cache/chunkwise-lora`, or on macOS `~/Library/Caches/chunkwise-lora`.
+
+    Raises:
+        FileNotFoundError: There is no home folder.
+    """
+    try:
+        if chosen := os.environ.get("CHUNKWISE_CACHE_DIR"):
+            return Path(chosen).expanduser().absolute()
+        home = Path.home()
+    except RuntimeError:
+        raise FileNotFoundError("there is no home folder; set CHUNKWISE_CACHE_DIR to a folder") from None
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "chunkwise-lora"
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    # Its specification says that relative paths are ignored.
+    return (Path(chosen) if os.path.isabs(chosen) else home / ".cache") / "chunkwise-lora"

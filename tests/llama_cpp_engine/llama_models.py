@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,17 +17,18 @@ import torch
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama-cpp]'")
 
 import llama_cpp
-from gguf import GGUFWriter, TokenType
 from llama_cpp import Llama
 from transformers import AutoModelForCausalLM
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.method.config import KVCacheConfig, LevelKVPolicy
-from gguf_bases import ARCHITECTURES, write_base
+from gguf_bases import ARCHITECTURES, tokenizer_of, write_base
 from models import VOCABULARY, adapter, build, peft_model
+from small import E2E, WIKI
 
-__all__ = ["ARCHITECTURES", "Llama", "llama_cpp"]
+__all__ = ["ARCHITECTURES", "E2E", "WIKI", "Llama", "llama_cpp"]
 
 F32 = 0
 OPTIONS: dict[str, Any] = {
@@ -42,8 +42,6 @@ OPTIONS: dict[str, Any] = {
     "verbose": False,
 }
 """Exact: the KV cache is in float32."""
-WIKI, E2E = (embedded.ADAPTERS[name] for name in ("wiki", "e2e"))
-CHAT = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 TOLERANCE = {"gemma3": 5e-3}
 """Largest difference of a logit to PEFT; by default 1e-4. llama.cpp looks up the GELU of Gemma in a float16 table."""
 
@@ -64,26 +62,9 @@ def base_file(architecture: str) -> str:
 
 @cache
 def text_file() -> str:
-    """The GGUF file of the embedded base model, in float32 and with its tokenizer."""
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
-    return str(write_base(base, "llama", folder() / "embedded.gguf", add_tokenizer=_add_tokenizer))
-
-
-def _add_tokenizer(writer: GGUFWriter) -> None:
-    content = json.loads((embedded.BASE / "tokenizer.json").read_text())
-    ids: dict[str, int] = content["model"]["vocab"]
-    special = {token["content"] for token in content["added_tokens"]}
-    ids |= {token["content"]: token["id"] for token in content["added_tokens"]}
-    tokens = sorted(ids, key=ids.__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT)
+    """The GGUF file of the small base model, in float32 and with its tokenizer."""
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
+    return str(write_base(base, "llama", folder() / "small.gguf", add_tokenizer=tokenizer_of(small.BASE)))
 
 
 def tiny(architecture: str, kind: str = "plain", **options: Any) -> ChunkWiseLlama:
@@ -93,14 +74,14 @@ def tiny(architecture: str, kind: str = "plain", **options: Any) -> ChunkWiseLla
 
 
 def text_model(adapters: Any = None, **options: Any) -> ChunkWiseLlama:
-    """The embedded base model with its adapters `wiki` and `e2e`, whose factors are exact."""
+    """The small base model with its adapters `wiki` and `e2e`, whose factors are exact."""
     options = {"factors": "float32", **OPTIONS, **options}
     return ChunkWiseLlama(text_file(), {"wiki": WIKI, "e2e": E2E} if adapters is None else adapters, **options)
 
 
 def transformers_text_model(adapters: Any = None) -> ChunkWiseModel:
     """The same as `text_model` in the transformers engine."""
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
     return ChunkWiseModel(base, {"wiki": WIKI, "e2e": E2E} if adapters is None else adapters)
 
 

@@ -17,7 +17,8 @@ from llama_models import (
     without_kv_policy,
 )
 
-from chunkwise_lora import ChunkWiseConfig, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig
 from chunkwise_lora.engines.base import Engine
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.method.batch import BatchPlanner, Span
@@ -113,7 +114,7 @@ def test_it_is_an_engine() -> None:
 
 
 def test_a_calibrated_ladder_follows_its_own_policy() -> None:
-    ladder = embedded.ADAPTERS["wiki-nested"]
+    ladder = small.calibrated()
     llm, reference = text_model(ladder), transformers_text_model(ladder)
     prompt = llm.tokenize(PROMPT)
     llm.create_completion(prompt, max_tokens=24, temperature=0.0)

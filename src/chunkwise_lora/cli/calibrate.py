@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption, given, path_given, share
@@ -54,12 +54,12 @@ def calibrate(
             "no answers, the adapter generates the missing answers."
         ),
     ] = "wikitext",
-    model: ModelOption = str(embedded.BASE),
+    model: ModelOption = examples.BASE,
     adapter: Annotated[
         str,
         typer.Option(
-            help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an embedded one. By default "
-            "the embedded one for the task."
+            help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an example. By default "
+            "the example for the task."
         ),
     ] = "",
     max_loss_increase: Annotated[
@@ -125,7 +125,7 @@ def calibrate(
         raise ChunkWiseError(
             "--held-text is plain text; with --task squad or e2e, leave it out: the end of --text is held back"
         )
-    adapter = adapter and str(embedded.find(adapter))
+    adapter = adapter and str(examples.find(adapter))
 
     from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
     from chunkwise_lora.evaluation.answer_generator import AnswerGenerator

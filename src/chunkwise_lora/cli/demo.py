@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.generations import print_generations
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
 from chunkwise_lora.cli.options import JsonOption
@@ -18,6 +19,9 @@ from chunkwise_lora.errors import EngineError
 from chunkwise_lora.files import read_text
 from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
+HELD_TEXT = Path(__file__).parents[1] / "sample" / "wiki.txt"
+"""A text in the style of the `wiki` data, written for this project. No model was trained on it."""
+
 PROMPTS = (
     ("wiki", " = Aldhaven = \n \n Aldhaven is a town in"),
     ("wiki", " = = History = = \n \n The church was built in"),
@@ -27,11 +31,18 @@ PROMPTS = (
 
 
 def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder with a base model, `base`, and adapters, `wiki` and `e2e`, instead of the examples.",
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which prefill and decoding are timed.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Show the method on the embedded model: text coloured by rank, and a comparison with PEFT."""
+    """Show the method on the example model: text coloured by rank, and a comparison with PEFT."""
     from transformers import set_seed
 
     from chunkwise_lora.benchmark.measure import measure
@@ -40,8 +51,9 @@ def demo(
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.ladder import RankLadder
 
-    base, tokenizer = load_base_and_tokenizer(str(embedded.BASE))
-    ladders = {name: RankLadder.load(embedded.ADAPTERS[name]) for name in dict(PROMPTS)}
+    base, tokenizer = load_base_and_tokenizer(str(folder / "base") if folder else examples.BASE)
+    sources = {name: folder / name if folder else examples.find(name) for name in dict(PROMPTS)}
+    ladders = {name: RankLadder.load(source) for name, source in sources.items()}
     console.print("Three prompts in one batch, two adapters on one base model, preset [bold]balanced[/]:")
     with ChunkWiseModel(base, ladders, ChunkWiseConfig.preset("balanced")) as model:
         console.print(rank_legend(ladders["wiki"].rung_ranks))
@@ -53,11 +65,11 @@ def demo(
 
     compared = methods(
         base,
-        {"wiki": embedded.ADAPTERS["wiki"]},
+        {"wiki": sources["wiki"]},
         {name: ChunkWiseConfig.preset(name) for name in PRESETS},
         ladders={"wiki": ladders["wiki"]},
     )
-    held = token_ids(tokenizer, read_text(embedded.HELD_TEXT, EngineError))
+    held = token_ids(tokenizer, read_text(HELD_TEXT, EngineError))
     with progress() as reports:
         advance = reports.steps("comparing with PEFT", len(compared) * (2 * rounds + 1))
         results = measure(compared, held[:, :256], new_tokens=new_tokens, rounds=rounds, advance=advance)

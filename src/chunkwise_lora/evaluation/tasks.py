@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.calibration.text import block_length
 from chunkwise_lora.errors import ChunkWiseError, ConfigError
 from chunkwise_lora.evaluation import data as data_sets
@@ -51,17 +51,14 @@ def adapter_of(task: str, adapter: str) -> str | Path:
 
     Args:
         task: One of `TASKS`.
-        adapter: A folder, a name on the hub or an embedded adapter; if empty, the embedded adapter of the task.
+        adapter: A folder, a name on the hub or an example; if empty, the example for the task.
 
     Raises:
-        ChunkWiseError: The task is unknown, or it has no embedded adapter.
+        ChunkWiseError: The task is unknown, or the example is not installed.
     """
     if task not in TASKS:
         raise ChunkWiseError(f"--task {task}: choose one of {', '.join(TASKS)}")
-    name = adapter or {"wikitext": "wiki"}.get(task, task)
-    if not adapter and name not in embedded.ADAPTERS:
-        raise ChunkWiseError(f"--task {task}: no adapter for it is embedded; give --adapter")
-    return embedded.find(name)
+    return examples.find(adapter or {"wikitext": "wiki"}.get(task, task))
 
 
 def calibrated_ladder(folder: str | Path) -> RankLadder:

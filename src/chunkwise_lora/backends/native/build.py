@@ -1,8 +1,6 @@
 """Compile the C kernels once per machine, compiler and CPU, and keep the library in the user's cache folder.
 
-The library is in `CHUNKWISE_CACHE_DIR/kernels`. Without that variable it is in the platform's cache folder:
-`$XDG_CACHE_HOME/chunkwise-lora/kernels`, `~/.cache/chunkwise-lora/kernels`, or on macOS
-`~/Library/Caches/chunkwise-lora/kernels`.
+The library is in `kernels`, in the user's cache folder (`files.user_cache_folder`).
 
 A file name is `kernels-KEY-DIGEST.so`. KEY is a hash of everything that the library depends on (C source, flags,
 compiler, CPU), so that a library never runs on a CPU that it was not compiled for. DIGEST is the SHA-256 of the file,
@@ -34,6 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.files import user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def cache_folder() -> Path:
     """
     if os.name != "posix":
         raise _NoCacheError(f"this is not supported on {sys.platform}")
-    folder = _cache_root() / "kernels"
+    folder = user_cache_folder() / "kernels"
     for path in (*reversed(folder.parents), folder):
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
@@ -138,20 +137,6 @@ def cache_folder() -> Path:
         if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
             raise _NoCacheError(f"all users can write to {path}")
     return folder
-
-
-def _cache_root() -> Path:
-    if chosen := os.environ.get("CHUNKWISE_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
-    try:
-        home = Path.home()
-    except RuntimeError as error:
-        raise _NoCacheError("there is no home folder; set CHUNKWISE_CACHE_DIR") from error
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "chunkwise-lora"
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    # Its specification says that relative paths are ignored.
-    return (Path(chosen) if os.path.isabs(chosen) else home / ".cache") / "chunkwise-lora"
 
 
 def _key(compiler: list[str], sources: Sequence[Path] | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
 from chunkwise_lora.cli.options import JsonOption, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def build(
     adapter: Annotated[
-        str, typer.Argument(help="PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one.")
+        str, typer.Argument(help="PEFT adapter: a folder, owner/name on the hub, or the name of an example.")
     ],
     output: Annotated[
         Path,
@@ -61,7 +61,7 @@ def build(
             "--as-trained keeps the adapter's directions, but --base with --calibration-text changes them; leave out "
             "one of the two"
         )
-    source = embedded.find(adapter)
+    source = examples.find(adapter)
 
     from chunkwise_lora.ladder import RankLadder, describe, is_ladder  # slow to import: only after all refusals
 

@@ -12,7 +12,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.options import JsonOption, dtype_named, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.errors import ChunkWiseError
@@ -42,7 +42,7 @@ class Figures:
 def export(
     ladder: Annotated[
         str,
-        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
+        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an example."),
     ],
     output: Annotated[
         Path,
@@ -107,7 +107,7 @@ def export(
         raise ChunkWiseError(f"--format {file_format}: choose one of peft, gguf")
     if base is not None and file_format != "gguf":
         raise ChunkWiseError("--base is only for --format gguf; leave it out")
-    source = embedded.find(ladder)
+    source = examples.find(ladder)
 
     from chunkwise_lora.ladder import RankLadder, truncate  # slow to import: only after all refusals
 
@@ -157,8 +157,9 @@ def _write_gguf(ladder: RankLadder, output: Path, dtype: str, base: str | None) 
     """Write a GGUF adapter. Returns its figures and how to use it."""
     from chunkwise_lora.ladder.gguf import write_gguf
 
-    named = embedded.BASE if ladder.base_model == embedded.BASE_NAME else None
-    write_gguf(ladder, output, base=base or named, dtype=dtype)
+    if base is None and ladder.base_model == examples.BASE_NAME:
+        base = str(examples.gguf_file())
+    write_gguf(ladder, output, base=base, dtype=dtype)
     usage = f"llama-cli -m BASE.gguf --lora {shlex.quote(str(output))}"
     return _figures(ladder, dtype, output.stat().st_size), usage
 

@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
@@ -22,7 +22,7 @@ from chunkwise_lora.errors import ChunkWiseError
 def measure(
     ladder: Annotated[
         str,
-        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
+        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an example."),
     ],
     text: Annotated[str, typer.Option(help="File with text like the text that the adapter will be used on.")],
     output: Annotated[
@@ -38,7 +38,7 @@ def measure(
     task: Annotated[
         str, typer.Option(help="Kind of --text: wikitext (plain text), squad (SQuAD v1.1 JSON) or e2e (E2E as CSV).")
     ] = "wikitext",
-    model: ModelOption = str(embedded.BASE),
+    model: ModelOption = examples.BASE,
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to measure on.")] = 8192,
     json_file: JsonOption = None,
 ) -> None:
@@ -47,7 +47,7 @@ def measure(
     The loss is the KL divergence of the next-token distribution from full rank, in nats per token. It is stored in the
     ladder, and `chunkwise ladder export` prints it.
     """
-    source = embedded.find(ladder)
+    source = examples.find(ladder)
 
     from chunkwise_lora.calibration.rung_divergence import rung_divergence  # slow to import: only after all refusals
     from chunkwise_lora.calibration.text import TokenBlocks, block_length

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from chunkwise_lora import embedded
+from chunkwise_lora import examples
 from chunkwise_lora.cli.options import JsonOption
 from chunkwise_lora.cli.output import console, write_json
 from chunkwise_lora.cli.rendering import ladder_table
@@ -15,7 +15,7 @@ from chunkwise_lora.cli.rendering import ladder_table
 def show(
     ladder: Annotated[
         str,
-        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an embedded one."),
+        typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an example."),
     ],
     json_file: JsonOption = None,
 ) -> None:
@@ -23,7 +23,7 @@ def show(
 
     The energy is the share of the squared singular values.
     """
-    source = embedded.find(ladder)
+    source = examples.find(ladder)
 
     from chunkwise_lora.ladder import RankLadder, describe  # slow to import: only after all refusals
 
