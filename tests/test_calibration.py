@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
-from chunkwise_lora.calibration import CalibrationConfig, estimator, fitted_ladder
+from chunkwise_lora.calibration import CalibrationConfig, cost_model, estimator, fitted_ladder
 from chunkwise_lora.calibration import calibrate as procedure
-from chunkwise_lora.calibration import text as texts
 from chunkwise_lora.calibration.basis import Basis, rotate_basis
 from chunkwise_lora.calibration.calibrate import Calibration, calibrate
+from chunkwise_lora.calibration.config import QUICK
 from chunkwise_lora.calibration.cost_model import CostModel, Observations, fit_costs
 from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
+from chunkwise_lora.calibration.estimate import planned_work, scaled_to
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.log_probabilities import (
     at_full_rank,
@@ -34,11 +36,13 @@ from chunkwise_lora.calibration.log_probabilities import (
     next_token_losses,
     scored_losses,
 )
+from chunkwise_lora.calibration.run import CalibrationRun
 from chunkwise_lora.calibration.rung_policy import choose_rungs
 from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
 from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SEARCH_TOLERANCE
 from chunkwise_lora.calibration.self_generated import PREFIX_TOKENS, generate_text
-from chunkwise_lora.calibration.text import MIN_BLOCKS, TokenBlocks
+from chunkwise_lora.calibration.text import MIN_BLOCKS, CalibrationText, TokenBlocks
+from chunkwise_lora.calibration.work import Progress, Speed, Work
 from chunkwise_lora.ladder.tensors import read_learned
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.config import (
@@ -235,6 +239,68 @@ def test_self_generated_text_has_the_asked_size_continues_the_text_and_is_reprod
         tuple(one) for row in tokens.tolist() for one in zip(*(row[i:] for i in range(PREFIX_TOKENS)), strict=False)
     }
     assert all(tuple(piece[:PREFIX_TOKENS]) in seen for piece in pieces.tolist())
+
+
+# The estimate of the time
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 1},
+        {"keep_directions": True, "int8": False},
+        {"self_generated_tokens": 5 * BLOCK, "distillations": 2},
+        {"mean_rank": None, "max_loss_increase": 0.1, "rounds": 1, "distillations": 2, "tokens": 20 * BLOCK},
+    ],
+    ids=" ".join,
+)
+def test_the_work_that_is_estimated_is_the_work_that_is_done(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_model, "MIN_STEPS", 10)
+    progress: list[Progress] = []
+    expected: list[Work] = []
+
+    class Recorded(Progress):
+        def expect(self, work: Work, speed: Speed) -> None:
+            super().expect(work, speed)
+            progress.append(self)
+            expected.append(work)
+
+    monkeypatch.setattr(procedure, "Progress", Recorded)
+    reports: list[tuple[str, float, float]] = []
+    ids = text()
+    scored = [i % BLOCK > BLOCK // 2 for i in range(len(ids))] if "self_generated_tokens" not in changes else None
+    config = CONFIG.model_copy(update=changes)
+    calibrate(
+        build("llama"), RankLadder.from_peft(adapter("llama")), ids, config, lambda *one: reports.append(one), scored
+    )
+    assert [one.done for one in progress] == expected
+    assert reports[0][1] == 0 and reports[-1][1] == pytest.approx(reports[-1][2])
+    assert all(before[1] <= after[1] for before, after in pairwise(reports))
+
+
+def planned(config: CalibrationConfig) -> CalibrationRun:
+    """A calibration of a long text, to count its work."""
+    blocks = TokenBlocks.all_scored(torch.zeros(4000, 64, dtype=torch.int64))
+    ladder = RankLadder.from_peft(adapter("llama"))
+    split = CalibrationText.split(blocks, None, config)
+    return CalibrationRun(build("llama"), ladder, split, config, Progress(lambda *report: None))
+
+
+SPEED = Speed(read=1e-3, learned=4e-3, steps=2e-2, fits=1e-4)
+
+
+def test_quick_settings_take_at_most_half_of_the_time() -> None:
+    usual, quick = (planned_work(planned(CalibrationConfig(mean_rank=0.5, **settings))) for settings in ({}, QUICK))
+    assert 2 * SPEED.seconds(quick) <= SPEED.seconds(usual)
+
+
+@pytest.mark.parametrize("seconds", [300.0, 3000.0])
+def test_minutes_scale_the_work_to_the_time(seconds: float) -> None:
+    config = CalibrationConfig(mean_rank=0.5)
+    run = scaled_to(seconds, SPEED, lambda factor: planned(config.scaled(factor)))
+    assert 0.8 * seconds < SPEED.seconds(planned_work(run)) <= seconds
 
 
 # The whole procedure
@@ -463,9 +529,8 @@ def test_a_ladder_of_one_rung_is_calibrated_too() -> None:
     assert found.ladder.rungs == 2
 
 
-def test_the_check_uses_a_limited_part_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MAX_HELD_TOKENS", 6 * BLOCK)
-    config = CONFIG.model_copy(update={"refinements": 0, "held_share": 0.4})
+def test_the_check_uses_a_limited_part_of_a_long_text() -> None:
+    config = CONFIG.model_copy(update={"refinements": 0, "held_share": 0.4, "tokens": 24 * BLOCK})
     found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
     assert found.check.tokens == 3 * (BLOCK - 1)
 

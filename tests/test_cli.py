@@ -24,7 +24,7 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, Rank
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
-from chunkwise_lora.cli.progress import Bars, Lines
+from chunkwise_lora.cli.progress import Bars, Lines, in_words
 from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table, rank_legend
 from chunkwise_lora.method.trace import SequenceTrace
 
@@ -276,6 +276,28 @@ def test_without_a_terminal_progress_is_printed_in_lines() -> None:
     with Lines(written.append, lambda: next(seconds)) as reports:
         assert list(reports.track([7, 8, 9, 10], description="working")) == [7, 8, 9, 10]
     assert written == ["working ...\n", "working: 2 of 4 after 40 s\n", "working: 4 of 4 after 1 min 40 s\n"]
+
+
+def test_work_of_several_stages_is_printed_as_a_share_of_all_work() -> None:
+    written: list[str] = []
+    seconds = iter([0.0, 1.0, 20.0, 45.0, 50.0])
+    with Lines(written.append, lambda: next(seconds)) as reports:
+        report = reports.overall()
+        for stage, done in (("reading", 0), ("reading", 5), ("reading", 20), ("checking", 25)):
+            report(stage, done, 50)
+    assert written == [
+        "reading: 0% of all work is done after 1 s\n",
+        "reading: 40% of all work is done after 45 s\n",
+        "checking: 50% of all work is done after 50 s\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(9, "less than a minute"), (70, "about a minute"), (670, "about 11 minutes"), (7300, "about 2 hours")],
+)
+def test_a_length_of_time_is_said_in_plain_words(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
 
 
 def test_a_stage_that_never_begins_prints_nothing() -> None:

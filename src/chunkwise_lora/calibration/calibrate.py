@@ -7,37 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from chunkwise_lora.calibration.basis import Basis, rotate_basis
 from chunkwise_lora.calibration.check import Check, check_policy
-from chunkwise_lora.calibration.config import CalibrationConfig
+from chunkwise_lora.calibration.config import DISTILLATION_TOKENS, ROTATION_TOKENS, CalibrationConfig
 from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
+from chunkwise_lora.calibration.estimate import measured_speed, planned_work, scaled_to
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.fitted_ladder import FittedLadder, fit_ladder
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
 from chunkwise_lora.calibration.moments import second_moments
-from chunkwise_lora.calibration.run import GIVEN, CalibrationRun, Track
-from chunkwise_lora.calibration.rung_divergence import MAX_TOKENS, rung_divergence
+from chunkwise_lora.calibration.run import GIVEN, CalibrationRun
+from chunkwise_lora.calibration.rung_divergence import rung_divergence
 from chunkwise_lora.calibration.rung_sampler import RandomRungs, RungSampler
 from chunkwise_lora.calibration.search import choose_chunks_and_scale, choose_int8, share_for_loss_budget
 from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks, block_length
+from chunkwise_lora.calibration.work import Progress, Report
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
-
-MOMENT_BLOCKS = 48
-"""Blocks that second moments and Fisher information are gathered on. They are a few thousand numbers, so more blocks
-would not change them much."""
-ROTATION_TOKENS = 1024
-"""Tokens per step of rotating the basis."""
-DISTILLATION_TOKENS = 2048
-"""Tokens per step of distillation."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ def calibrate(
     ladder: RankLadder,
     tokens: Sequence[int],
     config: CalibrationConfig,
-    track: Track = lambda work, *, description: work,
+    report: Report = lambda stage, done, total: None,
     scored: Sequence[bool] | None = None,
     held_tokens: Sequence[int] | None = None,
 ) -> Calibration:
@@ -80,7 +73,7 @@ def calibrate(
         ladder: The adapter as a ladder.
         tokens: (n,) token ids of the text, cut into blocks of `config.block` tokens.
         config: Budget and settings.
-        track: Shows the progress of each step.
+        report: Shows the progress; it is called first when the work has been estimated, with no work done.
         scored: (n,) whether the prediction after each token is scored, as in answers but not in their prompts; by
             default all predictions are.
         held_tokens: Token ids of a text to hold back, in which all predictions are scored.
@@ -90,11 +83,26 @@ def calibrate(
             `config.self_generated_tokens`, or the model is not on a CPU.
     """
     _refuse(model, config, scored, held_tokens)
-    length = block_length(model, config.block)
+    length, progress = block_length(model, config.block), Progress(report)
+    blocks = TokenBlocks.cut(tokens, length, scored)
     held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length)
-    text = CalibrationText.split(TokenBlocks.cut(tokens, length, scored), held, config)
-    run = CalibrationRun(model, ladder, text, config, track)
 
+    def scaled(factor: float) -> CalibrationRun:
+        settings = config.scaled(factor)
+        return CalibrationRun(model, ladder, CalibrationText.split(blocks, held, settings), settings, progress)
+
+    run = scaled(1)
+    speed = measured_speed(run)
+    if config.minutes is not None:
+        run = scaled_to(60 * config.minutes, speed, scaled)
+    progress.expect(planned_work(run), speed)
+    with progress.counting(model):
+        return _calibrated(run)
+
+
+def _calibrated(run: CalibrationRun) -> Calibration:
+    """The steps of `calibrate`."""
+    config, text, ladder = run.config, run.text, run.given
     learns = bool(config.distillations) or not config.keep_directions
     training_text = _training_text(run) if learns else text.learning
     if config.keep_directions:
@@ -114,7 +122,7 @@ def calibrate(
         policy, searched = choose_chunks_and_scale(run, chunkwise, fitted.config(rung_policy), rung_policy.multiplier)
         if config.int8:
             policy = choose_int8(run, chunkwise, policy)
-        held = run.text.choice.evenly(max(1, MAX_TOKENS // run.text.choice.length))
+        held = text.choice.evenly(max(1, config.divergence_tokens // text.choice.length))
         batches = run.batches(held, "divergence of every rung")
         divergence = rung_divergence(chunkwise, batches, GIVEN, same_full_rank=not config.distillations)
         check = check_policy(run, chunkwise, policy)
@@ -151,8 +159,8 @@ def _training_text(run: CalibrationRun) -> TokenBlocks:
     if not sequences:
         return learning
     with ChunkWiseModel(run.base, run.given) as chunkwise:
-        track = partial(run.track, description="generating text")
-        generated = generate_text(chunkwise, learning.tokens, sequences, seed=seed, track=track)
+        run.progress.begin("generating text")
+        generated = generate_text(chunkwise, learning.tokens, sequences, seed=seed)
     order = torch.randperm(len(learning) + sequences, generator=torch.Generator().manual_seed(seed))
     return (learning + TokenBlocks.all_scored(generated))[order]
 
@@ -160,14 +168,13 @@ def _training_text(run: CalibrationRun) -> TokenBlocks:
 def _initial_basis(run: CalibrationRun, text: TokenBlocks) -> Basis:
     """The basis that truncates best to second order (K-FAC), and the Fisher information of its gates."""
     ladder, seed = run.given, run.config.seed
-    batches = text.evenly(MOMENT_BLOCKS).split(run.batch)
+    blocks = text.evenly(max(1, run.config.gathered_tokens // text.length))
     with ChunkWiseModel(run.base, ladder) as chunkwise:
-        inputs = run.track(batches, description="inputs of the adapter")
-        moments = second_moments(chunkwise, (batch.tokens for batch in inputs))
-        outputs = sensitivities(chunkwise, run.track(batches, description="sensitivity of the output"), seed=seed)
+        moments = second_moments(chunkwise, (batch.tokens for batch in run.batches(blocks, "inputs of the adapter")))
+        outputs = sensitivities(chunkwise, run.batches(blocks, "sensitivity of the output"), seed=seed)
     ladder = ladder.data_aware(moments, {name: one.outputs for name, one in outputs.items()})
     with ChunkWiseModel(run.base, ladder) as chunkwise:
-        gates = sensitivities(chunkwise, run.track(batches, description="Fisher information"), seed=seed + 1)
+        gates = sensitivities(chunkwise, run.batches(blocks, "Fisher information"), seed=seed + 1)
     importance = {name: torch.zeros(module.rank) for name, module in ladder.modules.items()}
     return Basis(ladder, importance | {name: one.gates / 2 for name, one in gates.items()})
 
@@ -177,7 +184,8 @@ def _rotated(run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: Rung
     steps, seed = run.config.refinements, run.config.seed
     if not steps:
         return basis
-    batches = run.track(text.random_batches(steps, ROTATION_TOKENS, seed), description="rotating the basis")
+    run.progress.begin("rotating the basis")
+    batches = text.random_batches(steps, ROTATION_TOKENS, seed)
     with ChunkWiseModel(run.base, basis.ladder) as chunkwise:
         return rotate_basis(chunkwise, basis, RungTraining(batches, steps, sampler, seed), run.config.rungs)
 
@@ -186,7 +194,8 @@ def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> 
     """The ladder distilled at the rungs of its policy, for `config.distillations` steps."""
     steps, seed = run.config.distillations, run.config.seed
     sampler = fitted.sampler(run, _budget_share(run, fitted))
-    batches = run.track(text.random_batches(steps, DISTILLATION_TOKENS, seed), description="distilling")
+    run.progress.begin("distilling")
+    batches = text.random_batches(steps, DISTILLATION_TOKENS, seed)
     with ChunkWiseModel(run.base, fitted.ladder) as chunkwise:
         return distil(chunkwise, RungTraining(batches, steps, sampler, seed), run.config.distillation_rate)
 

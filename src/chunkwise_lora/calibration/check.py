@@ -67,7 +67,7 @@ def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCo
         config: The calibrated policy.
     """
     full_losses, increases, kl, ranks, kv_shares = [], [], [], [], []
-    for batch in run.batches(run.text.check, "checking on unseen text"):
+    for batch in run.batches_by_step(run.text.check, "checking on unseen text"):
         full = given_full_rank(model, batch)
         done = log_probabilities_token_by_token(model, batch.tokens, config, scored=batch.scored)
         full_losses.append(scored_losses(full, batch))

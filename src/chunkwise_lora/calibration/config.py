@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field, model_validator
 
 from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.method.config import StrictConfig
+
+QUICK: dict[str, int] = {"tokens": 6_000, "refinements": 20, "rounds": 0, "explorations": 1}
+"""Settings of `chunkwise calibrate --quick`, for a first result on a large model."""
+ROTATION_TOKENS = 1_024
+"""Tokens per step of rotating the basis."""
+DISTILLATION_TOKENS = 2_048
+"""Tokens per step of distillation."""
 
 
 class CalibrationConfig(StrictConfig):
@@ -19,9 +28,10 @@ class CalibrationConfig(StrictConfig):
         None, gt=0, le=1, description="Budget: largest increase of the loss (nats per token), as a share of the loss."
     )
     tokens: int = Field(
-        160_000,
+        16_000,
         ge=1,
-        description="Largest number of tokens of the text to learn from; more tokens teach more about rare token ids.",
+        description="Largest number of tokens of the text to learn from; more tokens teach more about rare token ids. "
+        "Held-back text and the passes of other steps grow with it.",
     )
     self_generated_tokens: int = Field(
         0,
@@ -36,10 +46,10 @@ class CalibrationConfig(StrictConfig):
         0.25, ge=0, lt=1, description="Lowest rung that a policy may use, as a share of the full rank."
     )
     refinements: int = Field(
-        200, ge=0, description="Steps of gradient descent that rotate the basis, so that low rungs lose less."
+        80, ge=0, description="Steps of gradient descent that rotate the basis, so that low rungs lose less."
     )
     rounds: int = Field(
-        1,
+        0,
         ge=0,
         description="Number of times that the basis is rotated for the fitted policy and the policy is fitted again.",
     )
@@ -63,9 +73,15 @@ class CalibrationConfig(StrictConfig):
         gt=0,
         lt=0.5,
         description="Share of the text, at its end, that is held back to choose settings and to check the result, "
-        "unless a held text is given.",
+        "unless a held text is given; at most a quarter of the tokens to learn from.",
     )
     int8: bool = Field(True, description="Store keys and values as INT8 where this raises the loss by at most 0.1%.")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Scale tokens, refinements and distillations so that calibration takes about this many minutes on "
+        "this machine.",
+    )
     seed: int = Field(0, ge=0, description="Seed of all random choices.")
 
     @model_validator(mode="after")
@@ -73,3 +89,26 @@ class CalibrationConfig(StrictConfig):
         if (self.mean_rank is None) == (self.max_loss_increase is None):
             raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
         return self
+
+    # How the work of every step follows from `tokens`.
+
+    @property
+    def held_tokens(self) -> int:
+        """Largest number of tokens that are held back, for choice and check together."""
+        return min(self.tokens // 4, 131_072)
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Tokens that second moments and Fisher information are gathered on. They are a few thousand numbers, so more
+        tokens would not change them much."""
+        return min(self.tokens // 2, 24_576)
+
+    @property
+    def divergence_tokens(self) -> int:
+        """Tokens that run once per rung, to measure the divergence of every rung."""
+        return min(self.tokens // 16, 8_192)
+
+    def scaled(self, factor: float) -> CalibrationConfig:
+        """The same settings with `factor` times the work."""
+        amounts = {name: getattr(self, name) for name in ("tokens", "refinements", "distillations")}
+        return self.model_copy(update={name: math.ceil(factor * amount) for name, amount in amounts.items()})

@@ -113,8 +113,7 @@ def fit_costs(
     offsets = mean_costs.clamp_min(1e-9).log().float().requires_grad_()
     slopes = torch.ones(rungs, requires_grad=True)
     optimizer = torch.optim.Adam([*tables[:ids], weights, offsets, slopes], lr=LEARNING_RATE)
-    batches = max(1, len(observations) // BATCH)
-    epochs = max(MIN_EPOCHS, -(-MIN_STEPS // batches))
+    epochs, batches = _epochs_and_batches(len(observations))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=epochs * batches)
     for _ in range(epochs):
         for chosen in torch.randperm(len(observations), generator=generator).chunk(batches):
@@ -137,6 +136,18 @@ def fit_costs(
             _interpolated(offsets.numpy() + np.log(scale), observed),
             _interpolated(slopes.numpy(), observed),
         )
+
+
+def steps_of_fit(observations: int) -> int:
+    """Steps that `fit_costs` takes for a number of observations."""
+    epochs, batches = _epochs_and_batches(observations)
+    return epochs * batches
+
+
+def _epochs_and_batches(observations: int) -> tuple[int, int]:
+    """Passes over the observations, and steps of each pass."""
+    batches = max(1, observations // BATCH)
+    return max(MIN_EPOCHS, -(-MIN_STEPS // batches)), batches
 
 
 def _mean_costs(observations: Observations, rungs: int | None = None) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkwise_lora.calibration.cost_model import CostModel, Observations, fit_costs
+from chunkwise_lora.calibration.cost_model import CostModel, Observations, fit_costs, steps_of_fit
 from chunkwise_lora.calibration.run import CalibrationRun
+from chunkwise_lora.calibration.work import Work
 from chunkwise_lora.method.complexity import SIGNALS
 
 ENTROPY_GAIN = 0.01
@@ -45,12 +46,12 @@ def fit_estimator(run: CalibrationRun, seen: Observations, unseen: Observations,
     """
 
     def fitted(signals: tuple[str, ...], ids: int = 2) -> CostModel:
-        return fit_costs(seen, run.vocab_size, rungs, signals, ids=ids, seed=run.config.seed)
+        found = fit_costs(seen, run.vocab_size, rungs, signals, ids=ids, seed=run.config.seed)
+        run.progress.add(Work(fits=steps_of_fit(len(seen))))
+        return found
 
-    explained = {
-        name: fitted(signals, ids).explained_deviance(unseen)
-        for name, (ids, signals) in run.track(list(VARIANTS.items()), description="fitting the estimator")
-    }
+    run.progress.begin("fitting the estimator")
+    explained = {name: fitted(signals, ids).explained_deviance(unseen) for name, (ids, signals) in VARIANTS.items()}
     gain = explained["ids, all"] - explained["ids, all but entropy"]
     signals = SIGNALS if gain > ENTROPY_GAIN else CAUSAL
     return FittedEstimator(fitted(signals), signals, explained)

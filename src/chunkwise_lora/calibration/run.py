@@ -1,11 +1,9 @@
-"""What all steps of one calibration share: the model, the text, the settings and the display of progress."""
+"""What all steps of one calibration share: the model, the text, the settings and the progress."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,22 +11,18 @@ from transformers import PreTrainedModel
 from chunkwise_lora.calibration.config import CalibrationConfig
 from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, log_probabilities
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks
+from chunkwise_lora.calibration.work import Progress
 from chunkwise_lora.ladder import RankLadder
 
 GIVEN = "given"
 """Name, in the model, of the ladder as it was given. Every divergence is measured from its full rank."""
 PASS_ELEMENTS = 2**24
 """Largest number of log-probabilities (scored tokens times vocabulary) of one pass: 64 MB in float32."""
+STEP_ELEMENTS = 2**26
+"""The same for all steps of sequences that run token by token. Longer batches are faster, because each step reads all
+weights of the model."""
 PASS_TOKENS = 2048
 """Largest number of tokens of one pass, of which the model keeps activations."""
-
-
-class Track(Protocol):
-    """Wraps an iterable to show progress."""
-
-    def __call__(self, work: Any, *, description: str) -> Iterable[Any]:
-        """Iterate over `work`, and show `description`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class CalibrationRun:
     """The ladder that is calibrated, as it was given."""
     text: CalibrationText
     config: CalibrationConfig
-    track: Track
+    progress: Progress
 
     @property
     def vocab_size(self) -> int:
@@ -50,17 +44,32 @@ class CalibrationRun:
     @property
     def batch(self) -> int:
         """Blocks per pass."""
+        return self._blocks(PASS_ELEMENTS)
+
+    @property
+    def step_batch(self) -> int:
+        """Blocks that run together token by token."""
+        return self._blocks(STEP_ELEMENTS)
+
+    def _blocks(self, elements: int) -> int:
+        """Blocks with `elements` log-probabilities, but at most `PASS_TOKENS` tokens."""
         learning = self.text.learning
         scored = math.ceil(int(learning.scored.sum()) / len(learning))
-        return max(1, min(PASS_ELEMENTS // (scored * self.vocab_size), PASS_TOKENS // learning.length))
+        return max(1, min(elements // (scored * self.vocab_size), PASS_TOKENS // learning.length))
 
     def attach(self, ladder: RankLadder) -> ChunkWiseModel:
         """The model with `ladder` attached, and with the given ladder to compare with."""
         return ChunkWiseModel(self.base, {DEFAULT: ladder, GIVEN: self.given})
 
-    def batches(self, blocks: TokenBlocks, description: str) -> Iterable[TokenBlocks]:
-        """Batches of `blocks` for one pass each, with progress."""
-        return self.track(blocks.split(self.batch), description=description)
+    def batches(self, blocks: TokenBlocks, stage: str) -> list[TokenBlocks]:
+        """Begin a stage, and return batches of `blocks` for one pass each."""
+        self.progress.begin(stage)
+        return blocks.split(self.batch)
+
+    def batches_by_step(self, blocks: TokenBlocks, stage: str) -> list[TokenBlocks]:
+        """Begin a stage, and return batches of `blocks` that run token by token."""
+        self.progress.begin(stage)
+        return blocks.split(self.step_batch)
 
     def lowest_rung(self, top: int) -> int:
         """The lowest rung that training samples, for a ladder whose highest rung is `top`."""

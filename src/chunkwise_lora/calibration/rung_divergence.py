@@ -9,9 +9,6 @@ import numpy as np
 from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, kl_divergence, log_probabilities
 from chunkwise_lora.calibration.text import TokenBlocks
 
-MAX_TOKENS = 8192
-"""Largest number of tokens that run once per rung. More would cost time, and the mean hardly changes."""
-
 
 def rung_divergence(
     model: ChunkWiseModel, batches: Iterable[TokenBlocks], reference: str = DEFAULT, same_full_rank: bool = True

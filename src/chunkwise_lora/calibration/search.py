@@ -104,7 +104,7 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
     levels = (LevelKVPolicy(precision="int8"),) * config.levels
     with_int8 = config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
     increase = total = 0.0
-    for batch in run.batches(run.text.choice, "trying INT8 keys and values"):
+    for batch in run.batches_by_step(run.text.choice, "trying INT8 keys and values"):
         before, after = (
             scored_losses(log_probabilities_token_by_token(model, batch.tokens, one, scored=batch.scored).log_p, batch)
             for one in (config, with_int8)

@@ -22,6 +22,11 @@ BATCH = 64
 """Sequences that are generated together."""
 
 
+def prefix_tokens(length: int) -> int:
+    """Tokens of real text at the beginning of a generated sequence of `length` tokens."""
+    return min(PREFIX_TOKENS, length // 2)
+
+
 def generate_text(
     model: ChunkWiseModel,
     text: Tensor,
@@ -45,7 +50,7 @@ def generate_text(
         (sequences, length) token ids, beginnings included.
     """
     rows, length = text.shape
-    prefix = min(PREFIX_TOKENS, length // 2)
+    prefix = prefix_tokens(length)
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": ChunkWiseConfig.preset("lossless")}
     options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     options |= {"min_new_tokens": length - prefix, "max_new_tokens": length - prefix, "pad_token_id": 0}

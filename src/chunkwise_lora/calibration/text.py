@@ -16,8 +16,6 @@ from chunkwise_lora.errors import ChunkWiseError
 
 MIN_BLOCKS = 24
 """Fewest blocks of text that calibration accepts. Fewer would be too little to learn from and to check on."""
-MAX_HELD_TOKENS = 131_072
-"""Largest number of held-back tokens. More would only make choice and check slower."""
 MIN_HELD_BLOCKS = 4
 """Fewest held-back blocks, for choice and check together."""
 
@@ -121,16 +119,17 @@ class CalibrationText:
             ChunkWiseError: `text` or `held` has too few blocks.
         """
         text, length = text[text.scored_predictions.any(1)], text.length
+        most = config.held_tokens // length
         if len(text) < MIN_BLOCKS:
             raise ChunkWiseError(
                 f"{len(text) * length} tokens are too few to calibrate on (only whole blocks of {length} tokens with "
                 f"scored tokens are used); give at least {MIN_BLOCKS * length}, or better several times as many"
             )
         if held is None:
-            count = max(MIN_HELD_BLOCKS, min(round(len(text) * config.held_share), MAX_HELD_TOKENS // length))
+            count = max(MIN_HELD_BLOCKS, min(round(len(text) * config.held_share), most))
             learning, held = text[:-count], text[-count:]
         else:
-            learning, held = text, held[: max(MIN_HELD_BLOCKS, MAX_HELD_TOKENS // length)]
+            learning, held = text, held[: max(MIN_HELD_BLOCKS, most)]
             if len(held) < MIN_HELD_BLOCKS:
                 raise ChunkWiseError(
                     f"{len(held) * length} held tokens are too few to choose settings and to check (only whole blocks "

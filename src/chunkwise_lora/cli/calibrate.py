@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chunkwise_lora import examples
-from chunkwise_lora.calibration import CalibrationConfig
+from chunkwise_lora.calibration.config import QUICK, CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, ModelOption, given, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
-from chunkwise_lora.cli.progress import progress
+from chunkwise_lora.cli.progress import in_words, progress
 from chunkwise_lora.cli.rendering import calibration_table
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 
 if TYPE_CHECKING:
     from chunkwise_lora.calibration.calibrate import Calibration
+    from chunkwise_lora.calibration.work import Report
 
 AMBIGUOUS_LOSS = (0.1, 1.0)
 """Loss increases that are refused without a percent sign: 0.5 can mean 0.5% or 50%."""
@@ -74,6 +75,16 @@ def calibrate(
             "this or --max-loss-increase.",
         ),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Do less, for a first result: "
+            + ", ".join(f"--{name} {value}" for name, value in QUICK.items() if name != "explorations")
+            + ". Options that you give have priority.",
+        ),
+    ] = False,
+    minutes: Annotated[float | None, _setting("minutes")] = None,
     tokens: Annotated[int | None, _setting("tokens")] = None,
     self_generated_tokens: Annotated[int | None, _setting("self_generated_tokens")] = None,
     refinements: Annotated[int | None, _setting("refinements")] = None,
@@ -107,7 +118,9 @@ def calibrate(
         mean_rank=share("--mean-rank", mean_rank),
         keep_directions=keep_directions,
         seed=seed,
-        **given(
+        **(QUICK if quick else {})
+        | given(
+            minutes=minutes,
             tokens=tokens,
             self_generated_tokens=self_generated_tokens,
             refinements=refinements,
@@ -148,12 +161,27 @@ def calibrate(
         ids, scored, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
         settings = settings.model_copy(update={"block": block})
-        result = run(base, ladder, ids, settings, reports.track, scored, held)
+        result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held)
     result.ladder.save_pretrained(output)
     _print_result(result, output)
     policy = result.policy.model_dump(mode="json")
     content = {"check": asdict(result.check), "explained": result.explained, "searched": result.searched}
     write_json(json_file, {**content, "config": policy})
+
+
+def _announced(report: Report) -> Report:
+    """`report`, with a line about the time that the work takes before its first call."""
+
+    announced = False
+
+    def announce(stage: str, done: float, total: float) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            print_plain(f"Calibration takes {in_words(total)} on this machine.")
+        report(stage, done, total)
+
+    return announce
 
 
 def _print_result(result: Calibration, output: Path) -> None:

@@ -46,6 +46,14 @@ class Progress(ABC):
         update, done = self.begin(description, total), count(1)
         return lambda: update(next(done), total)
 
+    @abstractmethod
+    def overall(self) -> Callable[[str, float, float], None]:
+        """Begin work of several stages.
+
+        The returned function takes the name of the running stage, the estimated seconds of the finished work, and those
+        of all work.
+        """
+
     def __enter__(self) -> Self:
         return self
 
@@ -72,6 +80,11 @@ class Bars(Progress):
         """A new bar."""
         task = self._bars.add_task(description, total=total)
         return lambda done, of: self._bars.update(task, completed=done, total=of)
+
+    def overall(self) -> Callable[[str, float, float], None]:
+        """A new bar, which names the running stage."""
+        task = self._bars.add_task("", total=None)
+        return lambda stage, done, of: self._bars.update(task, description=stage, completed=done, total=of)
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -104,6 +117,20 @@ class Lines(Progress):
 
         return update
 
+    def overall(self) -> Callable[[str, float, float], None]:
+        """A line at the beginning of every stage, then at most one every 30 seconds."""
+        start = self._clock()
+        last_stage, last = "", start
+
+        def update(stage: str, done: float, of: float) -> None:
+            nonlocal last_stage, last
+            now = self._clock()
+            if stage != last_stage or now - last >= SECONDS_BETWEEN_LINES:
+                last_stage, last = stage, now
+                self._write(f"{stage}: {_share(done, of)} of all work is done after {_duration(now - start)}\n")
+
+        return update
+
     def __exit__(self, *exception: object) -> None:
         pass
 
@@ -119,6 +146,18 @@ def progress() -> Progress:
 def _write_line(line: str) -> None:
     sys.stderr.write(line)
     sys.stderr.flush()
+
+
+def in_words(seconds: float) -> str:
+    """A length of time in plain words."""
+    for unit, length in (("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * length:
+            return f"about {round(seconds / length)} {unit}s"
+    return "about a minute" if seconds > 30 else "less than a minute"
+
+
+def _share(done: float, of: float) -> str:
+    return f"{done / of if of else 0:.0%}"
 
 
 def _duration(seconds: float) -> str:
