@@ -89,7 +89,7 @@ def test_commands_have_the_options_that_are_shown(page: str) -> None:
                 assert f'"{option}"' in script or re.search(rf"\b{name}: ", script), f"{page}: {option} in: {shown}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quality.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quality.md", "docs/research-notes.md", "docs/benchmarks.md"])
 def test_options_named_in_sentences_exist(page: str) -> None:
     known = {name for command in subcommands(typer.main.get_command(app)) for name in options_of(command)} | OUTSIDE
     scripts = [path.read_text() for folder in ("training", "benchmarks") for path in (ROOT / folder).glob("*.py")]

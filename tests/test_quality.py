@@ -538,7 +538,6 @@ def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
             ),
             "--self-generated",
         ),
-        (("calibrate", "--task", "squad", "--text", "x", "-o", "x", "--mean-rank", "50%"), "--adapter"),
     ],
 )
 def test_an_error_is_one_clear_line(run: Any, arguments: tuple[str, ...], message: str) -> None:

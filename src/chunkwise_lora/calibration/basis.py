@@ -19,7 +19,7 @@ from chunkwise_lora.ladder import RankLadder
 
 BASIS_RATE, IMPORTANCE_RATE = 4e-3, 5e-3
 """Highest learning rates of Adam for the matrices R and for the log of the importance. Both were tuned on WikiText;
-docs/quality.md has the measurements."""
+docs/research-notes.md has the measurements."""
 SOFTNESS = 0.5
 """Width of the soft gates, in the log of importance over cost. Directions within about this distance of a rung's
 threshold get a gradient for being switched on or off."""

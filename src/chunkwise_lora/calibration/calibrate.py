@@ -1,6 +1,6 @@
 """Calibration: from an adapter, a text and a budget to a ladder and its policy.
 
-`calibrate` reads as the steps of the procedure; docs/quality.md describes and measures them.
+`calibrate` reads as the steps of the procedure; docs/quality.md describes them.
 """
 
 from __future__ import annotations
