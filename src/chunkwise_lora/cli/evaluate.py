@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths, path_given
-from chunkwise_lora.cli.output import console, write_json
+from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths, path_given, share
+from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
+from chunkwise_lora.cli.rendering import evaluation_table
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import NEW_TOKENS
 from chunkwise_lora.files import read_text, write_atomically
 from chunkwise_lora.method.config import ChunkWiseConfig
 
-DEFAULT_PRESETS, DEFAULT_BASELINES = ["balanced", "calibrated"], ["base", "svd", "ladder", "random", "oracle"]
+if TYPE_CHECKING:
+    from chunkwise_lora.evaluation.results import Result
+
+DEFAULT_BASELINES = ["base", "svd", "ladder"]
+CALIBRATED = "calibrated"
+"""The name of a calibrated ladder that is given without a name, and the preset of all calibrated policies."""
 
 
 def evaluate(
@@ -39,23 +46,35 @@ def evaluate(
         ),
     ] = "",
     calibrated: Annotated[
-        str | None,
-        typer.Option(help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or the name of an example."),
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER",
+            help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or the name of an example; several "
+            "ladders need names for the table. May be repeated.",
+        ),
+    ] = None,
+    mean_ranks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mean ranks at which plain SVD and the rungs of calibrated ladders run, one or more, such as 50% 25% "
+            "12.5%. By default the mean ranks of the plans."
+        ),
     ] = None,
     presets: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="Settings of ChunkWise to evaluate, one or more. Presets run on the ladder in the adapter's folder, "
-            "or else on the adapter's SVD. `calibrated` runs the ladder of --calibrated with its policy."
+            "or else on the adapter's SVD. `calibrated` runs the ladders of --calibrated with their policies. By "
+            "default `calibrated` if there are such ladders, and otherwise `balanced`."
         ),
-    ] = DEFAULT_PRESETS,
+    ] = None,
     baselines: Annotated[
         list[str],
         typer.Option(
-            help="Baselines to compare with, one or more. base: no adapter. svd: plain SVD at several ranks, the same "
-            "rank for every token. ladder: the same for the ladder in the adapter's folder and for the calibrated one. "
-            "random: the calibrated plan, shuffled. oracle: the best plan, given the cost of every token. Both need "
-            "--calibrated."
+            help="Baselines to compare with, one or more. base: no adapter. svd: plain SVD, the same rank for every "
+            "token. ladder: the same for the ladder in the adapter's folder and for the calibrated ones. For text "
+            "also: alike, calibrated rungs at exactly the mean rank of the plan, without choice; random, the "
+            "calibrated plan, shuffled; oracle, the best plan, given the cost of every token."
         ),
     ] = DEFAULT_BASELINES,
     peft: Annotated[
@@ -94,43 +113,78 @@ def evaluate(
 ) -> None:
     """Measure quality: the task's metric, mean rank, KL to full rank and KV bytes, compared with baselines.
 
-    Text is cut into windows as long as the model allows and run token by token, as in generation, with plan,
-    cross-fades and KV policy in force. Answers are generated greedily. All metrics come with 95% intervals.
+    Text is cut into windows and runs as in generation, with plan, cross-fades and KV policy in force. Answers are
+    generated greedily. All metrics come with 95% intervals. `chunkwise bench` measures speed and memory.
     """
     configs = {
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
         for name, file in named_paths("--config", config).items()
     }
     peft_adapters = {name: str(examples.find(path)) for name, path in named_paths("--peft", peft).items()}
-    calibrated = calibrated and str(examples.find(calibrated))
+    folders = {name: str(examples.find(path)) for name, path in _calibrated(calibrated or []).items()}
+    shares = [share("--mean-ranks", one) or 1.0 for one in mean_ranks or []]
     adapter = adapter and str(examples.find(adapter))
-    if calibrated is None and presets == DEFAULT_PRESETS:
-        presets = ["balanced"]
-
-    from rich.markdown import Markdown
+    presets = presets or [CALIBRATED if folders else "balanced"]
 
     from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection  # slow to import: after all refusals
+    from chunkwise_lora.evaluation.plot import plot
     from chunkwise_lora.evaluation.report import markdown, page
-    from chunkwise_lora.evaluation.tasks import EvaluationSettings, adapter_of, calibrated_ladder, run_task
+    from chunkwise_lora.evaluation.settings import EvaluationSettings
+    from chunkwise_lora.evaluation.tasks import adapter_of, calibrated_ladder, run_task
+    from chunkwise_lora.evaluation.verdict import findings, verdict
 
     adapter = str(adapter_of(task, adapter))
     selection = MethodSelection(
-        [one for one in presets if one], [one for one in baselines if one], peft_adapters, configs
+        [one for one in presets if one], [one for one in baselines if one], shares, peft_adapters, configs
     )
     base, tokenizer = load_base_and_tokenizer(model)
     with progress() as reports:
-        comparison = Comparison(base, adapter, calibrated_ladder(calibrated) if calibrated else None)
+        ladders = {name: calibrated_ladder(folder) for name, folder in folders.items()}
         evaluation = run_task(
             task,
             data,
-            comparison.methods(selection),
+            Comparison(base, adapter, ladders),
+            selection,
             tokenizer,
             EvaluationSettings(limit, stride, new_tokens, batch),
             advance=reports.begin(f"evaluating {task}"),
         )
-    text = markdown(evaluation)
-    console.print(Markdown(text))
+    print_plain(verdict(evaluation), style="bold")
+    console.print(evaluation_table(evaluation))
+    for sentence in findings(evaluation):
+        print_plain(f"- {sentence}")
+    print_plain(evaluation.how, style="dim")
     if report is not None:
-        write_atomically(report / "report.md", text.encode())
+        write_atomically(report / "quality.png", plot(evaluation))
+        write_atomically(report / "report.md", markdown(evaluation, "quality.png").encode())
         write_atomically(report / "report.html", page(evaluation).encode())
-    write_json(json_file, {"task": task, "how": evaluation.how, "results": [asdict(one) for one in evaluation.results]})
+    write_json(
+        json_file,
+        {
+            "task": task,
+            "verdict": verdict(evaluation),
+            "findings": findings(evaluation),
+            "how": evaluation.how,
+            "full_rank": evaluation.full_rank,
+            "results": [asdict(one) | {"name": one.name, "prediction": _prediction(one)} for one in evaluation.results],
+        },
+    )
+
+
+def _prediction(result: Result) -> dict[str, Any] | None:
+    """What calibration promised and what was measured, as plain data."""
+    if result.prediction is None:
+        return None
+    return {
+        "expected": result.prediction.expected.model_dump(),
+        "loss_increase": asdict(result.prediction.loss_increase),
+    }
+
+
+def _calibrated(values: Sequence[str]) -> dict[str, str]:
+    """Folders by name; one that is given without a name is called `calibrated`."""
+    named = [value if "=" in value and not Path(value).exists() else f"{CALIBRATED}={value}" for value in values]
+    folders = named_paths("--calibrated", named)
+    if len(folders) < len(values):
+        raise ChunkWiseError("--calibrated: several ladders need different names; write NAME=FOLDER for each")
+    return folders

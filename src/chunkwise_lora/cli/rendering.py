@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chunkwise_lora.benchmark.llama_cpp import LlamaMeasurement
     from chunkwise_lora.benchmark.measure import Measurement
     from chunkwise_lora.calibration.calibrate import Calibration
+    from chunkwise_lora.evaluation.results import Evaluation
     from chunkwise_lora.ladder import RankLadder
     from chunkwise_lora.method.trace import SequenceTrace
 
@@ -112,6 +113,39 @@ def calibration_table(result: Calibration) -> Table:
         f"{max(scales):g}"
     )
     return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row per method. Differences to full rank stand with their 95% intervals; ChunkWise is bold."""
+    first, *others = evaluation.scores
+    points = first.unit == "points"
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold", min_width=20)
+    columns = ["mean\nrank", first.name.replace(" ", "\n"), "over full rank\n(95% interval)"]
+    for column in [*columns, *(other.name for other in others), "KL", "KV"]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in evaluation.results:
+        change = result.over_full[first.name]
+        low, high = (_change(value, points) for value in (change.low, change.high))
+        is_full = result.label.role == "full"
+        table.add_row(
+            Text(shown(result.name, 60)),
+            f"{result.mean_rank:.1f}",
+            f"{result.scores[first.name].value:{'.1f' if points else '.2f'}}",
+            "" if is_full else f"{_change(change.value, points)} ({low} to {high})",
+            *(f"{result.scores[other.name].value:.1f}" for other in others),
+            "" if is_full else f"{result.kl.value:.4f}",
+            f"{result.kv_share:.0%}",
+            style="bold" if result.label.role == "ours" else "",
+        )
+    return table
+
+
+def _change(value: float, points: bool) -> str:
+    """A difference with its sign, in points or as a percentage of at most four digits."""
+    if points:
+        return f"{value:+.1f}"
+    return f"{value:+.{2 if abs(value) < 0.0995 else 1 if abs(value) < 0.995 else 0}%}"
 
 
 def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float] | None = None) -> Table:

@@ -2,145 +2,187 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from chunkwise_lora.calibration.log_probabilities import kl_divergence
-from chunkwise_lora.evaluation.data import Example
-from chunkwise_lora.evaluation.methods import FULL, Method, full_rank_of, warm_up
-from chunkwise_lora.evaluation.metrics import Metric, Scores
-from chunkwise_lora.evaluation.prompts import batches_of, first_lines, prompt_inputs, set_padding
-from chunkwise_lora.evaluation.statistics import Estimate, bootstrap
+from chunkwise_lora.evaluation.continuation import Continuation, PromptBatch, Tokens
+from chunkwise_lora.evaluation.data import Example, encode
+from chunkwise_lora.evaluation.methods import FULL, Generator, PlainMethod, full_rank_of
+from chunkwise_lora.evaluation.metrics import Metric
+from chunkwise_lora.evaluation.prompts import batches_of, first_lines, set_padding
+from chunkwise_lora.evaluation.results import Prediction, Result
+from chunkwise_lora.evaluation.settings import EvaluationSettings
+from chunkwise_lora.evaluation.statistics import bootstrap, relative_increase
+from chunkwise_lora.ladder.contents import Expectation
 
 
-@dataclass(frozen=True)
-class AnswersResult:
-    """The result of one method on one task."""
+@dataclass
+class _Tally:
+    """The measurements of one method so far, one entry per example."""
 
-    name: str
-    mean_rank: float | None
-    """Mean rank over prompts and answers; None if the method has no rank."""
-    scores: dict[str, Estimate]
-    """By name of the score: points, from 0 to 100."""
-    over_full: dict[str, Estimate]
-    """By name of the score: difference to full rank, in points, with a paired interval."""
-    kl: Estimate
-    """KL divergence from full rank, in nats per token of the answers that full rank generates."""
-    kv_share: float
-    """Bytes of the KV cache at the end, divided by those of a full-precision cache; mean over batches."""
-    ms_per_token: float
-    """Wall time of generation, prefill included, in milliseconds divided by the new tokens of all sequences."""
-    answers: list[str]
-    """One answer per example."""
+    answers: list[list[int]] = field(default_factory=list)
+    """Token ids, with the token that ends the answer."""
+    ranks: list[float] = field(default_factory=list)
+    """Mean rank of prompt and answer."""
+    kl: list[float] = field(default_factory=list)
+    """Mean over the tokens of full rank's answer, in nats."""
+    losses: list[float] = field(default_factory=list)
+    """Loss of the whole reference, in nats; empty if it is not needed."""
+    kv_bytes: int = 0
+    """Bytes of all batches' caches in use, after the answers of full rank."""
+    kv_bytes_full: int = 0
+    """The bytes that the same tokens take in full precision."""
+
+    def add(self, answers: list[list[int]], ranks: list[float], kl: list[float], kv_bytes: tuple[int, int]) -> None:
+        """Add the measurements of one batch."""
+        self.answers += answers
+        self.ranks += ranks
+        self.kl += kl
+        self.kv_bytes += kv_bytes[0]
+        self.kv_bytes_full += kv_bytes[1]
 
 
 def evaluate_answers(
-    methods: Sequence[Method],
+    methods: Sequence[Generator],
     examples: Sequence[Example],
     tokenizer: Any,
     metric: Metric,
-    *,
-    new_tokens: int,
-    batch: int = 16,
+    settings: EvaluationSettings,
+    expectations: Mapping[str, Expectation] | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> list[AnswersResult]:
-    """Generate answers greedily with every method, and score them.
+) -> list[Result]:
+    """Compare the greedy answers of methods, and their distributions on the answers of full rank.
+
+    An answer ends with its first line. Every method first reads the answer of full rank. If it would choose the same
+    tokens, this is its own answer; otherwise it generates one.
 
     Args:
-        methods: Methods that can generate; one of them must be the full rank.
+        methods: The methods; one of them must be the full rank.
         examples: Prompts and references.
         tokenizer: The base model's tokenizer.
         metric: Scores the answers.
-        new_tokens: Largest number of tokens of an answer.
-        batch: Prompts that run together.
+        settings: The size of batches, and the largest number of tokens of an answer.
+        expectations: By name of a method, what calibration expects of it. Its loss on the references is then measured.
         advance: Called once per method and batch.
 
     Raises:
         ChunkWiseError: The tokenizer has no end-of-sequence token.
     """
     set_padding(tokenizer)
-    batches = [prompt_inputs(part, tokenizer) for part in batches_of(examples, batch)]
-    tallies = {method.name: _Tally() for method in methods}
+    expectations = expectations or {}
+    judged = {FULL, *expectations} if expectations else set()
     full_rank = full_rank_of(methods)
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if batches:
-        warm_up(methods, batches[0], pad)
-    for inputs in batches:
-        references: list[Tensor] = []
-        full: list[Tensor] = []
-        for method in [full_rank, *(one for one in methods if one is not full_rank)]:
-            tally = tallies[method.name]
-            begin = time.perf_counter()
-            done = method.generate(inputs, max_new_tokens=new_tokens, pad_token_id=pad, eos_token_id=eos)
-            tally.seconds += time.perf_counter() - begin
-            new = done.ids[:, inputs["input_ids"].shape[1] :]
-            tally.new_tokens += int((new != pad).sum())
-            tally.ranks += done.ranks
-            tally.kv_shares.append(done.kv_share)
-            tally.answers += first_lines(new, tokenizer)
-            if method is full_rank:
-                references = [
-                    torch.cat([ids[mask.bool()], answer[answer != pad]])
-                    for ids, mask, answer in zip(inputs["input_ids"], inputs["attention_mask"], new, strict=True)
-                ]
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            log_p = _answer_log_probabilities(method, references, lengths)
-            full = full or log_p
-            tally.kl += [float(kl_divergence(*pair).mean()) for pair in zip(full, log_p, strict=True)]
+    tallies = {method.name: _Tally() for method in methods}
+    order = by_topic(examples)
+    for indices in batches_of(order, settings.batch):
+        part = _Part([examples[i] for i in indices], tokenizer, full_rank, settings.new_tokens)
+        for method in methods:
+            part.measure(method, tallies[method.name])
+            if method.name in judged:
+                tallies[method.name].losses += part.losses(method)
             advance()
-    scores = {name: metric(tally.answers, examples) for name, tally in tallies.items()}
-    return [_result(one, tallies[one.name], scores[one.name], scores[FULL]) for one in methods]
+    places = np.argsort(order)
+    answers = {
+        name: first_lines([tally.answers[place] for place in places], tokenizer) for name, tally in tallies.items()
+    }
+    scores = {name: metric(of_method, examples) for name, of_method in answers.items()}
+    return [
+        Result(
+            method.label,
+            float(np.mean(tally.ranks)),
+            scores[method.name].points(),
+            scores[method.name].over(scores[FULL]),
+            bootstrap(np.array(tally.kl)[:, None]),
+            tally.kv_bytes / tally.kv_bytes_full,
+            Prediction(
+                expectations[method.name],
+                bootstrap(np.array([tally.losses, tallies[FULL].losses]).T, relative_increase),
+            )
+            if method.name in expectations
+            else None,
+            answers[method.name],
+        )
+        for method, tally in zip(methods, tallies.values(), strict=True)
+    ]
+
+
+def by_topic(examples: Sequence[Example]) -> list[int]:
+    """Indices of the examples in an order in which topics stay together, and neighbours have similar lengths."""
+    topics: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        topics.setdefault(example.topic or example.prompt, []).append(index)
+    by_length = sorted(topics.values(), key=lambda group: len(examples[group[0]].prompt))
+    return [index for group in by_length for index in group]
+
+
+def prompts_of(examples: Sequence[Example], tokenizer: Any) -> PromptBatch:
+    """The prompts of examples as token ids."""
+    ids = tokenizer([example.prompt for example in examples]).input_ids
+    return PromptBatch(ids, [example.topic or example.prompt for example in examples])
 
 
 @dataclass
-class _Tally:
-    """The measurements of one method so far."""
+class _Part:
+    """Examples that run together."""
 
-    answers: list[str] = field(default_factory=list)
-    ranks: list[float] = field(default_factory=list)
-    """Mean rank of every sequence."""
-    kv_shares: list[float] = field(default_factory=list)
-    """One value per batch."""
-    kl: list[float] = field(default_factory=list)
-    """One value per example: the mean over the tokens of its answer, in nats."""
-    seconds: float = 0.0
-    new_tokens: int = 0
+    examples: Sequence[Example]
+    tokenizer: Any
+    full_rank: PlainMethod
+    new_tokens: int
 
+    @cached_property
+    def prompts(self) -> PromptBatch:
+        return prompts_of(self.examples, self.tokenizer)
 
-def _result(method: Method, tally: _Tally, scores: Scores, full: Scores) -> AnswersResult:
-    return AnswersResult(
-        method.name,
-        float(np.mean(tally.ranks)) if tally.ranks else method.mean_rank,
-        scores.points(),
-        scores.over(full),
-        bootstrap(np.array(tally.kl)[:, None]),
-        float(np.mean(tally.kv_shares)),
-        1e3 * tally.seconds / max(tally.new_tokens, 1),
-        tally.answers,
-    )
+    @cached_property
+    def full(self) -> tuple[list[list[int]], Tensor]:
+        """The answers of full rank, and the log-probabilities (examples, tokens, vocabulary) of their tokens."""
+        with self.prompts.begin(self.full_rank) as run:
+            return run.generate(self.new_tokens, self._ends)
 
+    def measure(self, method: Generator, tally: _Tally) -> None:
+        """Add what `method` answers, and how far it is from full rank."""
+        answers, full = self.full
+        if method is self.full_rank:
+            tally.add(answers, [self.full_rank.mean_rank] * len(answers), [0.0] * len(answers), (1, 1))
+            return
+        own, generated = list(answers), []
+        with self.prompts.begin(method) as run:
+            log_p = run.read(Tokens.padded([answer[:-1] for answer in answers], "right"))
+            ranks, kv_bytes = run.mean_ranks(), run.kv_bytes()
+            chosen = [row[: len(answer)] for row, answer in zip(log_p.argmax(-1).tolist(), answers, strict=True)]
+            differing = [row for row, answer in enumerate(answers) if chosen[row] != answer]
+            if differing and not method.cache_changes:
+                run.rewind(torch.tensor(differing))
+                generated = self._generated(run)
+        if differing and method.cache_changes:
+            with self.prompts.rows(differing).begin(method) as run:
+                generated = self._generated(run)
+        for row, (answer, rank) in zip(differing, generated, strict=True):
+            own[row], ranks[row] = answer, rank
+        lengths = [max(1, len(answer) - self._ends(answer[-1])) for answer in answers]
+        kl = [float(kl_divergence(full[row, :n], log_p[row, :n]).mean()) for row, n in enumerate(lengths)]
+        tally.add(own, ranks, kl, kv_bytes)
 
-def _answer_log_probabilities(method: Method, sequences: Sequence[Tensor], prompts: Sequence[int]) -> list[Tensor]:
-    """The log-probabilities of the answers' tokens.
+    def losses(self, method: Generator) -> list[float]:
+        """The loss of `method` on the first reference of each example, in nats."""
+        references = [encode(self.tokenizer, one.prompt, one.references[0])[1] for one in self.examples]
+        with self.prompts.begin(method) as run:
+            log_p = run.read(Tokens.padded([tokens[:-1] for tokens in references], "right"))
+        return [-float(log_p[row, range(len(tokens)), tokens].sum()) for row, tokens in enumerate(references)]
 
-    Args:
-        method: The method to run.
-        sequences: Token ids (tokens,) of each prompt and answer.
-        prompts: Number of prompt tokens of each sequence.
+    def _generated(self, run: Continuation) -> list[tuple[list[int], float]]:
+        """The answers that a method generates now, each with the mean rank of prompt and answer."""
+        answers, _ = run.generate(self.new_tokens, self._ends)
+        return list(zip(answers, run.mean_ranks(), strict=True))
 
-    Returns:
-        (answer tokens, vocabulary) per sequence.
-    """
-    # No mask is needed for padding on the right, because causal attention hides it from all tokens before it.
-    log_p = method.score(pad_sequence(list(sequences), batch_first=True)).log_p
-    return [
-        rows[prompt - 1 : max(prompt, len(sequence) - 1)]
-        for rows, prompt, sequence in zip(log_p, prompts, sequences, strict=True)
-    ]
+    def _ends(self, token: int) -> bool:
+        """Whether a token ends an answer: the end-of-sequence token, or one with a line break."""
+        return token == self.tokenizer.eos_token_id or "\n" in self.tokenizer.decode([token])

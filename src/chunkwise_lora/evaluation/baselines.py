@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,21 +18,29 @@ from chunkwise_lora.calibration.log_probabilities import (
     kl_divergence,
     log_probabilities,
     log_probabilities_in_one_pass,
-    log_probabilities_token_by_token,
 )
 from chunkwise_lora.calibration.rung_policy import multiplier_for
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, first_line
-from chunkwise_lora.evaluation.methods import FULL, Method, ScoredWindows
+from chunkwise_lora.evaluation.methods import (
+    FULL,
+    Label,
+    Method,
+    PlainMethod,
+    PlannedMethod,
+    ReplannedMethod,
+    Role,
+)
 from chunkwise_lora.ladder import RankLadder, is_ladder
 from chunkwise_lora.ladder.backtracking import refuse_backtracking
+from chunkwise_lora.ladder.contents import Expectation
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 PLAIN, OWN, CALIBRATED = "plain SVD", "own rungs", "calibrated"
-"""Names of the ladders: the adapter's SVD, the ladder in the adapter's folder, and the calibrated ladder."""
-TIERS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
-"""Shares of the full rank at which uniform truncation is measured."""
-BASELINES = ("base", "svd", "ladder", "random", "oracle")
+"""Names of the adapter's SVD, of the ladder in the adapter's folder, and of a calibrated ladder without a name."""
+BASELINES = ("base", "svd", "ladder", "alike", "random", "oracle")
 """Names of the baselines that can be chosen."""
+PLANS = "calibrated plans"
+"""The series of all calibrated policies."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,19 @@ class MethodSelection:
     """Which methods an evaluation compares."""
 
     presets: Sequence[str]
-    """Presets of ChunkWise, and `calibrated`: the policy of the calibrated ladder."""
+    """Presets of ChunkWise, and `calibrated`: the policies of the calibrated ladders."""
     baselines: Sequence[str] = ()
-    """Some of `BASELINES`. base: no adapter. svd: plain SVD, every token on the same rung, at each of `TIERS`. ladder:
-    the same for the ladder in the adapter's folder and for the calibrated one. random: the rungs of the calibrated
-    plan, shuffled over the tokens. oracle: the best plan with the same rungs, given the cost of every token."""
+    """Some of `BASELINES`. base: no adapter. svd: plain SVD, every token on the same rung. ladder: the same for the
+    ladder in the adapter's folder and for the calibrated ones. alike: every token on one of two neighbouring calibrated
+    rungs, so that the mean rank is exactly that of the plan. random: the rungs of the calibrated plan, shuffled over
+    the tokens. oracle: the best plan with the same rungs, given the cost of every token."""
+    mean_ranks: Sequence[float] = ()
+    """Shares of the full rank at which `svd` and `ladder` run; by default the mean ranks of the plans."""
     peft: Mapping[str, str | Path] = field(default_factory=dict)
     """Other PEFT adapters by name: folders, or names on the hub."""
     configs: Mapping[str, ChunkWiseConfig] = field(default_factory=dict)
-    """Further settings of ChunkWise by name. Settings that read what calibration learned run on the calibrated ladder,
-    others on the ladder in the adapter's folder, or else on its plain SVD."""
+    """Further settings of ChunkWise by name. Settings that read what calibration learned run on the first calibrated
+    ladder, others on the ladder in the adapter's folder, or else on its plain SVD."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.baselines) - set(BASELINES):
@@ -62,69 +73,107 @@ class Comparison:
     Args:
         base: The base model.
         adapter: The PEFT adapter: a folder, or a name on the hub. If the folder holds a ladder, presets run on it.
-        calibrated: The calibrated ladder with its policy, if there is one.
+        calibrated: Calibrated ladders with their policies, by the name that results show.
 
     Raises:
-        ConfigError: The calibrated ladder has no policy.
+        ConfigError: A calibrated ladder has no policy.
     """
 
-    def __init__(self, base: PreTrainedModel, adapter: str | Path, calibrated: RankLadder | None = None) -> None:
+    def __init__(
+        self, base: PreTrainedModel, adapter: str | Path, calibrated: Mapping[str, RankLadder] | None = None
+    ) -> None:
         self.base = base
         self.adapter = adapter
-        ladders = {PLAIN: RankLadder.from_peft(adapter)}
+        self.calibrated = {name: f"calibrated {number}" for number, name in enumerate(calibrated or {})}
+        """By the name that results show: the name of the ladder in the model."""
+        ladders = {PLAIN: on_every_rank(RankLadder.from_peft(adapter))}
         if is_ladder(adapter):
             ladders[OWN] = RankLadder.from_pretrained(adapter)
-        if calibrated is not None:
-            if calibrated.policy is None:
-                raise ConfigError("the calibrated ladder has no policy; run `chunkwise calibrate` for it")
-            ladders[CALIBRATED] = calibrated
+        for name, ladder in (calibrated or {}).items():
+            if ladder.policy is None:
+                raise ConfigError(f"the ladder {name!r} has no policy; run `chunkwise calibrate` for it")
+            ladders[self.calibrated[name]] = ladder
         self.uncalibrated = OWN if OWN in ladders else PLAIN
         self.chunkwise = ChunkWiseModel(copy.deepcopy(base), ladders)
 
-    def methods(self, selection: MethodSelection) -> list[Method]:
+    @property
+    def full_rank(self) -> float:
+        """The adapter's rank."""
+        return self.chunkwise.ladders[PLAIN].rung_ranks[-1]
+
+    def methods(self, selection: MethodSelection, sample: Tensor) -> list[Method]:
         """The selected methods: base and full rank, other adapters, baselines, and ChunkWise.
+
+        Args:
+            selection: What to compare.
+            sample: (windows, tokens) token ids of a part of the text. The mean ranks that plans give it decide at which
+                ranks baselines run, unless `selection` names them.
 
         Raises:
             ChunkWiseError: A method needs a calibrated ladder and there is none, or an adapter cannot be loaded.
         """
-        chosen = {name: self._ladder_and_config(name) for name in selection.presets}
-        for name, config in selection.configs.items():
-            chosen[name] = (CALIBRATED if config.complexity.learned else self.uncalibrated, config)
-        wanted, ladders = selection.baselines, self.chunkwise.ladders
-        found = [self._plain("base, no adapter", self.base, 0.0)] if "base" in wanted else []
-        found += [self._peft(name, path) for name, path in {FULL: self.adapter, **selection.peft}.items()]
-        for baseline, ladder in (("svd", PLAIN), ("ladder", OWN), ("ladder", CALIBRATED)):
-            if baseline in wanted and ladder in ladders:
-                found += [self._uniform(ladder, share) for share in TIERS]
-        if CALIBRATED in ladders:
-            plan = _CalibratedPlan(self.chunkwise)
-            found += [plan.at_its_mean_rank()] if "ladder" in wanted else []
+        wanted = selection.baselines
+        found: list[Method] = []
+        if "base" in wanted:
+            found.append(PlainMethod(Label("base, no adapter", "base", "base"), self.base, 0.0))
+        found.append(self._peft(FULL, self.adapter, "full"))
+        found += [self._peft(name, path, "baseline") for name, path in selection.peft.items()]
+        plans = self._plans(selection)
+        ranks = [share * self.full_rank for share in selection.mean_ranks]
+        ranks = ranks or sorted(self._mean_rank(plan, sample) for plan in plans)
+        if "svd" in wanted:
+            whole = ranks if selection.mean_ranks else [math.ceil(rank - 0.01) for rank in ranks]
+            found += self._uniform(PLAIN, PLAIN, whole, "baseline")
+        if "ladder" in wanted and OWN in self.chunkwise.ladders:
+            found += self._uniform(OWN, OWN, ranks, "baseline")
+        for name, ladder in self.calibrated.items():
+            if "ladder" in wanted:
+                found += self._uniform(f"{name} rungs", ladder, ranks, "ours")
+            plan = _CalibratedPlan(self.chunkwise, ladder, name)
+            found += [plan.at_its_mean_rank()] if "alike" in wanted else []
             found += [plan.shuffled()] if "random" in wanted else []
             found += [plan.oracle()] if "oracle" in wanted else []
-        return found + [self._planned(f"ChunkWise {name}", *one) for name, one in chosen.items()]
+        return [*found, *plans]
 
-    def _ladder_and_config(self, preset: str) -> tuple[str, ChunkWiseConfig]:
-        """The ladder and the settings of a preset."""
-        if preset != CALIBRATED:
-            return self.uncalibrated, ChunkWiseConfig.preset(preset)
-        ladder = self.chunkwise.ladders.get(CALIBRATED)
-        if ladder is None or ladder.policy is None:
-            raise ChunkWiseError(
-                "the preset `calibrated` needs a calibrated ladder; run `chunkwise calibrate` and give its folder with "
-                "--calibrated"
-            )
-        return CALIBRATED, ladder.policy
+    def expectations(self) -> dict[str, Expectation]:
+        """By name of the method, what calibration expects of the calibrated policies."""
+        ladders = {name: self.chunkwise.ladders[ladder] for name, ladder in self.calibrated.items()}
+        return {
+            f"ChunkWise {name}": ladder.expectation
+            for name, ladder in ladders.items()
+            if ladder.expectation is not None
+        }
 
-    def _plain(self, name: str, model: PreTrainedModel, rank: float) -> Method:
-        """A model that runs as transformers or PEFT runs it."""
+    def _plans(self, selection: MethodSelection) -> list[PlannedMethod]:
+        """The selected settings of ChunkWise."""
+        found = []
+        for preset in selection.presets:
+            if preset != CALIBRATED:
+                found.append(self._planned(preset, self.uncalibrated, ChunkWiseConfig.preset(preset)))
+                continue
+            if not self.calibrated:
+                raise ChunkWiseError(
+                    "the preset `calibrated` needs a ladder that `chunkwise calibrate` wrote; give --calibrated"
+                )
+            for name, ladder in self.calibrated.items():
+                calibrated = self.chunkwise.ladders[ladder]
+                assert calibrated.policy is not None
+                asked = None if calibrated.expectation is None else calibrated.expectation.asked_rank
+                found.append(self._planned(name, ladder, calibrated.policy, PLANS, asked))
+        for name, config in selection.configs.items():
+            if config.complexity.learned and not self.calibrated:
+                raise ChunkWiseError(f"the settings {name!r} read what calibration learned; give --calibrated")
+            learned = next(iter(self.calibrated.values())) if config.complexity.learned else self.uncalibrated
+            found.append(self._planned(name, learned, config))
+        return found
 
-        @torch.no_grad()
-        def score(tokens: Tensor) -> ScoredWindows:
-            return ScoredWindows(model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1), rank)
+    def _planned(
+        self, name: str, ladder: str, config: ChunkWiseConfig, series: str = "", asked: float | None = None
+    ) -> PlannedMethod:
+        shown = f"ChunkWise {name}"
+        return PlannedMethod(Label(shown, series or shown, "ours", asked), self.chunkwise, ladder, config)
 
-        return Method(name, model, {}, score, rank)
-
-    def _peft(self, name: str, path: str | Path) -> Method:
+    def _peft(self, name: str, path: str | Path, role: Role) -> PlainMethod:
         """An adapter in unmerged PEFT."""
         from peft import PeftModel
 
@@ -133,42 +182,50 @@ class Comparison:
             model = PeftModel.from_pretrained(copy.deepcopy(self.base), path, autocast_adapter_dtype=False).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise ChunkWiseError(f"{path}: cannot be loaded as a PEFT adapter ({first_line(error)})") from None
-        return self._plain(name, model.to(self.base.dtype), _mean_rank(model))
+        return PlainMethod(Label(name, name, role), model.to(self.base.dtype), _mean_rank(model))
 
-    def _uniform(self, ladder: str, share: float) -> Method:
-        """Every token on the rung that is nearest to a share of the full rank."""
-        ranks = self.chunkwise.ladders[ladder].rung_ranks
-        rung = min(range(len(ranks)), key=lambda rung: abs(ranks[rung] - share * ranks[-1]))
-        shown = "calibrated rungs" if ladder == CALIBRATED else ladder
-        return Method(
-            f"{shown}, every token at {share:.3g}",
-            self.chunkwise,
-            {"adapter_names": ladder, "chunkwise_config": ChunkWiseConfig.uniform(share)},
-            lambda tokens: ScoredWindows(log_probabilities(self.chunkwise, tokens, rung, ladder), ranks[rung]),
-        )
+    def _uniform(self, series: str, ladder: str, ranks: Sequence[float], role: Role) -> list[PlannedMethod]:
+        """Every token on the rung that is nearest to a rank, for each of `ranks`."""
+        rungs = self.chunkwise.ladders[ladder].rung_ranks
+        found: dict[str, PlannedMethod] = {}
+        for rank in ranks:
+            reached = min(rungs, key=lambda one: abs(one - rank))
+            label = Label(f"{series} at {reached:.3g}", series, role, rank)
+            config = ChunkWiseConfig.uniform(reached / rungs[-1])
+            found.setdefault(label.name, PlannedMethod(label, self.chunkwise, ladder, config))
+        return list(found.values())
 
-    def _planned(self, name: str, ladder: str, config: ChunkWiseConfig) -> Method:
-        """ChunkWise, token by token."""
+    def _mean_rank(self, plan: PlannedMethod, sample: Tensor) -> float:
+        """The mean rank that a plan gives a text."""
+        if plan.rank is not None:
+            return plan.rank
+        return float(log_probabilities_in_one_pass(self.chunkwise, sample, plan.config, plan.ladder).ranks.mean())
 
-        def score(tokens: Tensor) -> ScoredWindows:
-            done = log_probabilities_token_by_token(self.chunkwise, tokens, config, ladder)
-            return ScoredWindows(done.log_p, float(done.ranks.mean()), done.kv_share, done.ranks)
 
-        return Method(name, self.chunkwise, {"adapter_names": ladder, "chunkwise_config": config}, score)
+def on_every_rank(ladder: RankLadder) -> RankLadder:
+    """The ladder with a rung for every rank."""
+    highest = max(module.rank for module in ladder.modules.values())
+    return ladder.with_ranks(
+        {
+            name: [round(rank * module.rank / highest) for rank in range(highest + 1)]
+            for name, module in ladder.modules.items()
+        }
+    )
 
 
 class _CalibratedPlan:
-    """Makes the baselines that change the plan of the calibrated policy and keep its rungs and its scale."""
+    """Makes the baselines that change the plan of a calibrated policy and keep its rungs and its scale."""
 
-    def __init__(self, chunkwise: ChunkWiseModel) -> None:
+    def __init__(self, chunkwise: ChunkWiseModel, name: str, shown: str) -> None:
         self.chunkwise = chunkwise
-        ladder = chunkwise.ladders[CALIBRATED]
+        self.name, self.shown = name, shown
+        ladder = chunkwise.ladders[name]
         assert ladder.policy is not None
         self.policy = ladder.policy
         self.ranks = np.array(ladder.rung_ranks)
         self.scale = float(np.mean(self.policy.selection.scales))
 
-    def at_its_mean_rank(self) -> Method:
+    def at_its_mean_rank(self) -> ReplannedMethod:
         """Every token on one of the two rungs around the plan's mean rank, at random: the same mean rank, no choice."""
         ranks, generator = self.ranks, np.random.default_rng(0)
 
@@ -179,44 +236,47 @@ class _CalibratedPlan:
             share = (mean - ranks[below]) / max(ranks[above] - ranks[below], 1e-9)
             return np.where(generator.permuted(np.linspace(0, 1, plan.size)).reshape(plan.shape) < share, above, below)
 
-        return self._method("calibrated rungs, the plan's mean rank", rungs_for)
+        return self._method("alike", rungs_for)
 
-    def shuffled(self) -> Method:
+    def shuffled(self) -> ReplannedMethod:
         """The rungs of the plan, shuffled over the tokens."""
         generator = np.random.default_rng(0)
-        return self._method(
-            "random plan, same rungs", lambda tokens, plan: generator.permuted(plan.ravel()).reshape(plan.shape)
-        )
+        return self._method("random", lambda tokens, plan: generator.permuted(plan.ravel()).reshape(plan.shape))
 
-    def oracle(self) -> Method:
+    def oracle(self) -> ReplannedMethod:
         """The cheapest plan with the same rungs and mean rank, given every token's cost on every rung."""
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
-            full = log_probabilities(self.chunkwise, tokens, None, PLAIN)
             tried = np.unique(np.append(plan, len(self.ranks) - 1))
-            costs = [
-                kl_divergence(full, log_probabilities(self.chunkwise, tokens, int(rung), CALIBRATED, self.scale))
-                for rung in tried
-            ]
-            by_rung = np.stack([cost.numpy() for cost in costs], axis=-1)
+            by_rung = np.empty((*plan.shape, len(tried)))
+            for row in range(len(tokens)):
+                window = tokens[row : row + 1]
+                full = log_probabilities(self.chunkwise, window, None, PLAIN)
+                for number, rung in enumerate(tried):
+                    log_p = log_probabilities(self.chunkwise, window, int(rung), self.name, self.scale)
+                    by_rung[row, :, number] = kl_divergence(full, log_p)[0]
             return tried[cheapest(by_rung, self.ranks[tried], float(self.ranks[plan].mean()))]
 
-        return self._method("oracle plan, same rungs", rungs_for)
+        return self._method("oracle", rungs_for)
 
-    def _method(self, name: str, rungs_for: Callable[[Tensor, np.ndarray], np.ndarray]) -> Method:
+    def _method(self, kind: str, rungs_for: Callable[[Tensor, np.ndarray], np.ndarray]) -> ReplannedMethod:
         """A method that runs on rungs (windows, tokens) that `rungs_for` makes from the token ids and the plan."""
-
-        def score(tokens: Tensor) -> ScoredWindows:
-            rungs = rungs_for(tokens, self._rungs(tokens))
-            log_p = log_probabilities(self.chunkwise, tokens, rungs, CALIBRATED, self.scale)
-            return ScoredWindows(log_p, float(self.ranks[rungs].mean()), ranks=self.ranks[rungs])
-
-        return Method(name, self.chunkwise, None, score)
+        name = f"{self.shown} {kind}"
+        return ReplannedMethod(
+            Label(name, name, "baseline"),
+            self.chunkwise,
+            self.name,
+            lambda tokens: rungs_for(tokens, self._rungs(tokens)),
+            self.scale,
+        )
 
     def _rungs(self, tokens: Tensor) -> np.ndarray:
         """(windows, tokens) the rung that the policy gives each token when entropies are unknown."""
-        done = log_probabilities_in_one_pass(self.chunkwise, tokens, self.policy, CALIBRATED)
-        return np.abs(done.ranks[..., None] - self.ranks).argmin(-1)
+        rows = [
+            log_probabilities_in_one_pass(self.chunkwise, tokens[row : row + 1], self.policy, self.name).ranks
+            for row in range(len(tokens))
+        ]
+        return np.abs(np.concatenate(rows)[..., None] - self.ranks).argmin(-1)
 
 
 def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarray:

@@ -2,96 +2,210 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
+from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel, log_probabilities
 from chunkwise_lora.engines.transformers.versions import CACHE
+from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.trace import Trace
 
 FULL = "PEFT, full rank"
 """Name of the method that all others are compared with: unmerged PEFT at full rank."""
-WARM_UP_TOKENS = 2
-"""Tokens of a generation that is not timed. The first one may compile kernels and allocate memory."""
+
+Role = Literal["base", "full", "baseline", "ours"]
+"""The model without adapter, full rank, something to compare with, or ChunkWise."""
+Visit = Callable[[slice, slice, Tensor], None]
+"""Takes some windows, some of their tokens, and the log-probabilities (windows, tokens, vocabulary) of the token after
+each of them."""
 
 
 @dataclass(frozen=True)
-class ScoredWindows:
-    """The result of running windows of text with one method."""
+class Label:
+    """What a method is called, and with which methods it belongs together."""
 
-    log_p: Tensor
-    """(windows, tokens, vocabulary) log-probabilities of the token after each token."""
-    mean_rank: float
-    """Mean rank of all tokens."""
-    kv_share: float = 1.0
-    """Bytes of the KV cache, divided by those of a full-precision cache."""
-    ranks: np.ndarray | None = None
-    """(windows, tokens) rank of every token, where the method chooses token by token."""
+    name: str
+    series: str
+    """Methods of a series differ only in their mean rank."""
+    role: Role
+    asked: float | None = None
+    """The mean rank that was asked for; None if none was."""
 
 
 @dataclass(frozen=True)
-class Generation:
-    """The result of generating with one method."""
+class Spent:
+    """What a method spent on windows of text."""
 
-    ids: Tensor
-    """(batch, tokens) token ids of prompts and answers."""
-    ranks: list[float]
-    """(batch,) mean rank of each sequence; empty if the method has no trace."""
+    ranks: np.ndarray
+    """(windows, tokens) rank of every token."""
     kv_share: float = 1.0
     """Bytes of the KV cache at the end, divided by those of a full-precision cache."""
 
 
 @dataclass(frozen=True)
-class Method:
+class Opened:
+    """A model that is ready to read a batch of sequences in several passes."""
+
+    model: Any
+    """What is called with token ids."""
+    cache: Any
+    """The cache that the passes fill."""
+    trace: Callable[[], Trace] | None = None
+    """Tells what was spent so far; None for a method of one constant rank."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
     """One way to run the adapter."""
 
-    name: str
-    model: PreTrainedModel | ChunkWiseModel
-    """Has the method `generate` of transformers."""
-    options: dict[str, Any] | None
-    """Options of this method for `generate`; None if it cannot generate, because its plan needs the whole text."""
-    score: Callable[[Tensor], ScoredWindows]
-    """Runs token ids (windows, tokens)."""
-    mean_rank: float | None = None
-    """The mean rank, if it is the same for all text."""
+    label: Label
+
+    @property
+    def name(self) -> str:
+        """What the method is called."""
+        return self.label.name
+
+    @abstractmethod
+    def score(self, windows: Tensor, visit: Visit) -> Spent:
+        """Run token ids (windows, tokens), and give `visit` all log-probabilities, part by part."""
+
+
+@dataclass(frozen=True)
+class Generator(Method):
+    """A method that can also read prompts and generate: its plan does not need the whole text."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> float | None:
+        """The rank of all tokens; None if it differs between tokens."""
+
+    @property
+    def reads_by_token(self) -> bool:
+        """Whether tokens after the prompt must run one by one, because what runs depends on the passes before."""
+        return False
+
+    @property
+    def cache_changes(self) -> bool:
+        """Whether the cache stores a token in another way after later tokens, so that it cannot go back."""
+        return False
+
+    @abstractmethod
+    def open(self, batch: int, prompt_columns: int) -> Any:
+        """A context manager that gives an `Opened` for a batch of prompts of so many columns."""
+
+    def read(self, opened: Opened, tokens: Tensor, **options: Any) -> Tensor:
+        """Run token ids (batch, tokens) after those before; returns logits (batch, tokens, vocabulary)."""
+        return opened.model(input_ids=tokens, **{CACHE: opened.cache}, use_cache=True, **options).logits
+
+
+@dataclass(frozen=True)
+class PlainMethod(Generator):
+    """A model that runs as transformers or PEFT runs it."""
+
+    model: Any
+    mean_rank: float
+    """The rank of all tokens."""
+
+    @property
+    def rank(self) -> float:
+        return self.mean_rank
+
+    @contextmanager
+    def open(self, batch: int, prompt_columns: int) -> Iterator[Opened]:
+        yield Opened(self.model, DynamicCache())
 
     @torch.no_grad()
-    def generate(self, inputs: Mapping[str, Any], **options: Any) -> Generation:
-        """Continue prompts greedily.
-
-        Args:
-            inputs: A tokenizer's output for a batch of prompts.
-            **options: Options of transformers' `generate`.
-        """
-        assert self.options is not None
-        options = {"do_sample": False, **options, **self.options}
-        if isinstance(self.model, ChunkWiseModel):
-            ids = self.model.generate(**inputs, **options)
-            trace = self.model.trace
-            assert trace is not None
-            ranks = [sequence.mean_rank for sequence in trace.sequences]
-            return Generation(ids, ranks, trace.kv_bytes / max(trace.kv_bytes_full, 1))
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        return Generation(self.model.generate(**inputs, **{CACHE: cache}, **options), [])
+    def score(self, windows: Tensor, visit: Visit) -> Spent:
+        for row in _rows(windows):
+            visit(row, slice(None), _log_p(self.model(input_ids=windows[row], use_cache=False).logits))
+        return Spent(np.full(windows.shape, self.mean_rank))
 
 
-def full_rank_of(methods: Sequence[Method]) -> Method:
+@dataclass(frozen=True)
+class PlannedMethod(Generator):
+    """ChunkWise with one ladder and one config."""
+
+    chunkwise: ChunkWiseModel
+    ladder: str
+    config: ChunkWiseConfig
+
+    @property
+    def rank(self) -> float | None:
+        if self.config.levels > 1:
+            return None
+        ranks, share = self.chunkwise.ladders[self.ladder].rung_ranks, self.config.selection.rank_shares[0]
+        return min(ranks, key=lambda rank: abs(rank - share * ranks[-1]))
+
+    @property
+    def cache_changes(self) -> bool:
+        return self.config.kv_cache.acts
+
+    @property
+    def reads_by_token(self) -> bool:
+        return self.config.reads_entropy or self.config.kv_cache.acts
+
+    @contextmanager
+    def open(self, batch: int, prompt_columns: int) -> Iterator[Opened]:
+        options: dict[str, Any] = {"adapter_names": self.ladder, "chunkwise_config": self.config}
+        with self.chunkwise.stream(batch=batch, prompt_columns=prompt_columns, **options) as call:
+            yield Opened(self.chunkwise.base, call.cache, call.trace)
+
+    @torch.no_grad()
+    def score(self, windows: Tensor, visit: Visit) -> Spent:
+        """Run the windows token by token where the plan or the cache depends on it, and otherwise in one pass."""
+        if self.reads_by_token:
+            with self.open(len(windows), 1) as opened:
+                for column, tokens in enumerate(windows.split(1, dim=1)):
+                    visit(slice(None), slice(column, column + 1), _log_p(self.read(opened, tokens)))
+                assert opened.trace is not None
+                trace = opened.trace()
+            kv_share = trace.kv_bytes / max(trace.kv_bytes_full, 1)
+            return Spent(np.array([sequence.ranks for sequence in trace.sequences]), kv_share)
+        ranks = []
+        for row in _rows(windows):
+            with self.open(1, windows.shape[1]) as opened:
+                visit(row, slice(None), _log_p(opened.model(input_ids=windows[row], use_cache=False).logits))
+                assert opened.trace is not None
+                ranks.append(opened.trace().sequences[0].ranks)
+        return Spent(np.array(ranks))
+
+
+@dataclass(frozen=True)
+class ReplannedMethod(Method):
+    """Rungs that are chosen for a known text. It cannot generate."""
+
+    chunkwise: ChunkWiseModel
+    ladder: str
+    rungs_for: Callable[[Tensor], np.ndarray]
+    """Chooses the rungs (windows, tokens) for token ids (windows, tokens)."""
+    scale: float = 1.0
+    """Factor on the adapter's output."""
+
+    def score(self, windows: Tensor, visit: Visit) -> Spent:
+        rungs = self.rungs_for(windows)
+        for row in _rows(windows):
+            log_p = log_probabilities(self.chunkwise, windows[row], rungs[row], self.ladder, self.scale)
+            visit(row, slice(None), log_p)
+        return Spent(np.array(self.chunkwise.ladders[self.ladder].rung_ranks)[rungs])
+
+
+def full_rank_of(methods: Sequence[Method]) -> PlainMethod:
     """The method named `FULL`."""
-    return next(method for method in methods if method.name == FULL)
+    return next(method for method in methods if method.name == FULL and isinstance(method, PlainMethod))
 
 
-def warm_up(methods: Sequence[Method], inputs: Mapping[str, Any], pad_token_id: int) -> None:
-    """Generate a few tokens with every method, so that work that happens only once is not timed.
+def _rows(windows: Tensor) -> Iterator[slice]:
+    """The windows one by one: the log-probabilities of several would need much memory."""
+    return (slice(row, row + 1) for row in range(len(windows)))
 
-    Args:
-        methods: Methods that can generate.
-        inputs: A tokenizer's output for a batch of prompts, as large as those that are timed.
-        pad_token_id: Token id that fills finished sequences.
-    """
-    for method in methods:
-        method.generate(inputs, min_new_tokens=WARM_UP_TOKENS, max_new_tokens=WARM_UP_TOKENS, pad_token_id=pad_token_id)
+
+def _log_p(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.evaluation.data import Example
 
+T = TypeVar("T")
 
-def batches_of(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+
+def batches_of(examples: Sequence[T], size: int) -> list[Sequence[T]]:
     """Batches of `size` examples; the last batch may be smaller."""
     return [examples[start : start + size] for start in range(0, len(examples), size)]
 
@@ -36,6 +38,6 @@ def prompt_inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tens
     return dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
 
 
-def first_lines(new: Tensor, tokenizer: Any) -> list[str]:
+def first_lines(new: Tensor | Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
     """The first line of the text of each row of generated tokens (batch, tokens)."""
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,129 +1,81 @@
-"""Reports of an evaluation: an HTML page that needs no other file, and a Markdown table like the paper's."""
+"""Reports of an evaluation: Markdown, and an HTML page that needs no other file."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from chunkwise_lora.evaluation.answers import AnswersResult
+from chunkwise_lora.evaluation.plot import plot
+from chunkwise_lora.evaluation.results import Evaluation, Result
 from chunkwise_lora.evaluation.statistics import Estimate
-from chunkwise_lora.evaluation.text import TextResult
+from chunkwise_lora.evaluation.verdict import findings, verdict
 from chunkwise_lora.rank_colour import rank_colour
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } img { max-width: 49%; }
+td:first-child, th:first-child { text-align: left; } img { max-width: 100%; } tr.ours { font-weight: 600; }
+.verdict { font-size: 1.2rem; }
 .sample { line-height: 1.9; white-space: pre-wrap; border: 1px solid #ddd; padding: 1rem; }"""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The results of one task."""
-
-    title: str
-    how: str
-    """How the results were measured, in a few sentences."""
-    metric: str
-    """Name of the score that the plots compare, their vertical axis."""
-    results: Sequence[TextResult] | Sequence[AnswersResult]
-    sample: tuple[list[str], list[float], float] | None = None
-    """Pieces of a text, one per token; the rank of each token; and the full rank."""
+def columns(evaluation: Evaluation, result: Result) -> dict[str, str]:
+    """The cells of a result's table row, by column name, with 95% intervals in brackets."""
+    cells = {"mean rank": f"{result.mean_rank:.2f}"}
+    for score in evaluation.scores:
+        form = ".1f" if score.unit == "points" else ".2f"
+        cells[score.name] = _interval(result.scores[score.name], form)
+        change = "+.2f" if score.unit == "points" else "+.2%"
+        cells[f"{score.name} over full rank"] = _interval(result.over_full[score.name], change)
+    return cells | {"KL to full rank": _interval(result.kl, ".4f"), "KV bytes": f"{result.kv_share:.0%}"}
 
 
-def columns(result: TextResult | AnswersResult) -> dict[str, str]:
-    """The cells of a result's table row, by column name."""
-    rank = "" if result.mean_rank is None else f"{result.mean_rank:.2f}"
-    if isinstance(result, TextResult):
-        return {
-            "perplexity": _interval(result.perplexity, ".2f"),
-            "per word": f"{result.perplexity_per_word:.1f}",
-            "over full rank": _interval(result.increase, "+.2%"),
-            "KL to full rank": _interval(result.kl, ".4f"),
-            "mean rank": rank,
-            "KV bytes": f"{result.kv_share:.0%}",
-            "ms/token": "" if result.ms_per_token is None else f"{result.ms_per_token:.2f}",
-        }
-    scores = {}
-    for name, score in result.scores.items():
-        scores[name] = _interval(score, ".2f")
-        scores[f"{name} over full"] = _interval(result.over_full[name], "+.2f")
-    return {
-        **scores,
-        "KL to full rank": _interval(result.kl, ".4f"),
-        "mean rank": rank,
-        "KV bytes": f"{result.kv_share:.0%}",
-        "ms/token": f"{result.ms_per_token:.2f}",
-    }
-
-
-def markdown(evaluation: Evaluation) -> str:
-    """A table with one row per method and 95% intervals in brackets."""
-    rows = [(result.name, columns(result)) for result in evaluation.results]
+def markdown(evaluation: Evaluation, image: str | None = None) -> str:
+    """The report as Markdown, with the plot in the file `image` if it is given."""
+    rows = [(result.name, columns(evaluation, result)) for result in evaluation.results]
     names = list(rows[0][1])
-    lines = [
+    table = [
         f"| {' | '.join(['method', *names])} |",
         f"|---{'|---:' * len(names)}|",
         *(f"| {' | '.join([name, *cells.values()])} |" for name, cells in rows),
     ]
-    return f"## {evaluation.title}\n\n" + "\n".join(lines) + f"\n\n{evaluation.how}\n"
+    points = [f"- {sentence}" for sentence in findings(evaluation)]
+    parts = [f"# {_title(evaluation)}", f"**{verdict(evaluation)}**", "\n".join(points)]
+    parts += [f"![The loss against the mean rank]({image})"] if image is not None else []
+    return "\n\n".join(part for part in [*parts, "\n".join(table), evaluation.how] if part) + "\n"
 
 
 def page(evaluation: Evaluation) -> str:
-    """An HTML page with table, plots and coloured sample; images are embedded."""
-    rows = [(result.name, columns(result)) for result in evaluation.results]
+    """The report as an HTML page; the plot is embedded."""
+    rows = [(result, columns(evaluation, result)) for result in evaluation.results]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("method", *rows[0][1]))
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, *cells.values()))}</tr>"
-        for name, cells in rows
+        f'<tr class="{result.label.role}">'
+        f"{''.join(f'<td>{html.escape(cell)}</td>' for cell in (result.name, *cells.values()))}</tr>"
+        for result, cells in rows
     )
-    plots = "".join(f'<img alt="{label}" src="{image}">' for label, image in _plots(evaluation))
-    title = html.escape(evaluation.title)
+    points = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(evaluation))
+    title = html.escape(_title(evaluation))
+    image = base64.b64encode(plot(evaluation)).decode()
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><p>{html.escape(evaluation.how)}</p><table><tr>{head}</tr>{body}</table>"
-        f"{plots}{_sample(evaluation)}</html>\n"
+        f'<h1>{title}</h1><p class="verdict">{html.escape(verdict(evaluation))}</p>'
+        f'{f"<ul>{points}</ul>" if points else ""}<img alt="The loss against the mean rank" '
+        f'src="data:image/png;base64,{image}"><table><tr>{head}</tr>{body}</table>'
+        f"<p>{html.escape(evaluation.how)}</p>{_sample(evaluation)}</html>\n"
     )
 
 
-def quality(result: TextResult | AnswersResult) -> Estimate:
-    """The score that plots compare: perplexity, or the first score of the answers."""
-    return result.perplexity if isinstance(result, TextResult) else next(iter(result.scores.values()))
-
-
-def _plots(evaluation: Evaluation) -> list[tuple[str, str]]:
-    from matplotlib.figure import Figure
-
-    plots = []
-    for label, of_result in (("mean rank", lambda r: r.mean_rank), ("KV bytes, share of full", lambda r: r.kv_share)):
-        figure = Figure(figsize=(6, 4.5), layout="constrained")
-        axes: Any = figure.add_subplot()
-        for result in evaluation.results:
-            if of_result(result) is None or result.name.startswith("base"):
-                continue  # the base model's score is so far away that the other points would overlap
-            value = quality(result)
-            error = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
-            ours = result.name.startswith("ChunkWise")
-            axes.errorbar(of_result(result), value.value, error, marker="o" if ours else "x", label=result.name)
-        axes.set_xlabel(label)
-        axes.set_ylabel(evaluation.metric)
-        axes.legend(fontsize=6)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
-        plots.append((label, f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"))
-    return plots
+def _title(evaluation: Evaluation) -> str:
+    return f"{evaluation.task}: {evaluation.score.name}"
 
 
 def _sample(evaluation: Evaluation) -> str:
     if evaluation.sample is None:
         return ""
-    pieces, ranks, full = evaluation.sample
+    pieces, ranks = evaluation.sample
     spans = []
     for piece, rank in zip(pieces, ranks, strict=True):
-        colour = ",".join(map(str, rank_colour(rank / full)))
+        colour = ",".join(map(str, rank_colour(rank / evaluation.full_rank)))
         spans.append(f'<span title="rank {rank:.1f}" style="background:rgb({colour})">{html.escape(piece)}</span>')
     heading = "<h2>The rank of each token</h2><p>Blue is a low rank, orange is a high rank.</p>"
     return f'{heading}<div class="sample">{"".join(spans)}</div>'

@@ -55,3 +55,8 @@ def segments(values: np.ndarray) -> np.ndarray:
 def per_token(means: np.ndarray) -> np.ndarray:
     """The mean over tokens (...,), from the mean (..., 2) of rows of `segments`."""
     return means[..., 0] / means[..., 1]
+
+
+def relative_increase(means: np.ndarray) -> np.ndarray:
+    """How much the first of two values (..., 2) is above the second one, as a share of the second one."""
+    return means[..., 0] / means[..., 1] - 1

@@ -6,44 +6,40 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedModel
+import torch
 
 from chunkwise_lora import examples
 from chunkwise_lora.calibration.text import block_length
 from chunkwise_lora.errors import ChunkWiseError, ConfigError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import evaluate_answers
+from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
-from chunkwise_lora.evaluation.methods import Method, full_rank_of
-from chunkwise_lora.evaluation.metrics import bleu, exact_match_and_f1
-from chunkwise_lora.evaluation.report import Evaluation
-from chunkwise_lora.evaluation.text import evaluate_text, windows_of
+from chunkwise_lora.evaluation.methods import Generator
+from chunkwise_lora.evaluation.metrics import Metric, bleu, exact_match_and_f1
+from chunkwise_lora.evaluation.results import Evaluation, Score
+from chunkwise_lora.evaluation.settings import EvaluationSettings
+from chunkwise_lora.evaluation.text import PERPLEXITY, evaluate_text, windows_of
 from chunkwise_lora.ladder import RankLadder
 
 TASKS = ("wikitext", "squad", "e2e")
-ANSWERS = {
-    "squad": (data_sets.squad, exact_match_and_f1, "exact match"),
-    "e2e": (data_sets.e2e, bleu, "BLEU"),
+ANSWERS: dict[str, tuple[Callable[[str], list[Example]], Metric, Sequence[Score]]] = {
+    "squad": (
+        data_sets.squad,
+        exact_match_and_f1,
+        [Score("exact match", "points", higher_is_better=True), Score("F1", "points", higher_is_better=True)],
+    ),
+    "e2e": (data_sets.e2e, bleu, [Score("BLEU", "points", higher_is_better=True)]),
 }
-"""For tasks with answers: the reader of the data, the metric, and its first score."""
-MAX_WINDOW = 2048
+"""For tasks with answers: the reader of the data, the metric, and its scores."""
+MAX_WINDOW = 1024
 """Longest window of text, in tokens, for models with more positions."""
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How much of the data is evaluated, and how."""
-
-    limit: int | None = None
-    """Largest number of windows of text, or of examples; None takes all."""
-    stride: int | None = None
-    """Tokens from the start of one window of text to the start of the next; by default windows do not overlap."""
-    new_tokens: int = NEW_TOKENS
-    """Largest number of tokens of an answer."""
-    batch: int = 16
-    """Windows or prompts that run together."""
+MEMORY = 2 << 30
+"""Bytes that the log-probabilities of the windows that run together may take."""
+SAMPLE = 8
+"""Prompts whose mean rank is taken for that of the whole data, to choose the ranks of baselines."""
 
 
 def adapter_of(task: str, adapter: str) -> str | Path:
@@ -110,7 +106,8 @@ def calibration_tokens(
 def run_task(
     task: str,
     data: str,
-    methods: Sequence[Method],
+    comparison: Comparison,
+    selection: MethodSelection,
     tokenizer: Any,
     settings: EvaluationSettings | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
@@ -120,15 +117,17 @@ def run_task(
     Args:
         task: One of `TASKS`.
         data: A file, or a data set on the hub.
-        methods: The methods, from `Comparison.methods`; one of them must be the full rank.
+        comparison: Makes the methods.
+        selection: Which methods to compare.
         tokenizer: The base model's tokenizer.
         settings: How much is evaluated, and how.
         advance: Called with the number of finished pieces of work and their total number.
 
     Raises:
-        ChunkWiseError: The data cannot be read, holds too little, or has prompts without answers.
+        ChunkWiseError: The data cannot be read, holds too little, or has prompts without answers; or a method cannot be
+            made.
     """
-    job = _Job(data, methods, tokenizer, settings or EvaluationSettings(), advance)
+    job = _Job(data, comparison, selection, tokenizer, settings or EvaluationSettings(), advance)
     return job.text() if task == "wikitext" else job.answers(task)
 
 
@@ -137,7 +136,8 @@ class _Job:
     """The evaluation of methods on one data set."""
 
     data: str
-    methods: Sequence[Method]
+    comparison: Comparison
+    selection: MethodSelection
     tokenizer: Any
     settings: EvaluationSettings
     advance: Callable[[int, int], None]
@@ -145,7 +145,7 @@ class _Job:
 
     def answers(self, task: str) -> Evaluation:
         """Compare the answers that the methods generate."""
-        _, metric, first_score = ANSWERS[task]
+        _, metric, scores = ANSWERS[task]
         examples = _examples(task, self.data)[: self.settings.limit]
         if unknown := [one.prompt for one in examples if not one.references]:
             prompt = textwrap.shorten(unknown[0], 80, placeholder="...")
@@ -153,28 +153,31 @@ class _Job:
                 f"{self.data}: {len(unknown)} of {len(examples)} prompts have no answer to score against, such as "
                 f"{prompt!r}; add answers or remove these prompts"
             )
-        able = [method for method in self.methods if method.options is not None]
         batch, new_tokens = self.settings.batch, self.settings.new_tokens
+        ids = self.tokenizer([one.prompt for one in examples[:: max(1, len(examples) // SAMPLE)]]).input_ids
+        shortest = min(map(len, ids))
+        methods = self.comparison.methods(self.selection, torch.tensor([one[:shortest] for one in ids]))
+        able = [method for method in methods if isinstance(method, Generator)]
         total = len(able) * -(-len(examples) // batch)
         results = evaluate_answers(
             able,
             examples,
             self.tokenizer,
             metric,
-            new_tokens=new_tokens,
-            batch=batch,
+            self.settings,
+            expectations=self.comparison.expectations(),
             advance=lambda: self._advance(total),
         )
         how = (
-            f"{len(examples)} examples in {self._dtype}, {batch} in a batch, with greedy answers of at most "
-            f"{new_tokens} tokens. The intervals are 95% bootstrap intervals over examples; differences to full rank "
-            "are paired."
+            f"{_counted(len(examples), 'example')} in {self._dtype}, with greedy answers of at most "
+            f"{_counted(new_tokens, 'token')}. KL is measured on the answers of full rank. Intervals are 95% bootstrap "
+            "intervals over examples; differences to full rank are paired."
         )
-        return Evaluation(f"{task}: {first_score}", how, first_score, results)
+        return Evaluation(task, how, scores, self.comparison.full_rank, results)
 
     def text(self) -> Evaluation:
         """Compare the perplexity of text under the methods."""
-        length = block_length(self._model, MAX_WINDOW)
+        length = block_length(self.comparison.base, MAX_WINDOW)
         stride = self.settings.stride or length
         if stride > length:
             raise ChunkWiseError(
@@ -184,37 +187,46 @@ class _Job:
         windows = windows[: self.settings.limit]
         if windows.shape[1] < 2:
             raise ChunkWiseError(f"{self.data}: has fewer than 2 tokens; give a longer text")
-        total = len(self.methods) * -(-len(windows) // self.settings.batch)
+        methods = self.comparison.methods(self.selection, windows[:1])
+        batch = min(self.settings.batch, self._most_windows(windows.shape[1]))
+        total = len(methods) * -(-len(windows) // batch)
         results, sample = evaluate_text(
-            self.methods,
+            methods,
             windows,
             stride,
-            lambda ids: len(self.tokenizer.decode(ids).split()),
-            batch=self.settings.batch,
+            batch=batch,
+            expectations=self.comparison.expectations(),
             advance=lambda: self._advance(total),
         )
+        apart = f", one every {_counted(stride, 'token')}" if stride < length else ""
         how = (
-            f"{len(windows)} windows of {windows.shape[1]} tokens in {self._dtype}, one every {stride} tokens, each "
-            "with an empty context at its start. ChunkWise runs token by token with its KV policy in force. The "
-            "intervals are 95% bootstrap intervals over segments of 64 tokens; increases over full rank are paired."
+            f"{_counted(len(windows), 'window')} of {_counted(windows.shape[1], 'token')} in {self._dtype}{apart}, "
+            "each with an empty context at its start. ChunkWise runs as in generation, with its KV policy in force. "
+            "Intervals are 95% bootstrap intervals over segments of 64 tokens; increases over full rank are paired."
         )
         shown = None
         if sample is not None:
-            pieces = [self.tokenizer.decode([token]) for token in sample.tokens]
-            shown = (pieces, sample.ranks, max(one.mean_rank for one in results))
-        return Evaluation("wikitext: perplexity", how, "perplexity per token", results, shown)
+            shown = ([self.tokenizer.decode([token]) for token in sample.tokens], sample.ranks)
+        score = Score(PERPLEXITY, "%", higher_is_better=False)
+        return Evaluation("wikitext", how, [score], self.comparison.full_rank, results, shown)
 
-    @property
-    def _model(self) -> PreTrainedModel:
-        return cast("PreTrainedModel", full_rank_of(self.methods).model)
+    def _most_windows(self, tokens: int) -> int:
+        """The largest number of windows whose log-probabilities fit into `MEMORY`."""
+        vocabulary = self.comparison.base.get_output_embeddings().weight.shape[0]
+        return max(1, MEMORY // (4 * tokens * vocabulary))
 
     @property
     def _dtype(self) -> str:
-        return str(self._model.dtype).removeprefix("torch.")
+        return str(self.comparison.base.dtype).removeprefix("torch.")
 
     def _advance(self, total: int) -> None:
         self.done += 1
         self.advance(self.done, total)
+
+
+def _counted(number: int, what: str) -> str:
+    """A number of things, with the plural."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _examples(task: str, data: str) -> list[Example]:

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise_lora.calibration.log_probabilities import kl_divergence, next_token_losses
-from chunkwise_lora.evaluation.methods import FULL, Method, full_rank_of, warm_up
-from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
+from chunkwise_lora.calibration.log_probabilities import kl_divergence
+from chunkwise_lora.evaluation.methods import FULL, Method, Spent, Visit, full_rank_of
+from chunkwise_lora.evaluation.results import Prediction, Result
+from chunkwise_lora.evaluation.statistics import bootstrap, per_token, relative_increase, segments
+from chunkwise_lora.ladder.contents import Expectation
 
-TIMED_ROUNDS = 5
-"""Rounds of timed generation; in each, every method runs once."""
-TIMED_PROMPT, TIMED_TOKENS = 64, 32
-"""Prompt tokens and new tokens of a timed generation."""
-
-
-@dataclass(frozen=True)
-class TextResult:
-    """The result of one method on one text."""
-
-    name: str
-    mean_rank: float
-    """Mean rank of all tokens."""
-    perplexity: Estimate
-    """Perplexity per token."""
-    perplexity_per_word: float
-    increase: Estimate
-    """Increase of the perplexity over full rank, as a share, with a paired interval."""
-    kl: Estimate
-    """KL divergence from full rank, in nats per token."""
-    kv_share: float
-    """Bytes of the KV cache, divided by those of a full-precision cache."""
-    ms_per_token: float | None
-    """Wall time of a greedy generation, in milliseconds per token: the median of `TIMED_ROUNDS` interleaved rounds.
-    None if the method cannot generate."""
+PERPLEXITY = "perplexity"
+"""Name of the score."""
+Score = Callable[[Tensor, Visit], Spent]
+"""Runs windows, as `Method.score` does."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +43,44 @@ def windows_of(tokens: Sequence[int], length: int, stride: int) -> Tensor:
     return ids.unfold(0, length, stride) if len(ids) >= length else ids[None]
 
 
-@dataclass
 class _Tally:
     """The measurements of one method so far, one entry per batch of windows."""
 
-    losses: list[np.ndarray] = field(default_factory=list)
-    """(windows, scored tokens) nats."""
-    kl: list[np.ndarray] = field(default_factory=list)
-    """(windows, scored tokens) nats."""
-    ranks: list[float] = field(default_factory=list)
-    kv_shares: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.losses: list[np.ndarray] = []
+        """(windows, scored tokens) nats."""
+        self.kl: list[np.ndarray] = []
+        """(windows, scored tokens) nats."""
+        self.spent: list[Spent] = []
+
+    def add(self, score: Score, windows: Tensor, full: Tensor, scored_from: int) -> None:
+        """Run windows (windows, tokens), and compare with full rank's log-probabilities (windows, tokens, vocabulary).
+
+        `scored_from` is the number of tokens at the start whose predictions are not scored.
+        """
+        losses, kl = (np.zeros((len(windows), windows.shape[1] - 1)) for _ in range(2))
+        following = windows[:, 1:, None]
+
+        def visit(rows: slice, columns: slice, log_p: Tensor) -> None:
+            expected = following[rows, columns]
+            found = log_p[:, : expected.shape[1]]  # the last token of a window has no next one
+            losses[rows, columns] = -found.gather(2, expected).squeeze(2)
+            kl[rows, columns] = kl_divergence(full[rows, columns][:, : expected.shape[1]], found)
+
+        self.spent.append(score(windows, visit))
+        self.losses.append(losses[:, scored_from:])
+        self.kl.append(kl[:, scored_from:])
 
 
 def evaluate_text(
     methods: Sequence[Method],
     windows: Tensor,
     stride: int,
-    words: Callable[[list[int]], int],
     *,
     batch: int = 16,
+    expectations: Mapping[str, Expectation] | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[list[TextResult], Sample | None]:
+) -> tuple[list[Result], Sample | None]:
     """Run every method on windows of text and compare it with full rank.
 
     Every window starts with an empty context, and its last `stride` tokens are scored. If windows do not overlap, all
@@ -95,8 +91,8 @@ def evaluate_text(
         methods: The methods; one of them must be the full rank.
         windows: (windows, tokens) token ids.
         stride: Tokens from the start of one window to the start of the next.
-        words: Returns the number of words of a text, given as token ids.
-        batch: Windows that run together.
+        batch: Windows that run together. The log-probabilities of full rank are kept for all of them.
+        expectations: By name of a method, what calibration expects of it.
         advance: Called once per method and batch.
 
     Returns:
@@ -104,49 +100,50 @@ def evaluate_text(
     """
     scored_from = max(0, windows.shape[1] - 1 - stride)
     tallies = {method.name: _Tally() for method in methods}
-    sample, word_count = None, 0
+    sample = None
     full_rank = full_rank_of(methods)
     for group in windows.split(batch):
-        full = full_rank.score(group).log_p
+        full, again = _scored_once(full_rank, group)
         for method in methods:
-            scored, tally = method.score(group), tallies[method.name]
-            tally.losses.append(next_token_losses(scored.log_p, group)[:, scored_from:].numpy())
-            tally.kl.append(kl_divergence(full, scored.log_p)[:, scored_from:].numpy())
-            tally.ranks.append(scored.mean_rank)
-            tally.kv_shares.append(scored.kv_share)
-            if scored.ranks is not None:
-                sample = Sample(group[0].tolist(), scored.ranks[0].tolist())
+            score = again if method is full_rank else method.score
+            tallies[method.name].add(score, group, full, scored_from)
+            ranks = tallies[method.name].spent[-1].ranks[0]
+            if np.ptp(ranks) > 0:
+                sample = Sample(group[0].tolist(), ranks.tolist())
             advance()
-        word_count += sum(words(window[scored_from + 1 :].tolist()) for window in group)
-    speeds = _ms_per_token(methods, windows[:1, :TIMED_PROMPT])
     full_losses = np.concatenate(tallies[FULL].losses)
-    return [_result(name, tally, full_losses, word_count, speeds.get(name)) for name, tally in tallies.items()], sample
+    expectations = expectations or {}
+    results = [_result(one, tallies[one.name], full_losses, expectations.get(one.name)) for one in methods]
+    return results, sample
 
 
-def _result(name: str, tally: _Tally, full_losses: np.ndarray, words: int, ms_per_token: float | None) -> TextResult:
+def _scored_once(method: Method, windows: Tensor) -> tuple[Tensor, Score]:
+    """Run windows (windows, tokens) with a method that runs them one by one.
+
+    Returns:
+        The log-probabilities (windows, tokens, vocabulary), and a function that gives them again.
+    """
+    found: list[Tensor] = []
+    spent = method.score(windows, lambda rows, columns, log_p: found.append(log_p))
+    together = torch.cat(found)
+
+    def again(windows: Tensor, visit: Visit) -> Spent:
+        for row in range(len(windows)):
+            visit(slice(row, row + 1), slice(None), together[row : row + 1])
+        return spent
+
+    return together, again
+
+
+def _result(method: Method, tally: _Tally, full_losses: np.ndarray, expected: Expectation | None) -> Result:
     losses, kl = np.concatenate(tally.losses), np.concatenate(tally.kl)
-    sizes = [len(one) for one in tally.losses]
-    return TextResult(
-        name,
-        float(np.average(tally.ranks, weights=sizes)),
-        bootstrap(segments(losses), lambda means: np.exp(per_token(means))),
-        float(np.exp(losses.sum() / words)),
-        bootstrap(segments(losses - full_losses), lambda means: np.expm1(per_token(means))),
+    both = np.stack([segments(losses)[:, 0], segments(full_losses)[:, 0]], axis=-1)
+    return Result(
+        method.label,
+        float(np.mean(np.concatenate([spent.ranks.ravel() for spent in tally.spent]))),
+        {PERPLEXITY: bootstrap(segments(losses), lambda means: np.exp(per_token(means)))},
+        {PERPLEXITY: bootstrap(segments(losses - full_losses), lambda means: np.expm1(per_token(means)))},
         bootstrap(segments(kl), per_token),
-        float(np.average(tally.kv_shares, weights=sizes)),
-        ms_per_token,
+        float(np.average([spent.kv_share for spent in tally.spent], weights=[len(one) for one in tally.losses])),
+        None if expected is None else Prediction(expected, bootstrap(both, relative_increase)),
     )
-
-
-def _ms_per_token(methods: Sequence[Method], prompt: Tensor) -> dict[str, float]:
-    """Milliseconds per token of the methods that can generate, by name."""
-    able = [method for method in methods if method.options is not None]
-    inputs = {"input_ids": prompt}
-    warm_up(able, inputs, pad_token_id=0)
-    seconds: dict[str, list[float]] = {method.name: [] for method in able}
-    for _ in range(TIMED_ROUNDS):
-        for method in able:
-            begin = time.perf_counter()
-            method.generate(inputs, min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, pad_token_id=0)
-            seconds[method.name].append(time.perf_counter() - begin)
-    return {name: 1e3 * statistics.median(times) / TIMED_TOKENS for name, times in seconds.items()}

@@ -1,0 +1,306 @@
+"""The table of the paper (arXiv 2601.21109) for your own adapters: latency, memory, perplexity, exact match, F1, BLEU.
+
+    python benchmarks/paper.py --data wikitext=test.txt squad=dev.json e2e=test.csv --r8 squad=runs/squad-r8 ... \\
+      --r16 squad=runs/squad ... --half squad=runs/squad-half ... --quarter ... --lowest ... --out runs/paper
+
+Every option takes TASK=PATH once per task. What is not given stays empty in the table. Where --r16 is a ladder, the
+paper's rule runs on its rungs. The quality of every row and task, and the latency, is kept as JSON in the output
+folder, so a run that was broken off goes on where it stopped, and only what was given anew is measured. The table is
+written to `paper.md`, `paper.json` and `paper.png` there.
+
+Latency is that of decoding one token at batch 1, after `--context` tokens of the data, with the adapters of `--speed`;
+all rows take turns. It needs a quiet machine.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from chunkwise_lora import examples
+from chunkwise_lora.cli.loading import load_base_and_tokenizer
+from chunkwise_lora.cli.options import ListCommand, dtype_named, named_paths
+from chunkwise_lora.cli.progress import progress
+from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.files import write_atomically
+from chunkwise_lora.method.config import ChunkWiseConfig
+
+PAPER_RULE = Path(__file__).with_name("paper.json")
+ROWS = {
+    "base": "base, no adapter",
+    "r8": "LoRA r 8, static (PEFT)",
+    "r16": "LoRA r 16, static (PEFT)",
+    "paper": "ChunkWise, the paper's rule",
+    "half": "ChunkWise calibrated, half of r 16",
+    "quarter": "ChunkWise calibrated, a quarter",
+    "lowest": "ChunkWise calibrated, lowest free rank",
+}
+"""The rows of the table by name."""
+COLUMNS = {
+    "latency": "latency, ms/token",
+    "kv": "KV cache in use, MB",
+    "adapter": "adapter read, MB/token",
+    "perplexity": "perplexity (WikiText)",
+    "exact match": "exact match (SQuAD)",
+    "F1": "F1 (SQuAD)",
+    "BLEU": "BLEU (E2E)",
+}
+"""The columns of the table by name; the last four are scores."""
+TASKS = {"wikitext": ("perplexity",), "squad": ("exact match", "F1"), "e2e": ("BLEU",)}
+"""The scores of each task."""
+Cell = dict[str, float]
+"""`value`, and where there is an interval `low` and `high`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the table is made from: for each task by name, a path."""
+
+    model: str
+    data: Mapping[str, str]
+    folders: Mapping[str, Mapping[str, str]]
+    """Adapters and ladders by row and task."""
+    limit: int | None
+    dtype: str
+
+    def of(self, row: str, task: str) -> dict[str, Any] | None:
+        """What a row's quality on a task depends on; None if something was not given."""
+        needed = {"r16", *({row} & set(self.folders))}
+        paths = {name: self.folders[name].get(task) for name in sorted(needed)}
+        if task not in self.data or None in paths.values():
+            return None
+        return {"model": self.model, "data": self.data[task], **paths, "limit": self.limit, "dtype": self.dtype}
+
+
+def quality(row: str, task: str, inputs: Inputs, report: Any) -> dict[str, Any]:
+    """Measure one row on one task, compared with r 16."""
+    from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection
+    from chunkwise_lora.evaluation.methods import FULL
+    from chunkwise_lora.evaluation.settings import EvaluationSettings
+    from chunkwise_lora.evaluation.tasks import calibrated_ladder, run_task
+
+    folder = inputs.folders.get(row, {}).get(task, "")
+    ladders = {row: calibrated_ladder(folder)} if row in ("half", "quarter", "lowest") else {}
+    selection = MethodSelection(
+        ["calibrated"] if ladders else [],
+        ["base"] if row == "base" else [],
+        peft={"r8": folder} if row == "r8" else {},
+        configs={"paper": ChunkWiseConfig.from_json(PAPER_RULE.read_text())} if row == "paper" else {},
+    )
+    base, tokenizer = load_base_and_tokenizer(inputs.model)
+    comparison = Comparison(base.to(dtype_named(inputs.dtype)), inputs.folders["r16"][task], ladders)
+    settings = EvaluationSettings(inputs.limit)
+    evaluation = run_task(task, inputs.data[task], comparison, selection, tokenizer, settings, report)
+    result = next(one for one in evaluation.results if (one.name == FULL) == (row == "r16"))
+    found = asdict(replace(result, prediction=None, answers=[]))
+    return {"how": evaluation.how, "full_rank": evaluation.full_rank, **found}
+
+
+def latency(task: str, inputs: Inputs, sizes: Mapping[str, int], report: Any) -> dict[str, dict[str, Cell]]:
+    """Measure time and memory of all rows with the adapters of one task, in interleaved rounds."""
+    import torch
+
+    from chunkwise_lora.benchmark.measure import measure
+    from chunkwise_lora.benchmark.methods import BASE, UNMERGED, methods
+    from chunkwise_lora.ladder import RankLadder
+
+    base, tokenizer = load_base_and_tokenizer(inputs.model)
+    base = base.to(dtype_named(inputs.dtype))
+    prompt = torch.tensor([tokenizer(text_of(task, inputs.data[task])).input_ids[: sizes["context"]]])
+    rule = ChunkWiseConfig.from_json(PAPER_RULE.read_text())
+    of_rows = {}
+    for row, folders in {"r16": inputs.folders["r16"], **inputs.folders}.items():
+        if task not in folders:
+            continue
+        ladder = RankLadder.load(folders[task])
+        presets = {"paper": rule} if row == "r16" else {row: ladder.policy} if ladder.policy else {}
+        made = {one.name: one for one in methods(base, {row: folders[task]}, presets, ladders={row: ladder})}
+        if row == "r16":
+            of_rows |= {"base": made[BASE], "r16": made[UNMERGED], "paper": made["ChunkWise paper"]}
+        else:
+            of_rows[row] = made[f"ChunkWise {row}"] if presets else replace(made[UNMERGED], name=row)
+    pieces = len(of_rows) * (sizes["rounds"] + 1)
+    measured = measure(
+        list(of_rows.values()),
+        prompt,
+        new_tokens=sizes["new_tokens"],
+        rounds=sizes["rounds"],
+        prefill_rounds=1,
+        advance=report(pieces),
+    )
+    found = {}
+    for (row, method), one in zip(of_rows.items(), measured, strict=True):
+        kv_bytes = one.kv_bytes
+        if method.chunkwise is not None:
+            method.chunkwise.generate(prompt, max_new_tokens=4, do_sample=False, chunkwise_config=method.config)
+            assert method.chunkwise.trace is not None
+            kv_bytes = method.chunkwise.trace.kv_bytes
+        low, high = (ratio * one.decode_ms / one.decode_ratio for ratio in one.decode_spread)
+        found[row] = {
+            "latency": {"value": one.decode_ms, "low": low, "high": high},
+            "kv": {"value": kv_bytes / 1e6},
+            "adapter": {"value": one.adapter_bytes_per_pass / 1e6},
+        }
+    return found
+
+
+def text_of(task: str, data: str) -> str:
+    """Text of the data, to measure latency on."""
+    from chunkwise_lora.evaluation import data as data_sets
+
+    if task == "wikitext":
+        return data_sets.wikitext(data)
+    return "\n".join(one.prompt for one in (data_sets.squad if task == "squad" else data_sets.e2e)(data))
+
+
+def kept(path: Path, inputs: dict[str, Any]) -> Any:
+    """What an earlier run measured from the same inputs; None if there is nothing."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    return content["measured"] if content["inputs"] == inputs else None
+
+
+def keep(path: Path, inputs: dict[str, Any], measured: Any) -> Any:
+    """Keep a measurement for later runs; returns it."""
+    write_atomically(path, (json.dumps({"inputs": inputs, "measured": measured}, indent=1) + "\n").encode())
+    return measured
+
+
+def markdown(table: Mapping[str, Mapping[str, Cell]], ranks: Mapping[str, Mapping[str, float]], how: list[str]) -> str:
+    """The table as Markdown, with intervals in brackets."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} | mean rank |", f"|---|{'---:|' * (len(COLUMNS) + 1)}"]
+    for row, cells in table.items():
+        shown = [written(cells.get(column)) for column in COLUMNS]
+        mean = ", ".join(f"{task} {rank:.2f}" for task, rank in ranks[row].items())
+        lines.append(f"| {ROWS[row]} | {' | '.join(shown)} | {mean} |")
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {one}" for one in how) + "\n"
+
+
+def written(cell: Cell | None) -> str:
+    """A cell of the table."""
+    if cell is None:
+        return ""
+    digits = 2 if abs(cell["value"]) < 100 else 0
+    value = f"{cell['value']:.{digits}f}"
+    return f"{value} ({cell['low']:.{digits}f} to {cell['high']:.{digits}f})" if "low" in cell else value
+
+
+def picture(table: Mapping[str, Mapping[str, Cell]]) -> bytes:
+    """A PNG image: one panel per column, one line per row, ChunkWise in colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = [column for column in COLUMNS if any(column in cells for cells in table.values())]
+    figure = Figure(figsize=(3.2 + 2.1 * len(columns), 0.6 + 0.45 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        for height, (row, cells) in enumerate(table.items()):
+            if column not in cells or (row == "base" and column in ("perplexity", "exact match", "F1", "BLEU")):
+                continue  # the base's scores are so far away that the other points would overlap
+            cell, ours = cells[column], row not in ("base", "r8", "r16")
+            value = cell["value"]
+            error = [[max(0.0, value - cell.get("low", value))], [max(0.0, cell.get("high", value) - value)]]
+            colour = "#d1410c" if ours else "#6b6b6b"
+            axes.errorbar(value, height, xerr=error, marker="o" if ours else "s", color=colour, capsize=2)
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
+            axes.annotate(f"{value:.3g}", (value, height), (0, 6), **place)
+        axes.set_title(COLUMNS[column].replace(" (", "\n(").replace(", ", "\n"), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.25)
+    panels[0].set_yticks(range(len(table)), [ROWS[row] for row in table])
+    panels[0].set_ylim(len(table) - 0.5, -0.7)
+    for label, row in zip(panels[0].get_yticklabels(), table, strict=True):
+        label.set_color("#6b6b6b" if row in ("base", "r8", "r16") else "#d1410c")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+NONE: list[str] = []
+
+
+def folders_option(what: str) -> Any:
+    """An option that takes a folder for each task."""
+    return typer.Option(metavar="TASK=FOLDER", help=what)
+
+
+def main(
+    data: Annotated[list[str], typer.Option(metavar="TASK=FILE", help="The data of each task.")],
+    r16: Annotated[list[str], folders_option("PEFT adapters of rank 16, or ladders made of them.")],
+    r8: Annotated[list[str], folders_option("PEFT adapters of rank 8.")] = NONE,
+    half: Annotated[list[str], folders_option("Ladders that are calibrated to mean rank 8.")] = NONE,
+    quarter: Annotated[list[str], folders_option("Ladders that are calibrated to mean rank 4.")] = NONE,
+    lowest: Annotated[list[str], folders_option("Ladders calibrated to the lowest rank that costs nothing.")] = NONE,
+    model: Annotated[str, typer.Option(help="The base model.")] = examples.BASE,
+    out: Annotated[Path, typer.Option(help="The output folder.")] = Path("runs/paper"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Windows or examples per task; by default all.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    speed: Annotated[str, typer.Option(help="The task whose adapters and data latency is measured with.")] = "squad",
+    context: Annotated[int, typer.Option(min=8, help="Tokens before the timed ones.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per round.")] = 32,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of latency; 0 leaves it out.")] = 7,
+) -> None:
+    """Measure what is missing, and write the table."""
+    given = {"r8": r8, "r16": r16, "half": half, "quarter": quarter, "lowest": lowest}
+    folders = {
+        row: {task: str(examples.find(path)) for task, path in named_paths(f"--{row}", paths).items()}
+        for row, paths in given.items()
+    }
+    inputs = Inputs(model, named_paths("--data", data), folders, limit, dtype)
+    for option, tasks in {"data": inputs.data, **folders}.items():
+        if unknown := set(tasks) - set(TASKS):
+            raise ChunkWiseError(f"--{option} {min(unknown)}: choose from {', '.join(TASKS)}")
+    table: dict[str, dict[str, Cell]] = {row: {} for row in ROWS}
+    ranks: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    how: dict[str, str] = {}
+    with progress() as reports:
+        for task, scores in TASKS.items():
+            for row, title in ROWS.items():
+                needed = inputs.of(row, task)
+                if needed is None:
+                    continue
+                path = out / "cells" / f"{task}-{row}.json"
+                measured = kept(path, needed)
+                if measured is None:
+                    measured = keep(path, needed, quality(row, task, inputs, reports.begin(f"{task}, {title}")))
+                table[row] |= {score: measured["scores"][score] for score in scores}
+                ranks[row][task] = measured["mean_rank"]
+                how[task] = f"{task}: {measured['how']}"
+        if rounds and speed in folders["r16"] and speed in inputs.data:
+            sizes = {"context": context, "new_tokens": new_tokens, "rounds": rounds}
+            needed = {"model": model, "dtype": dtype, "task": speed, "data": inputs.data[speed], **sizes}
+            needed |= {"folders": {row: paths[speed] for row, paths in folders.items() if speed in paths}}
+            path = out / "cells" / "latency.json"
+            measured = kept(path, needed) or keep(
+                path, needed, latency(speed, inputs, sizes, lambda pieces: reports.steps("latency", pieces))
+            )
+            for row, cells in measured.items():
+                table[row] |= cells
+            how["latency"] = (
+                f"latency and memory: {dtype}, batch 1, the {speed} adapters, {context} tokens of their data, {rounds} "
+                f"interleaved rounds of {new_tokens} tokens; in brackets the quartiles over rounds"
+            )
+    table = {row: cells for row, cells in table.items() if cells}
+    text = markdown(table, ranks, list(how.values()))
+    write_atomically(out / "paper.md", text.encode())
+    content = {"rows": ROWS, "table": table, "mean_ranks": ranks, "how": how}
+    write_atomically(out / "paper.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(out / "paper.png", picture(table))
+    Console().print(text, markup=False)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(cls=ListCommand)(main)
+    app()

@@ -1,0 +1,76 @@
+"""The paper's table is measured cell by cell, and a run goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import paper
+import pytest
+
+import small
+from chunkwise_lora import ChunkWiseError
+
+QUESTION = {"question": "When?", "answers": [{"text": "1889"}]}
+SQUAD = {"data": [{"paragraphs": [{"context": "The tower was built in 1889.", "qas": [QUESTION]}]}]}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Any]:
+    """Options of a run with two tasks, of which only one has a calibrated ladder."""
+    (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
+    (tmp_path / "test.txt").write_text(" = Karsund = \n \n Karsund is a small town . \n")
+    small.calibrated().save_pretrained(tmp_path / "half")
+    return {
+        "data": [f"squad={tmp_path / 'dev.json'}", f"wikitext={tmp_path / 'test.txt'}"],
+        "r16": [f"squad={small.WIKI}", f"wikitext={small.WIKI}"],
+        "r8": [f"squad={small.E2E}"],
+        "half": [f"wikitext={tmp_path / 'half'}"],
+        "model": str(small.BASE),
+        "out": tmp_path / "out",
+        "context": 16,
+        "new_tokens": 2,
+        "rounds": 2,
+    }
+
+
+def test_a_table_has_every_cell_that_was_given(inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    paper.main(**inputs)
+    out = inputs["out"]
+    told = json.loads((out / "paper.json").read_text())
+    scores = {
+        row: sorted({"perplexity", "exact match", "F1", "BLEU"} & set(told["table"][row])) for row in told["table"]
+    }
+    both = ["F1", "exact match", "perplexity"]
+    expected = {"base": both, "r8": ["F1", "exact match"], "r16": both, "paper": both, "half": ["perplexity"]}
+    assert scores == expected
+    assert told["table"]["base"]["adapter"]["value"] == 0 < told["table"]["paper"]["adapter"]["value"]
+    assert "half" in told["mean_ranks"] and "latency" in told["table"]["r8"] and "latency" not in told["table"]["half"]
+    assert (out / "paper.png").read_bytes().startswith(b"\x89PNG")
+    assert all(paper.ROWS[row] in (out / "paper.md").read_text() for row in expected)
+
+    measured: list[tuple[str, str]] = []
+
+    def note(row: str, task: str, *rest: Any) -> Any:
+        measured.append((row, task))
+        return json.loads((out / "cells" / f"{task}-paper.json").read_text())["measured"]
+
+    monkeypatch.setattr(paper, "quality", note)
+    monkeypatch.setattr(paper, "latency", lambda *given: pytest.fail("latency was kept"))
+    (out / "cells" / "squad-base.json").unlink()
+    paper.main(**inputs)
+    assert measured == [("base", "squad")], "all other cells were kept"
+    paper.main(**inputs | {"limit": 1, "rounds": 0})
+    assert len(measured) == 1 + sum(len({"perplexity", "F1"} & set(one)) for one in expected.values())
+
+
+def test_an_unknown_task_is_refused(inputs: dict[str, Any]) -> None:
+    with pytest.raises(ChunkWiseError, match="--r8 chess: choose from wikitext, squad, e2e"):
+        paper.main(**inputs | {"r8": ["chess=x/y"]})
+
+
+def test_a_cell_shows_its_interval() -> None:
+    assert paper.written(None) == ""
+    assert paper.written({"value": 12.345}) == "12.35"
+    assert paper.written({"value": 12.3, "low": 11.0, "high": 13.0}) == "12.30 (11.00 to 13.00)"
