@@ -89,6 +89,20 @@ def test_constant_plans_need_no_tokens_and_are_reused() -> None:
     assert [(key, usage.rank, usage.tokens.sum()) for key, usage in seen] == [("a", 8, 1), ("b", 6, 3)] * 2
 
 
+def test_a_constant_plan_runs_alone_and_then_beside_one_that_needs_tokens() -> None:
+    planner = BatchPlanner(VOCABULARY)
+    planner.open("x", sequence([1], LOSSLESS))
+    for start in range(20):
+        planner.plan([Span("x", start, 1)], no_ids)
+    planner.open("y", sequence([2], BALANCED, info("b")))
+    plan = planner.plan([Span("x", 20, 1), Span("y", 0, 1)], lambda: [[5], [2]])
+    assert [(one.adapter, one.rows.tolist()) for one in plan.segments if one.rows is not None] == [
+        ("a", [0]),
+        ("b", [1]),
+    ]
+    assert plan.segments[0].rung == 8
+
+
 def test_constant_plans_see_tokens_if_the_engine_needs_their_chunks() -> None:
     planner = BatchPlanner(VOCABULARY, feeds_all=True)
     planner.open(0, sequence([], LOSSLESS))

@@ -141,11 +141,12 @@ class BatchPlanner:
             start, end = end, end + (span.count if width is None else width)
             if sequence is None:
                 continue
-            if ids is not None:
-                weights = sequence.plan(span.start, ids[i])
+            constant = sequence.constant_weights
+            if constant is not None and not self._feeds_all:  # its earlier tokens may have run without being read
+                weights = np.repeat(constant[None], span.count, axis=0)
             else:
-                assert sequence.constant_weights is not None
-                weights = np.repeat(sequence.constant_weights[None], span.count, axis=0)
+                assert ids is not None
+                weights = sequence.plan(span.start, ids[i])
             if span.columns is not None:
                 weights = spread(weights, span.columns, end - start, sequence.padding)
             if sequence.adapter is NO_ADAPTER:
