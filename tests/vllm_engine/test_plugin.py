@@ -49,7 +49,7 @@ def test_an_unknown_version_is_refused_and_not_changed(monkeypatch: pytest.Monke
     plugin.register()
     assert patched_names() == before
     assert not plugin._registered
-    assert "supports vLLM 0.32.0, not 0.99.0, and is off" in seen[0]
+    assert "supports vLLM 0.30, 0.31, 0.32, 0.33, not 0.99.0, and is off" in seen[0]
 
 
 def test_a_vllm_that_lacks_a_needed_class_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +203,16 @@ def test_kv_decisions_that_vllm_cannot_carry_out_are_reported_once_per_ladder(
     (said,) = seen
     for undone in ("int8", "near-duplicate", "far past"):
         assert undone in said
+
+
+def test_the_number_format_of_the_cache_is_reported() -> None:
+    config = ChunkWiseConfig.preset("balanced").kv_cache
+    for dtype, says in (
+        ("auto", "is stored like the model"),
+        ("fp8", "is stored as fp8, as --kv-cache-dtype fp8 says"),
+    ):
+        assert says in loading.kv_left_undone(config, dtype)[0]
+    assert not loading.kv_left_undone(ChunkWiseConfig.preset("lossless").kv_cache, "fp8")
 
 
 def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engine, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from chunkwise_lora.errors import ConfigError
+from chunkwise_lora.errors import ConfigError, shown
 from chunkwise_lora.method.config import ChunkWiseConfig, StrictConfig
 
 KEY = "chunkwise"
@@ -53,5 +53,5 @@ def of_request(fields: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
     if not given:
         return None
     if unknown := given.keys() - {f"{prefix}preset", f"{prefix}mean_rank"}:
-        raise ConfigError(f"unknown {', '.join(sorted(unknown))}; give {prefix}preset or {prefix}mean_rank")
+        raise ConfigError(f"unknown {shown(', '.join(sorted(unknown)))}; give {prefix}preset or {prefix}mean_rank")
     return Choice.model_validate({name.removeprefix(prefix): value for name, value in given.items()}).chosen

@@ -20,6 +20,8 @@ class Usage:
     """Name of the adapter, as users call it."""
     tokens: np.ndarray
     """(rungs,) number of tokens by their highest rung."""
+    rung_ranks: np.ndarray
+    """(rungs,) the mean rank of each rung."""
     rank: float
     """Sum of the tokens' ranks."""
     seconds: float = 0.0
@@ -29,7 +31,7 @@ class Usage:
     def of(cls, adapter: AdapterInfo, weights: np.ndarray) -> Usage:
         """Return the usage of an adapter by tokens with `weights` (tokens, rungs)."""
         counts = np.bincount(highest_rungs(weights), minlength=weights.shape[1])
-        return cls(adapter.name, counts, float(ranks_of(weights, adapter.rung_ranks).sum()))
+        return cls(adapter.name, counts, adapter.rung_ranks, float(ranks_of(weights, adapter.rung_ranks).sum()))
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,12 @@ class SequencePlanner:
         self._entropies: dict[int, float] = {}
         self._weights = np.empty((0, len(adapter.rung_ranks)), np.float32)
         self._decisions: list[KVDecision] = []
+        self._rank_sum = 0.0
         self.constant_weights: np.ndarray | None = None
         """(rungs,) weights of every token, if the plan does not depend on the tokens; None otherwise."""
         if config.levels == 1:
             self.constant_weights = self._new_scheduler().step([0]).weights[0]
+            self._constant_rank = float(ranks_of(self.constant_weights[None], adapter.rung_ranks)[0])
 
     @property
     def tokens(self) -> list[int]:
@@ -105,6 +107,18 @@ class SequencePlanner:
     def padding(self) -> np.ndarray:
         """(rungs,) weights of padding: those of the last planned token, or zeros before the first token."""
         return self._weights[len(self._tokens) - 1] if self._tokens else np.zeros(self._weights.shape[1], np.float32)
+
+    @property
+    def full_rank(self) -> float:
+        """The rank of the adapter's highest rung."""
+        return float(self.adapter.rung_ranks[-1])
+
+    @property
+    def mean_rank(self) -> float:
+        """The mean rank of all planned tokens, or of every token if the plan is constant."""
+        if self.constant_weights is not None:
+            return self._constant_rank
+        return self._rank_sum / max(len(self._tokens), 1)
 
     def follow(self, scheduler: FixedScheduler) -> None:
         """Take the plan of `scheduler` instead of planning by the config. Call this before the first token."""
@@ -132,6 +146,7 @@ class SequencePlanner:
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. The tokens before it are planned again, with their KV decisions."""
         tokens, self._tokens = self._tokens[:position], []
+        self._rank_sum = 0.0
         self._entropies = {at: value for at, value in self._entropies.items() if at <= position}
         self._scheduler = self._new_scheduler()
         self._feed(tokens)
@@ -153,7 +168,7 @@ class SequencePlanner:
             adapter=None if self.adapter is NO_ADAPTER else self.adapter.name,
             tokens=tuple(self._tokens),
             ranks=tuple(ranks_of(self.weights, ranks).tolist()),
-            full_rank=float(ranks[-1]),
+            full_rank=self.full_rank,
             chunks=tuple(self.chunks),
         )
 
@@ -171,3 +186,4 @@ class SequencePlanner:
             grown[:start] = self._weights[:start]
             self._weights = grown
         self._weights[start:end] = plan.weights
+        self._rank_sum += float(ranks_of(plan.weights, self.adapter.rung_ranks).sum())

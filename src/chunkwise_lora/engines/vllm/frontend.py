@@ -3,23 +3,32 @@ the KV blocks of different plans apart."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.utils import get_adapter_absolute_path
 
-from chunkwise_lora.engines.requested_config import KEY, of_request
-from chunkwise_lora.engines.vllm import loading, metrics, settings
-from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError
+from chunkwise_lora.engines.requested_config import KEY, Choice, of_request
+from chunkwise_lora.engines.vllm import loading, metrics, settings, versions
+from chunkwise_lora.engines.vllm.reports import SAYS, RefusedRequest
+from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, shown
+from chunkwise_lora.method.config import ChunkWiseConfig
 
 OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
+KNOWN_FOLDERS = 1024
+"""Number of adapters whose folder and config this process remembers."""
 
-class RefusedRequest(VLLMValidationError, ValueError):
-    """A request that cannot work. vLLM answers it with HTTP 400; in Python it is also a `ValueError`."""
+
+class MissingAdapter(LadderError):
+    """There is no folder of an adapter where a request names one."""
 
 
 def prepare(config: VllmConfig) -> None:
@@ -57,33 +66,110 @@ def accept(config: VllmConfig, request: Any) -> None:
     """
     extra_args = getattr(request.sampling_params, "extra_args", None)
     try:
-        wanted = of_request(extra_args)
+        wanted = of_request(extra_args) or _of_beam_search.get()
         if request.lora_request is None:
             if wanted is not None:
                 raise EngineError("a chunkwise preset or mean rank is given, but the request names no adapter")
             return
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             raise EngineError("plans are made from token ids; give a prompt of tokens or text, not of embeddings")
-        path = _folder_of(request.lora_request.lora_path)
-        default = loading.check(path, settings.of_server(config.additional_config))
+        default = _config_of(request.lora_request.lora_path, settings.of_server(config.additional_config))
     except ChunkWiseError as error:
-        raise RefusedRequest(str(error)) from None
+        raise RefusedRequest(error) from None
     chosen = wanted or default
     if request.sampling_params is not None:
         request.sampling_params.extra_args = settings.with_config(chosen, extra_args)
-    if salt := settings.salt(chosen):
-        request.cache_salt = f"{request.cache_salt or ''}{salt}"
+    request.cache_salt = settings.salt(chosen, request.cache_salt)
 
 
-@lru_cache(maxsize=1024)
+_last_configs: OrderedDict[tuple[str, Choice], ChunkWiseConfig] = OrderedDict()
+"""By path and server's choice: the config of an adapter's requests when its files were last in order."""
+
+
+def _config_of(path: str, server: Choice) -> ChunkWiseConfig:
+    """Return the config of requests that do not ask for another one.
+
+    An adapter that was in order once may be in memory, where it can run without its files. The worker, which knows,
+    refuses its requests otherwise.
+    """
+    try:
+        return _checked(path, server)
+    except ChunkWiseError:
+        if (path, server) in _last_configs:
+            return _last_configs[path, server]
+        raise
+
+
+def _checked(path: str, server: Choice) -> ChunkWiseConfig:
+    """Check the files of an adapter, and return and remember the config of its requests."""
+    _last_configs[path, server] = config = loading.check(_folder_of(path), server)
+    _last_configs.move_to_end((path, server))
+    while len(_last_configs) > KNOWN_FOLDERS:
+        _last_configs.popitem(last=False)
+    return config
+
+
+@lru_cache(maxsize=KNOWN_FOLDERS)
 def _folder_of(path: str) -> str:
     """Return the folder where vLLM's workers look for an adapter. A name on the hub is downloaded first."""
     folder = get_adapter_absolute_path(path)
     if not os.path.isdir(folder):
-        raise LadderError(
-            f"{path}: is neither a folder nor a name on the hub; give those of a ladder or a PEFT adapter"
+        raise MissingAdapter(
+            f"{shown(path)}: is neither a folder nor a name on the hub; give those of a ladder or a PEFT adapter"
         )
     return folder
+
+
+async def check_new_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
+    """Check a request to load an adapter, before a worker reads it. Returns vLLM's response if it is an error."""
+    config = models.engine_client.vllm_config
+    response = await original(models, request)
+    if response is not None or config.lora_config is None:
+        return response
+    try:
+        await asyncio.to_thread(_checked, request.lora_path, settings.of_server(config.additional_config))
+    except MissingAdapter:
+        return versions.error_response(models, LoRAAdapterNotFoundError(request.lora_name, shown(request.lora_path)))
+    except ChunkWiseError as error:
+        return versions.error_response(models, RefusedRequest(error))
+    return None
+
+
+async def load_adapter(original: Callable[..., Any], models: Any, request: Any, *rest: Any, **options: Any) -> Any:
+    """Load an adapter into the engine. If it does not fit the base model, the client gets HTTP 400."""
+    response = await original(models, request, *rest, **options)
+    _, ours, message = getattr(getattr(response, "error", None), "message", "").partition(SAYS)
+    if ours:
+        return versions.error_response(models, RefusedRequest(ours + message))
+    if (loaded := models.lora_requests.get(request.lora_name)) is not None:
+        loaded.load_inplace = False  # it was loaded now, and need not be loaded again for every request
+        metrics.unloaded.discard(request.lora_name)
+    return response
+
+
+async def unload_adapter(original: Callable[..., Any], models: Any, request: Any) -> Any:
+    """Unload an adapter. Its metrics are not shown any longer."""
+    response = await original(models, request)
+    if request.lora_name not in models.lora_requests:
+        metrics.unloaded.add(request.lora_name)
+    return response
+
+
+_of_beam_search: ContextVar[ChunkWiseConfig | None] = ContextVar("_of_beam_search", default=None)
+"""The config that the running HTTP request asks for, if it is a beam search."""
+
+
+def note_beam_search(original: Callable[..., Any], request: Any, *arguments: Any, **options: Any) -> Any:
+    """Make the parameters of a beam search. They have no place for extra arguments, so these are kept for `accept`.
+
+    Raises:
+        RefusedRequest: An extra argument cannot work.
+    """
+    try:
+        _of_beam_search.set(of_request(request.vllm_xargs))  # in the task of this HTTP request
+    except ChunkWiseError as error:
+        raise RefusedRequest(error) from None
+    return original(request, *arguments, **options)
 
 
 def private_key(request: Any, end: int) -> list[tuple[str, str]]:

@@ -100,11 +100,15 @@ def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
     return LadderModule(up, down, module.sigma, module.ranks)
 
 
-def kv_left_undone(config: KVCacheConfig) -> list[str]:
-    """Return the parts of a KV policy that vLLM cannot carry out, because its cache has one dtype and whole blocks."""
+def kv_left_undone(config: KVCacheConfig, cache_dtype: str) -> list[str]:
+    """Return the parts of a KV policy that vLLM cannot carry out, because its cache has one dtype and whole blocks.
+
+    `cache_dtype` is vLLM's `--kv-cache-dtype`.
+    """
+    stored = "like the model" if cache_dtype == "auto" else f"as {cache_dtype}"
     policies = dict.fromkeys(level.evict for level in config.levels if level.evict is not None)
     wanted = {
-        "storing chunks as int8 (vLLM's --kv-cache-dtype is one type for the whole cache)": any(
+        f"storing chunks as int8 (the whole cache is stored {stored}, as --kv-cache-dtype {cache_dtype} says)": any(
             level.precision == "int8" for level in config.levels
         ),
         "dropping near-duplicate keys": any(level.duplicate_similarity is not None for level in config.levels),
@@ -114,9 +118,9 @@ def kv_left_undone(config: KVCacheConfig) -> list[str]:
     return [what for what, is_wanted in wanted.items() if is_wanted]
 
 
-def note_kv_policy(name: str, config: KVCacheConfig) -> None:
+def note_kv_policy(name: str, config: KVCacheConfig, cache_dtype: str) -> None:
     """Log which parts of an adapter's KV policy are not carried out, if any."""
-    if undone := kv_left_undone(config):
+    if undone := kv_left_undone(config, cache_dtype):
         logger.warning(
             "ChunkWise LoRA: %s: vLLM keeps every entry of its KV cache, so these parts of its KV policy are "
             "not carried out: %s",

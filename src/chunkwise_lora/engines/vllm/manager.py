@@ -6,14 +6,19 @@ slots: each ladder has its own factors at its own rank, and runs in the `Segment
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace as replace_fields
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -24,12 +29,14 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
 from chunkwise_lora.engines.base import adapter_info
-from chunkwise_lora.engines.vllm import loading, settings
+from chunkwise_lora.engines.vllm import loading, reports, settings
 from chunkwise_lora.engines.vllm.layers import LayerAdapters, RunningPass
-from chunkwise_lora.errors import LadderError
+from chunkwise_lora.errors import ChunkWiseError, LadderError, shown
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
+
+logger = logging.getLogger("vllm.chunkwise")
 
 
 @dataclass
@@ -57,11 +64,17 @@ class LadderManager(LRUCacheLoRAModelManager):
     layers: dict[str, LayerAdapters]
     backend: AnyBackend
     running: RunningPass
+    on_load: Callable[[LoadedLadder], None]
+    """Called with each ladder that was copied to the device."""
+    on_unload: Callable[[str], None]
+    """Called with the key of each ladder that leaves the device."""
     _has_slots = True
 
     def __init__(self, model: nn.Module, *arguments: Any, vllm_config: VllmConfig, **options: Any) -> None:
         self._static_context = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
+        self.on_load = lambda _: None
+        self.on_unload = lambda _: None
         super().__init__(model, *arguments, vllm_config=vllm_config, **options)
 
     @property
@@ -73,6 +86,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         # Only linear layers: vLLM would wrap embeddings, output heads and routed experts as well.
         linear = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, LinearBase)}
         self.supported_lora_modules = [name for name in self.supported_lora_modules if name in linear]
+        self.supported_modules_to_save: set[str] = set()  # nor heads of classifiers, since 0.31
         self._has_slots = False
         super()._create_lora_modules()
         self._has_slots = True
@@ -160,18 +174,22 @@ class LadderManager(LRUCacheLoRAModelManager):
             return False
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
-        self.backend.load(str(lora_id), self._registered_adapters[lora_id].modules)
+        ladder = self._registered_adapters[lora_id]
+        self.backend.load(str(lora_id), ladder.modules)
         self._active_adapters[lora_id] = None
+        self.on_load(ladder)
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         self.backend.unload(str(lora_id))
+        self.on_unload(str(lora_id))
 
     def remove_all_adapters(self) -> None:
         """Remove all ladders."""
         super().remove_all_adapters()
         for adapter in self.backend.adapters:
             self.backend.unload(adapter)
+            self.on_unload(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """Start a new pass. No adapter runs until the pass is planned."""
@@ -186,6 +204,12 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, embedding_modules: dict[str, str]) -> None:
         super().__init__(vllm_config, device, embedding_modules)
         self._server = settings.of_server(vllm_config.additional_config)
+        self.failed: dict[int, str] = {}
+        """The message for each adapter of the running pass that could not be loaded, by id."""
+        self.reload: set[int] = set()
+        """Adapters that a new request of the pass asks to load again (`load_inplace`)."""
+        self.on_remove: Callable[[str], None] = lambda _: None
+        """Called with the key of each adapter that a user removes."""
 
     @property
     def ladders(self) -> LadderManager:
@@ -202,6 +226,52 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
             self._adapter_manager.create_dummy_lora(lora_request.lora_int_id, rank)
         )
 
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Remove an adapter and its metrics, because a user asks for it. vLLM's front end does not use it again."""
+        self.on_remove(str(adapter_id))
+        return super().remove_adapter(adapter_id)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter, unless it is loaded, and copy its factors to the device. Returns True, as in vLLM.
+
+        If one tensor-parallel rank cannot do this, none does.
+
+        Raises:
+            LadderError: The adapter cannot be loaded. The message begins with `reports.SAYS`.
+        """
+        ladders, lora_id = self.ladders, lora_request.lora_int_id
+        if lora_id not in self.list_adapters() or lora_request.load_inplace:
+            with _all_ranks_or_none(lora_request):
+                ladder = self._load_adapter(lora_request)  # before another one is removed
+            ladders.remove_adapter(lora_id)
+            if len(ladders) >= ladders.capacity:
+                ladders.remove_oldest_adapter()
+            ladders.add_adapter(ladder)
+        ladders.get_adapter(lora_id)  # marks it as used
+        if lora_id in ladders._active_adapters:
+            ladders.activate_adapter(lora_id)
+            return True
+        try:
+            with _all_ranks_or_none(lora_request):
+                ladders.activate_adapter(lora_id)
+        except LadderError:
+            ladders.remove_adapter(lora_id)
+            raise
+        return True
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Make the adapters of a pass ready. `failed` then names those that could not be loaded."""
+        self.failed = {}
+        loaded = self.list_adapters()
+        # Adapters in memory come first, so that they are not removed to make room for others of the same pass.
+        for request in sorted(lora_requests, key=lambda one: (one.lora_int_id not in loaded, one.lora_int_id)):
+            lora_id = request.lora_int_id
+            is_again = request.load_inplace and lora_id in loaded and lora_id not in self.reload
+            try:
+                self.add_adapter(replace_fields(request, load_inplace=False) if is_again else request)
+            except LadderError as error:
+                self.failed[lora_id] = str(error)
+
     def _load_adapter(self, lora_request: LoRARequest) -> Any:
         path = get_adapter_absolute_path(lora_request.lora_path)
         ladder = loading.load(path)
@@ -210,3 +280,23 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         )
         config = loading.config_of(ladder, self._server, path)
         return LoadedLadder(lora_request.lora_int_id, info, config, self.ladders.share_of(ladder, path))
+
+
+@contextmanager
+def _all_ranks_or_none(lora_request: LoRARequest) -> Iterator[None]:
+    """Raise the same `LadderError` on all tensor-parallel ranks if the block fails on one of them."""
+    message = None
+    try:
+        yield
+    except ChunkWiseError as error:
+        message = str(error)
+    except Exception as error:  # any failure must stay with the requests for this adapter
+        logger.exception("ChunkWise LoRA: %s: could not be loaded", shown(lora_request.lora_path))
+        message = f"{shown(lora_request.lora_path)}: could not be loaded: {error}"
+    if get_tensor_model_parallel_world_size() > 1:
+        group = get_tp_group()
+        messages: list[str | None] = [None] * group.world_size
+        torch.distributed.all_gather_object(messages, message, group=group.cpu_group)
+        message = next(filter(None, messages), None)
+    if message is not None:
+        raise LadderError(reports.SAYS + shown(message, reports.LONGEST))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,11 +25,14 @@ from prometheus_client.registry import Collector
 
 from chunkwise_lora.method.batch import Usage
 
+if TYPE_CHECKING:
+    from chunkwise_lora.engines.vllm.manager import LoadedLadder
+
 FOLDER = "CHUNKWISE_METRICS_DIR"
 """Environment variable: the folder where the workers of this machine keep their numbers."""
 
 COUNTERS = {
-    "chunkwise:tokens": ("Tokens run with the adapter, by their highest rung.", ("adapter", "rung")),
+    "chunkwise:tokens": ("Tokens run with the adapter, by the rank of their highest rung.", ("adapter", "rank")),
     "chunkwise:rank": ("Sum of the ranks of these tokens.", ("adapter",)),
     "chunkwise:scheduler_seconds": ("Time spent in planning.", ("adapter",)),
 }
@@ -36,6 +41,9 @@ GAUGES = {
     "chunkwise:adapter_bytes": ("Bytes of the adapter's factors on this rank's device.", ("adapter",)),
     "chunkwise:schedulers": ("Requests that are being planned.", ()),
 }
+
+unloaded: set[str] = set()
+"""Names of adapters that users of this API server have unloaded. Their metrics are not shown."""
 
 
 def open_folder() -> None:
@@ -56,13 +64,18 @@ class Recorder:
 
     def __init__(self, folder: str) -> None:
         self._values = MmapedDict(str(Path(folder) / f"{os.getpid()}.db"))
-        self._bytes: dict[str, dict[str, int]] = {}
-        """Bytes of adapters, by name and then by key."""
+        self._names: dict[str, str] = {}
+        """Names of the adapters that have numbers, by key."""
+        self._bytes: dict[str, int] = {}
+        """Bytes of the adapters on the device, by key."""
+        self._keys: dict[str, set[str]] = defaultdict(set)
+        """Keys of the numbers of all adapters of a name."""
 
     def record(self, adapter: str, usage: Usage) -> None:
         """Count the usage of an adapter in a pass. Adapters that share a name are counted together."""
+        self._names[adapter] = usage.name
         for rung in usage.tokens.nonzero()[0].tolist():
-            self._add("chunkwise:tokens", float(usage.tokens[rung]), usage.name, str(rung))
+            self._add("chunkwise:tokens", float(usage.tokens[rung]), usage.name, f"{usage.rung_ranks[rung]:.4g}")
         self._add("chunkwise:rank", usage.rank, usage.name)
         self._add("chunkwise:scheduler_seconds", usage.seconds, usage.name)
 
@@ -70,15 +83,42 @@ class Recorder:
         """Record how many requests are being planned."""
         self._values.write_value(_key("chunkwise:schedulers"), float(count), 0.0)
 
-    def adapter_bytes(self, adapter: str, name: str, nbytes: int) -> None:
-        """Record the bytes of an adapter's factors. The bytes of adapters that share a name are added up."""
-        by_key = self._bytes.setdefault(name, {})
-        by_key[adapter] = nbytes
-        self._values.write_value(_key("chunkwise:adapter_bytes", name), float(sum(by_key.values())), 0.0)
+    def loaded(self, ladder: LoadedLadder) -> None:
+        """Record the bytes of an adapter's factors on the device."""
+        if ladder.modules:  # those of vLLM's warm-up have none
+            self._names[ladder.info.key], self._bytes[ladder.info.key] = ladder.info.name, ladder.nbytes
+            self._record_bytes(ladder.info.name)
 
-    def _add(self, name: str, amount: float, *labels: str) -> None:
-        key = _key(name, *labels)
-        self._values.write_value(key, self._values.read_value(key)[0] + amount, 0.0)
+    def unloaded(self, adapter: str) -> None:
+        """Record that an adapter is no longer on the device. It may come back, so its counters stay."""
+        if self._bytes.pop(adapter, None) is not None:
+            self._record_bytes(self._names[adapter])
+
+    def removed(self, adapter: str) -> None:
+        """Remove the numbers of an adapter, unless another one has its name."""
+        self._bytes.pop(adapter, None)
+        name = self._names.pop(adapter, None)
+        if name is None:
+            return
+        if name in self._names.values():
+            self._record_bytes(name)
+            return
+        for key in self._keys.pop(name, ()):
+            self._values.write_value(key, math.nan, 0.0)
+
+    def _record_bytes(self, name: str) -> None:
+        """Record the bytes of all adapters of a name."""
+        found = [nbytes for adapter, nbytes in self._bytes.items() if self._names[adapter] == name]
+        self._write(_key("chunkwise:adapter_bytes", name), float(sum(found)) if found else math.nan, name)
+
+    def _add(self, metric: str, amount: float, name: str, *labels: str) -> None:
+        key = _key(metric, name, *labels)
+        before = self._values.read_value(key)[0]
+        self._write(key, amount if math.isnan(before) else before + amount, name)
+
+    def _write(self, key: str, value: float, name: str) -> None:
+        self._keys[name].add(key)
+        self._values.write_value(key, value, 0.0)
 
 
 def _key(name: str, *labels: str) -> str:
@@ -86,7 +126,7 @@ def _key(name: str, *labels: str) -> str:
 
 
 class WorkerCollector(Collector):
-    """Sums up the numbers of all workers."""
+    """Sums up the numbers of all workers. NaN stands for a number that was removed."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -97,9 +137,10 @@ class WorkerCollector(Collector):
         for file in self._folder.glob("*.db"):
             for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
                 name, *labels = json.loads(key)
-                values[name][tuple(labels)] += value
+                if not math.isnan(value) and not unloaded.intersection(labels[:1]):
+                    values[name][tuple(labels)] += value
         tokens: dict[tuple[str, ...], float] = defaultdict(float)
-        for (adapter, _rung), count in values["chunkwise:tokens"].items():
+        for (adapter, _rank), count in values["chunkwise:tokens"].items():
             tokens[(adapter,)] += count
         for labels, rank in values["chunkwise:rank"].items():
             values["chunkwise:mean_rank"][labels] = rank / max(tokens[labels], 1)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-KNOWN_VERSIONS = ("0.32.0",)
-"""Versions of vLLM that this plug-in was tested with. It wraps internal functions, which change between versions."""
+from chunkwise_lora.engines.vllm.versions import HOOKS, TESTED, is_tested
 
 _registered = False
 
@@ -27,17 +25,21 @@ def register() -> None:
 
     logger = init_logger("vllm.chunkwise")  # a child of vLLM's logger, so that its messages are shown
     version = vllm.__version__.partition("+")[0]
-    if version not in KNOWN_VERSIONS:
+    if not is_tested(version):
         logger.error(
             "ChunkWise LoRA supports vLLM %s, not %s, and is off: adapters run as vLLM's own LoRA, and "
             "ladders cannot be loaded. Install a supported version, or a chunkwise-lora that supports yours.",
-            ", ".join(KNOWN_VERSIONS),
+            ", ".join(TESTED),
             version,
         )
         return
     try:
         # Nothing is changed unless all functions can be wrapped.
-        changes = [(owner, name, _wrapped(owner, name, around)) for owner, name, around in _changes()]
+        changes = [
+            (owner, HOOKS[place].name, _wrapped(owner, HOOKS[place].name, around))
+            for place, around in _wrappers().items()
+            for owner in HOOKS[place].owners()
+        ]
     except (ImportError, AttributeError) as error:
         logger.error(
             "ChunkWise LoRA does not find the functions that it wraps in this vLLM, and changes nothing: %s", error
@@ -49,18 +51,12 @@ def register() -> None:
     logger.info("ChunkWise LoRA runs LoRA adapters as rank ladders")
 
 
-def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return the functions of vLLM to wrap: (owner, name, wrapper). A wrapper gets the original function as its first
-    argument."""
-    from vllm.config import VllmConfig
+def _wrappers() -> dict[str, Callable[..., Any]]:
+    """Return the wrapper of each function in `HOOKS`. It gets the original function as its first argument."""
     from vllm.model_executor.models import supports_lora
     from vllm.platforms import current_platform
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.metrics import prometheus
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    from chunkwise_lora.engines.vllm import frontend, metrics
+    from chunkwise_lora.engines.vllm import frontend, metrics, reports
 
     def load_lora_model(original: Callable[..., Any], runner: Any, model: Any, *rest: Any) -> Any:
         if not supports_lora(model):
@@ -98,16 +94,24 @@ def _changes() -> list[tuple[Any, str, Callable[..., Any]]]:
         metrics.register(registry)
         return registry
 
-    endpoint = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")  # has imported the function by name
-    return [
-        (LoRAModelRunnerMixin, "load_lora_model", load_lora_model),
-        (current_platform, "check_and_update_config", check_and_update_config),
-        (VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported_by_v2),
-        (InputProcessor, "process_inputs", process_inputs),
-        # Of the functions that give a block's extra keys, the only one that knows which tokens the block holds.
-        (kv_cache_utils, "_gen_prompt_embeds_extra_hash_keys", extra_hash_keys),
-        *((owner, "get_prometheus_registry", get_prometheus_registry) for owner in (prometheus, endpoint) if owner),
-    ]
+    return {
+        "load_lora_model": load_lora_model,
+        "check_and_update_config": check_and_update_config,
+        "unsupported_by_v2": unsupported_by_v2,
+        "process_inputs": process_inputs,
+        "extra_hash_keys": extra_hash_keys,
+        "update_from_output": reports.update_from_output,
+        "make_request_output": reports.make_request_output,
+        "metrics": get_prometheus_registry,
+        "metrics of the server": get_prometheus_registry,
+        "completion_response": reports.completion_response,
+        "chat_response": reports.chat_response,
+        "load_adapter": frontend.load_adapter,
+        "unload_adapter": frontend.unload_adapter,
+        "check_new_adapter": frontend.check_new_adapter,
+        "beam search of completions": frontend.note_beam_search,
+        "beam search of chats": frontend.note_beam_search,
+    }
 
 
 def _wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,14 +56,15 @@ def _parsed(config: str) -> ChunkWiseConfig:
     return ChunkWiseConfig.from_json(config)
 
 
-def salt(config: ChunkWiseConfig) -> str | None:
+def salt(config: ChunkWiseConfig, given: str | None = None) -> str | None:
     """Return the salt that keeps KV blocks made under `config` apart from other blocks of the same tokens and adapter.
 
-    It is None for `lossless`, whose blocks are those of vLLM's own LoRA. The salt ends in `PRIVATE` if plans read
-    entropies: a generated token then runs on another rung than the same token in a prompt, so no other request may
-    use its block.
+    For `lossless` it is the client's own salt `given`, if any: these blocks are those of vLLM's own LoRA. Otherwise the
+    config is added to it. Two pairs of config and `given` never have the same salt, whatever a client gives. The salt
+    ends in `PRIVATE` if plans read entropies: a generated token then runs on another rung than the same token in a
+    prompt, so no other request may use its block.
     """
-    if config == ChunkWiseConfig.preset("lossless"):
-        return None
+    if config == ChunkWiseConfig.preset("lossless") and SALT not in (given or ""):
+        return given
     digest = hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
-    return f"{SALT}{digest}{PRIVATE if config.reads_entropy else ''}"
+    return f"{given or ''}{SALT}{digest}{PRIVATE if config.reads_entropy else ''}"

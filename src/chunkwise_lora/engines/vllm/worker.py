@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
+from chunkwise_lora.engines.vllm.reports import PassReport
 from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.sequence import SequencePlanner
@@ -29,42 +30,52 @@ def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: 
 
 
 class RunnerPlanner:
-    """Plans the passes of one model runner. It wraps three methods of the runner.
+    """Plans the passes of one model runner. It wraps four methods of the runner.
 
     `_update_states` tells which requests have ended. `set_active_loras` is called when the requests of a pass are
-    known. `sample_tokens` has the logits of the pass.
+    known. `sample_tokens` has the logits of the pass. It returns the output of the pass; where nothing is sampled,
+    `execute_model` does.
     """
 
     def __init__(self, runner: Any, manager: LadderWorkerManager, vllm_config: VllmConfig) -> None:
         self.planner = BatchPlanner(vllm_config.model_config.get_vocab_size())
         self._runner = runner
         self._manager = manager
+        self._cache_dtype = vllm_config.cache_config.cache_dtype
         self._noted: set[tuple[str, KVCacheConfig]] = set()
         """Adapters and KV policies for which the log already names what is not carried out."""
         self._ends: list[int] = []
         """The position after the last token of each request in the running pass."""
         self._sampled: list[tuple[list[tuple[str, int]], Tensor]] = []
         """Entropies that have not been read yet, with the request and position of each."""
+        self._report = PassReport()
+        """What the scheduler will be told about the running pass."""
         self._recorder: metrics.Recorder | None = None
         folder = os.environ.get(metrics.FOLDER, "")
         if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
             self._recorder = metrics.Recorder(folder)
             self.planner.record = self._recorder.record
+            manager.ladders.on_load = self._recorder.loaded
+            manager.ladders.on_unload = self._recorder.unloaded
+            manager.on_remove = self._recorder.removed
         for name, hook in (
             ("_update_states", self._update_states),
             ("set_active_loras", self._set_active_loras),
+            ("execute_model", self._execute_model),
             ("sample_tokens", self._sample_tokens),
         ):
             setattr(runner, name, _around(getattr(runner, name), hook))
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
         """Return the parts of a KV policy that vLLM's cache cannot carry out."""
-        return loading.kv_left_undone(config)
+        return loading.kv_left_undone(config, self._cache_dtype)
 
     def _update_states(self, original: Callable[..., Any], scheduler_output: Any) -> Any:
         if scheduler_output.finished_req_ids:
             self.planner.close(scheduler_output.finished_req_ids)
             self._count()
+        adapters = (request.lora_request for request in scheduler_output.scheduled_new_reqs)
+        self._manager.reload = {one.lora_int_id for one in adapters if one is not None and one.load_inplace}
         return original(scheduler_output)
 
     def _set_active_loras(
@@ -81,6 +92,11 @@ class RunnerPlanner:
         self._learn()
         plan = self.planner.plan(spans, lambda: self._token_ids(counts))
         self._manager.ladders.running.plan(plan)
+        self._report.ranks = {
+            request: {"mean_rank": planner.mean_rank, "full_rank": planner.full_rank}
+            for request in input_batch.req_ids
+            if (planner := self.planner.get(request)) is not None
+        }
 
     def _token_ids(self, counts: Sequence[int]) -> list[list[int]]:
         """Return the token ids of the running pass, by request. This waits for the device."""
@@ -92,7 +108,17 @@ class RunnerPlanner:
         state = self._runner.execute_model_state
         if state is not None and state.logits is not None:
             self._note_entropies(self._runner.input_batch.req_ids, state.logits)
-        return original(*arguments)
+        return self._reported(original(*arguments))
+
+    def _execute_model(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return self._reported(original(*arguments, **options))
+
+    def _reported(self, output: Any) -> Any:
+        """Add the report of the running pass to its output, when there is one."""
+        if output is not None and (self._report.failed or self._report.ranks):
+            self._report.add_to(output)
+            self._report = PassReport()
+        return output
 
     def _note_entropies(self, requests: Sequence[str], logits: Tensor) -> None:
         """Compute the entropies of logits (requests, vocabulary), which predict each request's next token."""
@@ -115,7 +141,12 @@ class RunnerPlanner:
         request = self._runner.requests[request_id]
         if request.lora_request is None:
             return
-        ladder = self._manager.loaded(request.lora_request.lora_int_id)
+        adapter = request.lora_request.lora_int_id
+        if adapter in self._manager.failed:
+            self._report.failed[request_id] = self._manager.failed[adapter]
+            self.planner.close([request_id])
+            return
+        ladder = self._manager.loaded(adapter)
         known = self.planner.get(request_id)
         if known is not None and known.adapter.has_rungs_of(ladder.info):
             return
@@ -124,13 +155,11 @@ class RunnerPlanner:
             config = ChunkWiseConfig.preset("lossless")
         if (noted := (ladder.info.name, config.kv_cache)) not in self._noted:
             self._noted.add(noted)
-            loading.note_kv_policy(*noted)
+            loading.note_kv_policy(*noted, self._cache_dtype)
         prompt, output = request.prompt_token_ids, request.output_token_ids
         planner = SequencePlanner(ladder.info, config, self.planner.vocab_size, [*prompt, *output], len(prompt))
         self.planner.open(request_id, planner)
         self._count()
-        if self._recorder is not None:
-            self._recorder.adapter_bytes(ladder.info.key, ladder.info.name, ladder.nbytes)
 
     def _count(self) -> None:
         if self._recorder is not None:

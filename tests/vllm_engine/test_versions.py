@@ -1,0 +1,211 @@
+"""Every function and field of vLLM that the plug-in uses exists in the versions that it supports.
+
+This reads vLLM's source and imports nothing, so it can check a version that is not installed: CHUNKWISE_VLLM_SOURCES
+names folders that hold the package `vllm` of other versions (`make test-vllm-sources` downloads them).
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+
+import pytest
+
+from chunkwise_lora.engines.vllm import plugin, versions
+
+INSTALLED = Path(find_spec("vllm").submodule_search_locations[0]).parent  # type: ignore[union-attr, index]
+SOURCES = [INSTALLED, *map(Path, filter(None, os.environ.get("CHUNKWISE_VLLM_SOURCES", "").split(":")))]
+
+PLATFORM = versions.HOOKS["check_and_update_config"]
+FIELDS = {
+    "vllm.config:CacheConfig": ("cache_dtype",),
+    "vllm.config:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
+    "vllm.config:LoRAConfig": ("max_loras", "max_cpu_loras", "fully_sharded_loras", "enable_tower_connector_lora"),
+    "vllm.config:ModelConfig": ("dtype", "get_vocab_size"),
+    "vllm.config:ParallelConfig": ("pipeline_parallel_size", "enable_dbo"),
+    "vllm.config:VllmConfig": (
+        *("lora_config", "parallel_config", "model_config", "compilation_config", "speculative_config"),
+        *("additional_config", "cache_config", "use_v2_model_runner"),
+    ),
+    "vllm.exceptions:LoRAAdapterNotFoundError": (),
+    "vllm.exceptions:VLLMValidationError": (),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": (
+        *("output_slices", "input_size", "tp_size", "slice_lora_a", "slice_lora_b", "set_mapping"),
+    ),
+    "vllm.lora.model_manager:LoRAModelManager": (
+        *("model", "modules", "packed_modules", "supported_lora_modules", "lora_config", "device"),
+        *("max_num_batched_tokens", "capacity", "lora_slots", "_registered_adapters", "_active_adapters"),
+        *("_create_lora_modules", "_match_target_modules", "create_dummy_lora", "_add_adapter", "activate_adapter"),
+        *("_deactivate_adapter", "remove_adapter", "remove_all_adapters", "set_adapter_mapping", "get_adapter"),
+    ),
+    "vllm.lora.model_manager:LRUCacheLoRAModelManager": ("add_adapter", "remove_oldest_adapter"),
+    "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path", "load_inplace"),
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager": (
+        *("_manager_cls", "_adapter_manager", "lora_config", "create_lora_manager", "_load_adapter", "add_adapter"),
+        *("_apply_adapters", "add_dummy_lora", "remove_adapter", "list_adapters"),
+    ),
+    "vllm.sampling_params:SamplingParams": ("extra_args",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": ("evict_blocks", "get_block_ids"),
+    "vllm.v1.core.sched.output:NewRequestData": ("lora_request",),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("finished_req_ids", "scheduled_new_reqs"),
+    "vllm.v1.core.sched.scheduler:Scheduler": ("requests", "kv_cache_manager", "finish_requests"),
+    "vllm.v1.engine:EngineCoreOutput": (
+        *("request_id", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "events", "trace_headers"),
+        "kv_transfer_params",
+    ),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs",),
+    "vllm.v1.engine:EngineCoreRequest": (
+        *("lora_request", "sampling_params", "prompt_token_ids", "prompt_embeds", "cache_salt"),
+    ),
+    "vllm.v1.engine:FinishReason": ("ERROR",),
+    "vllm.v1.engine.input_processor:InputProcessor": ("lora_config", "vllm_config"),
+    "vllm.v1.engine.output_processor:RequestState": ("queue",),
+    "vllm.v1.request:Request": (
+        *("request_id", "client_index", "take_events", "trace_headers", "pooling_params"),
+        *("cache_salt", "num_prompt_tokens"),
+    ),
+    "vllm.v1.request:RequestStatus": ("FINISHED_ERROR",),
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
+        *("lora_request", "sampling_params", "prompt_token_ids", "output_token_ids"),
+    ),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": ("req_ids", "num_computed_tokens_cpu"),
+    "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput": ("_model_runner_output",),
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("logits",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        *("_update_states", "set_active_loras", "execute_model", "sample_tokens"),
+        *("execute_model_state", "requests", "input_batch", "input_ids"),
+    ),
+    "vllm.entrypoints.openai.completion.protocol:CompletionResponse": ("usage", "kv_transfer_params"),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponse": ("usage", "kv_transfer_params"),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": ("engine_client", "lora_requests"),
+    "vllm.entrypoints.openai.models.serving:": ("create_error_response",),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": ("vllm_xargs",),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("vllm_xargs",),
+    "vllm.distributed.parallel_state:GroupCoordinator": ("cpu_group", "world_size"),
+    "vllm.lora.utils:": ("get_adapter_absolute_path", "parse_fine_tuned_lora_name"),
+    "vllm.utils.torch_utils:": ("direct_register_custom_op",),
+    "vllm.forward_context:ForwardContext": ("no_compile_layers",),
+}
+"""Fields and functions of vLLM that the plug-in reads, calls or overrides, by module and class."""
+
+
+class Source:
+    """The source of one version of vLLM."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cache  # noqa: B019
+    def module(self, name: str) -> ast.Module:
+        """The parsed module; an empty one for modules of other packages."""
+        if not name.startswith("vllm"):
+            return ast.parse("")
+        path = self.folder.joinpath(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        return ast.parse(file.read_text(encoding="utf-8"))
+
+    def find(self, module: str, name: str) -> tuple[str, ast.stmt] | None:
+        """The class or function of a module, and the module that it was imported from."""
+        for node in ast.walk(self.module(module)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == name:
+                return module, node
+        for node in ast.walk(self.module(module)):
+            if isinstance(node, ast.ImportFrom) and any((one.asname or one.name) == name for one in node.names):
+                return self.find(self._absolute(module, node), name)
+        return None
+
+    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
+        package = module if self.folder.joinpath(*module.split(".")).is_dir() else module.rpartition(".")[0]
+        return resolve_name("." * node.level + (node.module or ""), package)
+
+    def names(self, module: str, owner: str) -> set[str]:
+        """The fields and methods of a class and its bases, or the functions and imports of a module."""
+        if not owner:
+            return set(_imported(self.module(module))) | set(_defined(self.module(module)))
+        found = self.find(module, owner)
+        if found is None:
+            return set()
+        module, node = found
+        assert isinstance(node, ast.ClassDef)
+        bases = (_name(base) for base in node.bases)
+        return set(_defined(node)).union(*(self.names(module, base) for base in bases if base))
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else _name(node.value) if isinstance(node, ast.Subscript) else ""
+
+
+def _imported(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom):
+            yield from (one.asname or one.name for one in node.names)
+
+
+def _defined(scope: ast.AST) -> Iterator[str]:
+    """Names that a class or module defines: functions, fields, and attributes of `self`."""
+    for node in ast.walk(scope):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                yield target.id
+            elif isinstance(target, ast.Attribute) and _name(target.value) == "self":
+                yield target.attr
+            elif isinstance(target, ast.Tuple):
+                yield from (one.attr for one in target.elts if isinstance(one, ast.Attribute))
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda folder: folder.name)
+def source(request: pytest.FixtureRequest) -> Source:
+    return Source(request.param)
+
+
+@pytest.mark.parametrize("place", versions.HOOKS)
+def test_each_function_that_is_wrapped_has_the_parameters_that_are_read(source: Source, place: str) -> None:
+    hook = versions.HOOKS[place]
+    module, owner = ("vllm.platforms.cpu", "CpuPlatform") if hook is PLATFORM else (hook.module, hook.owner)
+    scope = source.find(module, owner) if owner else (module, source.module(module))
+    assert scope is not None, f"{module} has no {owner}"
+    functions = (node for node in ast.walk(scope[1]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    function = next((node for node in functions if node.name == hook.name), None)
+    if function is None and not owner:
+        assert source.find(module, hook.name) is not None  # imported by name
+        return
+    assert function is not None, f"{module}.{owner} has no {hook.name}"
+    parameters = tuple(one.arg for one in (*function.args.posonlyargs, *function.args.args))
+    assert parameters[: len(hook.parameters)] == hook.parameters
+
+
+@pytest.mark.parametrize("place", FIELDS)
+def test_each_field_that_is_read_exists(source: Source, place: str) -> None:
+    module, _, owner = place.partition(":")
+    if owner:
+        assert source.find(module, owner) is not None, f"{module} has no {owner}"
+    assert not set(FIELDS[place]) - source.names(module, owner)
+
+
+def test_each_hook_has_a_wrapper() -> None:
+    assert plugin._wrappers().keys() == versions.HOOKS.keys()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [("0.30.0", True), ("0.32.1+cpu", True), ("0.33.0", True), ("0.29.1", False), ("0.34.0", False), ("dev", False)],
+)
+def test_releases_of_tested_minor_versions_are_known(version: str, is_known: bool) -> None:
+    assert versions.is_tested(version) is is_known
+
+
+def test_the_v1_runner_is_chosen_as_long_as_vllm_has_it(source: Source) -> None:
+    """vLLM has deprecated its V1 model runner. Up to the newest version here, it takes V1 if a feature needs it."""
+    _, config = source.find("vllm.config", "VllmConfig") or ("", None)
+    assert config is not None
+    chooses = next(node for node in ast.walk(config) if getattr(node, "name", None) == "use_v2_model_runner")
+    called = {node.func.attr for node in ast.walk(chooses) if isinstance(node, ast.Call) and hasattr(node.func, "attr")}
+    assert "_get_v2_model_runner_unsupported_features" in called
+    assert "load_lora_model" in source.names("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
