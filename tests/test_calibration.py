@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, LadderError, RankLadder
-from chunkwise_lora.calibration import CalibrationConfig, cost_model, estimator, fitted_ladder
+from chunkwise_lora.calibration import CalibrationConfig, cost_model, estimator, fitted_ladder, search
 from chunkwise_lora.calibration import calibrate as procedure
 from chunkwise_lora.calibration.basis import Basis, rotate_basis
 from chunkwise_lora.calibration.calibrate import Calibration, calibrate
@@ -27,6 +29,7 @@ from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
 from chunkwise_lora.calibration.estimate import planned_work, scaled_to
 from chunkwise_lora.calibration.fisher import sensitivities
+from chunkwise_lora.calibration.fitted_ladder import FittedLadder, alike
 from chunkwise_lora.calibration.log_probabilities import (
     at_full_rank,
     kl_divergence,
@@ -39,7 +42,7 @@ from chunkwise_lora.calibration.log_probabilities import (
 from chunkwise_lora.calibration.run import CalibrationRun
 from chunkwise_lora.calibration.rung_policy import choose_rungs
 from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
-from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SEARCH_TOLERANCE
+from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SEARCH_TOLERANCE, choose_tokens
 from chunkwise_lora.calibration.self_generated import PREFIX_TOKENS, generate_text
 from chunkwise_lora.calibration.text import MIN_BLOCKS, CalibrationText, TokenBlocks
 from chunkwise_lora.calibration.work import Progress, Speed, Work
@@ -308,11 +311,17 @@ def test_minutes_scale_the_work_to_the_time(seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def calibrated() -> Calibration:
-    return calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
+    """A calibration in which each token gets its own rung, whether or not that pays."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "CHOICE_GAIN", -math.inf)
+        patch.setattr(search, "STANDARD_ERRORS", -math.inf)
+        return calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
 
 
-def test_calibration_is_deterministic(calibrated: Calibration) -> None:
-    again = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
+def test_calibration_is_deterministic() -> None:
+    calibrated, again = (
+        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG) for _ in range(2)
+    )
     assert again.policy == calibrated.policy and again.check == calibrated.check
     for name, module in calibrated.ladder.modules.items():
         assert torch.equal(again.ladder.modules[name].down, module.down)
@@ -555,3 +564,38 @@ def test_a_calibrated_folder_holds_safetensors_and_json_only(calibrated: Calibra
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert load_file(tmp_path / "chunkwise.safetensors")["learned/token"].shape == (VOCABULARY,)
     assert json.loads((tmp_path / "chunkwise.json").read_text())["policy"]["complexity"]["learned"] is True
+
+
+def test_tokens_share_one_rung_unless_choosing_pays() -> None:
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG)
+    assert not found.choice.pays, "random weights have no hard tokens"
+    assert found.policy.levels == 1 and found.ladder.learned is None
+    assert found.check.mean_rank == pytest.approx(4, abs=0.5), "the highest rung within the budget"
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_choosing_pays_if_it_saves_enough_divergence(pays: bool) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    blocks = TokenBlocks.cut(text(), BLOCK)
+    split = CalibrationText.split(blocks, None, CONFIG)
+    run = CalibrationRun(build("llama"), ladder, split, CONFIG, Progress(lambda *_: None))
+    good, bad = alike(1.0), alike(1 / 8)
+    with run.attach(ladder) as model:
+        config, choice = choose_tokens(run, model, *((good, bad) if pays else (bad, good)), multiplier=0.0)
+    assert choice.pays is pays and config is good
+    assert min(choice.planned, choice.alike) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mean_rank", "sampled"), [(0.5, (4, 16)), (0.25, (2, 9)), (1 / 16, (1, 3)), (None, (1, 16))])
+def test_the_basis_is_rotated_for_rungs_around_the_budget(mean_rank: float | None, sampled: tuple[int, int]) -> None:
+    config = CalibrationConfig(mean_rank=mean_rank, max_loss_increase=None if mean_rank else 0.01)
+    assert config.sampled_rungs(16) == sampled
+
+
+@pytest.mark.parametrize("share", [1 / 16, 1 / 8, 1 / 4, 1 / 2])
+def test_the_rung_of_all_tokens_is_the_one_that_was_asked_for(share: float) -> None:
+    ranks = (*(0.99 * rank for rank in range(16)), 16.0)  # rungs of whole directions spend a little less
+    allowed = range(CalibrationConfig(mean_rank=share).sampled_rungs(16)[0], 17)
+    fitted = FittedLadder(cast("Any", SimpleNamespace(rung_ranks=ranks)), cast("Any", None), np.zeros(1), allowed)
+    (found,) = fitted.one_rung(share).selection.rank_shares
+    assert found == pytest.approx(0.99 * share)

@@ -71,7 +71,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
         "tokens": NOT_A_COUNT,
         "block": (*NOT_A_COUNT, 8),
         "rungs": (*NOT_A_COUNT, 65),
-        "lowest_share": NOT_A_SHARE,
+        "lowest_share": (-0.1, 1, NAN, "half"),
         "self_generated_tokens": (-1, 2.5, "much", None),
         "refinements": (-1, 2.5, "few", None),
         "rounds": (-1, 0.5, "none", None),
@@ -81,6 +81,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
         "explorations": NOT_A_COUNT,
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
         "int8": (2, "perhaps", None),
+        "minutes": (0, -1, NAN, "long"),
         "seed": (-1, 2.5, "lucky", None),
     },
     Choice: {

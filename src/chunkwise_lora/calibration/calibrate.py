@@ -24,7 +24,13 @@ from chunkwise_lora.calibration.moments import second_moments
 from chunkwise_lora.calibration.run import GIVEN, CalibrationRun
 from chunkwise_lora.calibration.rung_divergence import rung_divergence
 from chunkwise_lora.calibration.rung_sampler import RandomRungs, RungSampler
-from chunkwise_lora.calibration.search import choose_chunks_and_scale, choose_int8, share_for_loss_budget
+from chunkwise_lora.calibration.search import (
+    TokenChoice,
+    choose_chunks_and_scale,
+    choose_int8,
+    choose_tokens,
+    share_for_loss_budget,
+)
 from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks, block_length
 from chunkwise_lora.calibration.work import Progress, Report
@@ -40,6 +46,8 @@ class Calibration:
     ladder: RankLadder
     """Holds the policy, what the estimator learned, and the divergence of every rung."""
     check: Check
+    choice: TokenChoice
+    """Whether it pays to give each token its own rung."""
     explained: dict[str, float]
     """For each combination of signals, the share of the deviance of tokens' costs that it explains on held-back
     text."""
@@ -109,7 +117,7 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         fitted = fit_ladder(run, ladder)
     else:
         basis = _initial_basis(run, training_text)
-        basis = _rotated(run, basis, training_text, RandomRungs(run.lowest_rung(config.rungs), config.rungs))
+        basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(config.rungs)))
         fitted = fit_ladder(run, basis.on_rungs(config.rungs))
         for _ in range(config.rounds if config.refinements else 0):
             basis = _rotated(run, basis, training_text, fitted.sampler(run, _budget_share(run, fitted)))
@@ -117,9 +125,11 @@ def _calibrated(run: CalibrationRun) -> Calibration:
     if config.distillations:
         fitted = fit_ladder(run, _distilled(run, fitted, training_text))
 
-    rung_policy = fitted.rung_policy(_budget_share(run, fitted))
+    share = _budget_share(run, fitted)
+    planned, alike = fitted.rung_policy(share), fitted.one_rung(share)
     with run.attach(fitted.ladder) as chunkwise:
-        policy, searched = choose_chunks_and_scale(run, chunkwise, fitted.config(rung_policy), rung_policy.multiplier)
+        policy, choice = choose_tokens(run, chunkwise, fitted.config(planned), alike, planned.multiplier)
+        policy, searched = choose_chunks_and_scale(run, chunkwise, policy, planned.multiplier)
         if config.int8:
             policy = choose_int8(run, chunkwise, policy)
         held = text.choice.evenly(max(1, config.divergence_tokens // text.choice.length))
@@ -127,8 +137,9 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         divergence = rung_divergence(chunkwise, batches, GIVEN, same_full_rank=not config.distillations)
         check = check_policy(run, chunkwise, policy)
     expectation = check.expectation(config.mean_rank, fitted.ladder.rung_ranks[-1])
-    ladder = replace(fitted.ladder, policy=policy, rung_divergence=divergence, expectation=expectation)
-    return Calibration(ladder, check, fitted.estimator.explained, searched)
+    learned = fitted.ladder.learned if policy.complexity.learned else None
+    ladder = replace(fitted.ladder, policy=policy, learned=learned, rung_divergence=divergence, expectation=expectation)
+    return Calibration(ladder, check, choice, fitted.estimator.explained, searched)
 
 
 def _refuse(

@@ -42,8 +42,12 @@ class CalibrationConfig(StrictConfig):
     rungs: int = Field(
         16, ge=1, le=64, description="Rungs of the ladder above rank 0; more rungs use the budget better."
     )
-    lowest_share: float = Field(
-        0.25, ge=0, lt=1, description="Lowest rung that a policy may use, as a share of the full rank."
+    lowest_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Lowest rung that a policy may use, as a share of the full rank; by default half of the mean rank, "
+        "or rung 1 if the budget is a loss.",
     )
     refinements: int = Field(
         80, ge=0, description="Steps of gradient descent that rotate the basis, so that low rungs lose less."
@@ -89,6 +93,18 @@ class CalibrationConfig(StrictConfig):
         if (self.mean_rank is None) == (self.max_loss_increase is None):
             raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
         return self
+
+    def sampled_rungs(self, top: int) -> tuple[int, int]:
+        """The lowest rung that a policy may use, and the end (exclusive) of those that the basis is rotated for at
+        first, for a ladder whose highest rung is `top`.
+
+        They lie around the mean rank, because a basis that is good for one rank is not the best one for another.
+        """
+        share = self.mean_rank
+        given = self.lowest_share if self.lowest_share is not None else (share or 0) / 2
+        lowest = round(given * top) if self.lowest_share is not None else max(1, round(given * top))
+        lowest = min(lowest, top - 1)
+        return lowest, top if share is None else min(top, max(lowest + 1, math.floor(2 * share * top) + 1))
 
     # How the work of every step follows from `tokens`.
 

@@ -61,7 +61,7 @@ def planned_work(run: CalibrationRun) -> Work:
         work += rotation + (rotation + fit + share) * (config.rounds if config.refinements else 0)
     if config.distillations:
         work += descent(config.distillations, DISTILLATION_TOKENS) + fit + share
-    work += Work(read=choice * (len(MIN_LENGTHS) + len(SCALES)))
+    work += Work(read=choice * (3 + len(MIN_LENGTHS) + len(SCALES)))
     if config.int8:
         work += by_step(text.choice) * 2
     measured = min(len(text.choice), max(1, config.divergence_tokens // length)) * length

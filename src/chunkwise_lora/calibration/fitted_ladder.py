@@ -16,13 +16,18 @@ from chunkwise_lora.calibration.rung_sampler import PlannedRungs
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.complexity import SIGNALS
 from chunkwise_lora.method.config import (
+    ChunkingConfig,
     ChunkWiseConfig,
     ComplexityConfig,
     CompositionConfig,
     KVCacheConfig,
     LevelKVPolicy,
+    SelectionConfig,
 )
 from chunkwise_lora.method.scheduler import RuntimeScheduler
+
+ROUNDING = 1e-6
+"""A rung may exceed a mean rank by this share."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class FittedLadder:
         ranks = self.ladder.rung_ranks
         return choose_rungs(self.estimator.costs, self.scores, ranks, share * ranks[-1], self.allowed)
 
+    def one_rung(self, share: float) -> ChunkWiseConfig:
+        """The configuration that gives every token the same rung: the highest one within a mean rank, which is given as
+        a share of the full rank, or else the lowest one that is allowed."""
+        ranks = self.ladder.rung_ranks
+        within = [rung for rung in self.allowed if ranks[rung] <= share * ranks[-1] * (1 + ROUNDING)]
+        return alike(ranks[max(within, default=min(self.allowed))] / ranks[-1])
+
     def config(self, policy: RungPolicy) -> ChunkWiseConfig:
         """The configuration that runs a choice of rungs, without cross-fades and with a full-precision KV cache."""
         unused = {name: 0.0 for name in SIGNALS if name not in self.estimator.signals}
@@ -58,7 +70,17 @@ class FittedLadder:
         config, ranks = self.config(self.rung_policy(share)), self.ladder.rung_ranks
         new_scheduler = partial(RuntimeScheduler, config, ranks, run.vocab_size, self.ladder.learned)
         top = len(ranks) - 1
-        return PlannedRungs(new_scheduler, run.lowest_rung(top), top)
+        return PlannedRungs(new_scheduler, run.config.sampled_rungs(top)[0], top)
+
+
+def alike(rank_share: float) -> ChunkWiseConfig:
+    """The configuration that gives every token the rung of a rank, with a full-precision KV cache."""
+    return ChunkWiseConfig(
+        chunking=ChunkingConfig(thresholds=()),
+        selection=SelectionConfig(rank_shares=(rank_share,), scales=(1.0,)),
+        composition=CompositionConfig(window=0),
+        kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),)),
+    )
 
 
 def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
@@ -66,8 +88,7 @@ def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
 
     The estimator is fitted to the learning text. The choice text decides which signals it uses.
     """
-    top = ladder.rung_ranks[-1]
-    allowed = [i for i, rank in enumerate(ladder.rung_ranks) if rank >= run.config.lowest_share * top]
+    allowed = range(run.config.sampled_rungs(ladder.rungs - 1)[0], ladder.rungs)
     generator = np.random.default_rng(run.config.seed)
     with run.attach(ladder) as model:
         seen, unseen = (explore(run, model, text, allowed, generator) for text in (run.text.learning, run.text.choice))

@@ -71,10 +71,6 @@ class CalibrationRun:
         self.progress.begin(stage)
         return blocks.split(self.step_batch)
 
-    def lowest_rung(self, top: int) -> int:
-        """The lowest rung that training samples, for a ladder whose highest rung is `top`."""
-        return min(round(self.config.lowest_share * top), top - 1)
-
 
 def given_full_rank(model: ChunkWiseModel, blocks: TokenBlocks) -> Tensor:
     """(scored, vocabulary) log-probabilities of the given ladder at full rank, of a model from `attach`."""

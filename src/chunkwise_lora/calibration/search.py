@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from chunkwise_lora.calibration.log_probabilities import (
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
 
-SHARES = tuple(step / 16 for step in range(5, 16))
+SHARES = tuple(step / 16 for step in range(1, 16))
 """Mean ranks that are tried for a loss budget, as shares of the full rank."""
 MIN_LENGTHS = (1, 2, 4)
 """Shortest chunk lengths that are tried, in tokens, the simplest first."""
@@ -26,6 +27,10 @@ SCALES = (1.0, 0.95, 0.9)
 """Factors on the adapter's output that are tried, the simplest first."""
 SEARCH_TOLERANCE = 1e-3
 """A simpler setting is kept if its cost is within this share of the best cost; smaller differences are noise."""
+CHOICE_GAIN = 0.1
+"""Share of the divergence that a rung for each token must save over one rung for all tokens, to be worth planning."""
+STANDARD_ERRORS = 2.0
+"""The saving must also be this many standard errors above 0: with few scored tokens, a small one is noise."""
 INT8_TOLERANCE = 1e-3
 """INT8 keys and values are kept if they raise the loss by at most this share."""
 
@@ -57,6 +62,48 @@ def share_for_loss_budget(run: CalibrationRun, fitted: FittedLadder, budget: flo
     loss_per_kl = float(increase @ kl) / max(float(kl @ kl), 1e-12)
     predicted = loss_per_kl * kl / full_loss
     return min((share for share, one in zip(SHARES, predicted, strict=True) if one <= budget), default=1.0)
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """A rung for each token, compared with the same rung for all tokens, on the choice text."""
+
+    pays: bool
+    """Whether the policy gives each token its own rung."""
+    planned: float
+    """KL divergence from full rank, in nats per token, with a rung for each token."""
+    alike: float
+    """The same with one rung for all tokens, less what the difference in mean rank is worth."""
+
+
+def choose_tokens(
+    run: CalibrationRun, model: ChunkWiseModel, planned: ChunkWiseConfig, alike: ChunkWiseConfig, multiplier: float
+) -> tuple[ChunkWiseConfig, TokenChoice]:
+    """Choose between a rung for each token and the same rung for all tokens.
+
+    A rung for each token must reduce the divergence on the choice text by enough, because one rung is simpler and
+    faster.
+
+    Args:
+        run: The calibration.
+        model: A model from `run.attach`.
+        planned: The policy with a rung for each token.
+        alike: The policy with one rung for all tokens.
+        multiplier: The Lagrange multiplier that `planned` was chosen with, in nats per unit of rank.
+    """
+    divergences: list[list[np.ndarray]] = [[], []]
+    ranks = np.zeros(2)
+    for batch in run.batches(run.text.choice, "rungs for tokens"):
+        full = given_full_rank(model, batch)
+        for i, config in enumerate((planned, alike)):
+            done = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored)
+            divergences[i].append(kl_divergence(full, done.log_p).clamp_min(0).numpy())
+            ranks[i] += done.ranks.sum() / run.text.choice.tokens.numel()
+    of_planned, of_alike = (np.concatenate(one) for one in divergences)
+    saved = of_alike - of_planned + multiplier * (ranks[1] - ranks[0])
+    least = max(CHOICE_GAIN * of_alike.mean(), STANDARD_ERRORS * saved.std() / len(saved) ** 0.5)
+    choice = TokenChoice(bool(saved.mean() > least), float(of_planned.mean()), float((of_planned + saved).mean()))
+    return (planned if choice.pays else alike), choice
 
 
 def choose_chunks_and_scale(

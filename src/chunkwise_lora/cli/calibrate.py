@@ -165,7 +165,8 @@ def calibrate(
     result.ladder.save_pretrained(output)
     _print_result(result, output)
     policy = result.policy.model_dump(mode="json")
-    content = {"check": asdict(result.check), "explained": result.explained, "searched": result.searched}
+    content = {"check": asdict(result.check), "choice": asdict(result.choice), "explained": result.explained}
+    content["searched"] = result.searched
     write_json(json_file, {**content, "config": policy})
 
 
@@ -186,7 +187,12 @@ def _announced(report: Report) -> Report:
 
 def _print_result(result: Calibration, output: Path) -> None:
     console.print(calibration_table(result))
-    check = result.check
+    check, choice = result.check, result.choice
+    verdict = "Each token gets its own rung" if choice.pays else "One rung serves all tokens: choosing does not pay"
+    print_plain(
+        f"{verdict} (KL to full rank {choice.planned:.2g} nats per token if rungs are chosen, and {choice.alike:.2g} "
+        "with one rung at that cost)."
+    )
     change = "rise" if check.loss_increase >= 0 else "fall"
     print_plain(
         f"Expect the loss to {change} by {abs(check.loss_increase):.2%} (95% interval: plus or minus "

@@ -108,10 +108,12 @@ def calibration_table(result: Calibration) -> Table:
     full = result.ladder.rung_ranks[-1]
     ranks = ", ".join(f"{share * full:.1f}" for share in result.policy.selection.rank_shares)
     length, scales = result.policy.chunking.min_length, result.policy.selection.scales
-    table.caption = (
-        f"ranks from easy to hard: {ranks}; chunks of at least {length} tokens, scales {min(scales):g} to "
-        f"{max(scales):g}"
-    )
+    table.caption = f"rank of every token: {ranks}; scale {scales[0]:g}"
+    if len(scales) > 1:
+        table.caption = (
+            f"ranks from easy to hard: {ranks}; chunks of at least {length} tokens, scales {min(scales):g} to "
+            f"{max(scales):g}"
+        )
     return table
 
 
