@@ -234,3 +234,26 @@ def test_tokens_are_grouped_by_rung_only_where_it_is_faster(
     made = segments_of("a", plan, np.array([0.0, 4.0, 8.0]), None)
     assert len(made) == count
     assert (made[0].weights is None) == (count == 1 and (plan == plan[0]).all() and plan[0].max() == 1) or count > 1
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.data())
+def test_a_layer_that_sees_some_tokens_gets_their_plan(adapters: int, width: int, data: st.DataObject) -> None:
+    def gates(plan: PassPlan) -> np.ndarray:
+        given = np.zeros((plan.tokens, adapters, 9), np.float32)
+        for one in plan.segments:
+            rows = np.arange(plan.tokens) if one.rows is None else one.rows
+            given[rows, int(one.adapter)] = np.eye(9)[one.rung] if one.weights is None else one.weights
+        return given
+
+    planner = BatchPlanner(VOCABULARY)
+    counts = data.draw(st.lists(st.integers(1, width), min_size=1, max_size=5))
+    spans, ids = [], []
+    for key, count in enumerate(counts):
+        owner, config = data.draw(st.integers(0, adapters)), data.draw(st.sampled_from([BALANCED, LOSSLESS]))
+        if owner < adapters:
+            planner.open(key, sequence([], config, info(str(owner))))
+        spans.append(Span(key, 0, count))
+        ids.append(data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=count, max_size=count)))
+    plan = planner.plan(spans, lambda: ids)
+    last = np.cumsum(counts) - 1
+    assert np.array_equal(gates(plan.at(last)), gates(plan)[last])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -11,11 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import small
 from chunkwise_lora import ChunkWiseConfig, RankLadder
 from chunkwise_lora.engines.vllm import settings
-from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine
+from chunkwise_lora.engines.vllm.worker import NO_PROMPT_LOGPROBS
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME as CONFIG
+from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine, own_lora
 
 LONG = small.HELD_TEXT.read_text(encoding="utf-8")[:900]
 
@@ -129,6 +134,38 @@ def test_an_aborted_request_leaves_no_plan_behind(engine: Engine) -> None:
     finished = engine.run()
     assert finished.keys() == {"abort1", "abort2"}
     assert len(engine.planner) == 0
+
+
+@pytest.fixture(scope="module")
+def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `wiki` adapter with LoRA on the output head, too."""
+    folder = tmp_path_factory.mktemp("with_head")
+    adapter, config = load_file(f"{WIKI}/adapter_model.safetensors"), json.loads(Path(WIKI, CONFIG).read_text())
+    torch.manual_seed(0)
+    width, vocabulary = adapter["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape[1], 4096
+    for side, shape in (("A", (config["r"], width)), ("B", (vocabulary, config["r"]))):
+        adapter[f"base_model.model.lm_head.lora_{side}.weight"] = 0.05 * torch.randn(shape)
+    save_file(adapter, folder / "adapter_model.safetensors")
+    (folder / CONFIG).write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "lm_head"]}))
+    return folder
+
+
+def test_an_adapter_of_the_output_head_gives_the_tokens_of_vllms_own_lora(engine: Engine, with_head: Path) -> None:
+    adapters = [str(with_head), WIKI, None, str(with_head)]
+    expected = own_lora(PROMPTS, adapters, 24)
+    assert engine.greedy(PROMPTS, adapters, 24) == expected
+    assert expected[0] != engine.greedy(PROMPTS[:1], [WIKI], 24)[0]
+
+
+def test_an_adapter_of_the_output_head_follows_the_plan(engine: Engine, with_head: Path) -> None:
+    assert engine.greedy(PROMPTS[:1], [with_head], 8, chunkwise_mean_rank=0.0) == engine.greedy(PROMPTS[:1], [None], 8)
+    prompt = {"prompt": PROMPTS[0]}
+    params = engine.params(1)
+    params.prompt_logprobs = 1
+    (refused,) = engine.llm.generate(prompt, params, lora_request=engine.adapter(with_head), use_tqdm=False)
+    assert refused.outputs[0].stop_reason.endswith(NO_PROMPT_LOGPROBS)
+    (plain,) = engine.llm.generate(prompt, params, lora_request=engine.adapter(WIKI), use_tqdm=False)
+    assert len(plain.prompt_logprobs) == len(plain.prompt_token_ids)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from chunkwise_lora.engines.vllm import plugin, versions
+from conftest import OPTIONS
 
 INSTALLED = Path(find_spec("vllm").submodule_search_locations[0]).parent  # type: ignore[union-attr, index]
 SOURCES = [INSTALLED, *map(Path, filter(None, os.environ.get("CHUNKWISE_VLLM_SOURCES", "").split(":")))]
@@ -36,6 +37,7 @@ FIELDS = {
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA": (
         *("output_slices", "input_size", "tp_size", "slice_lora_a", "slice_lora_b", "set_mapping"),
     ),
+    "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA": ("hidden_size", "vocab_size", "_get_logits"),
     "vllm.lora.model_manager:LoRAModelManager": (
         *("model", "modules", "packed_modules", "supported_lora_modules", "lora_config", "device"),
         *("max_num_batched_tokens", "capacity", "lora_slots", "_registered_adapters", "_active_adapters"),
@@ -76,7 +78,7 @@ FIELDS = {
     "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput": ("_model_runner_output",),
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": ("logits",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        *("_update_states", "set_active_loras", "execute_model", "sample_tokens"),
+        *("_update_states", "set_active_loras", "execute_model", "sample_tokens", "_get_prompt_logprobs_dict"),
         *("execute_model_state", "requests", "input_batch", "input_ids"),
     ),
     "vllm.entrypoints.openai.completion.protocol:CompletionResponse": ("usage", "kv_transfer_params"),
@@ -201,8 +203,18 @@ def test_releases_of_tested_minor_versions_are_known(version: str, is_known: boo
     assert versions.is_tested(version) is is_known
 
 
-def test_the_v1_runner_is_chosen_as_long_as_vllm_has_it(source: Source) -> None:
-    """vLLM has deprecated its V1 model runner. Up to the newest version here, it takes V1 if a feature needs it."""
+def test_vllm_takes_its_v1_runner_where_it_could_take_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(**OPTIONS).create_engine_config()
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    assert not config.use_v2_model_runner
+    monkeypatch.setattr(config, "lora_config", None)
+    assert config.use_v2_model_runner
+
+
+def test_the_v1_runner_is_there(source: Source) -> None:
+    """vLLM has deprecated its V1 model runner. Up to the newest version here, it takes V1 if V2 lacks a feature."""
     _, config = source.find("vllm.config", "VllmConfig") or ("", None)
     assert config is not None
     chooses = next(node for node in ast.walk(config) if getattr(node, "name", None) == "use_v2_model_runner")

@@ -67,6 +67,11 @@ class PassPlan:
         """Return the plan for another number of tokens, in any order. The plan must be uniform."""
         return self._view(1, tokens)
 
+    def at(self, positions: np.ndarray) -> PassPlan:
+        """Return the plan for a layer that sees only the tokens at `positions` (n,), which are in ascending order."""
+        segments = (_segment_at(segment, positions, self.tokens) for segment in self.segments)
+        return PassPlan(tuple(segment for segment in segments if segment is not None), 1, len(positions))
+
     def repeated(self, columns: int) -> PassPlan:
         """Return the plan for `columns` tokens of each row. All tokens of a row must have the same gates."""
         key = -1, columns
@@ -92,6 +97,17 @@ class PassPlan:
         return Segment(
             segment.adapter, segment.rung, weights, rows // self.width * columns + rows % self.width - hidden
         )
+
+
+def _segment_at(segment: Segment, positions: np.ndarray, tokens: int) -> Segment | None:
+    """Return the part of a segment for the tokens at `positions`, in a pass of `tokens`. None: it has none of them."""
+    rows = np.arange(tokens) if segment.rows is None else segment.rows
+    seen = np.isin(rows, positions)
+    if not seen.any():
+        return None
+    weights = None if segment.weights is None else np.ascontiguousarray(segment.weights[seen])
+    is_whole = segment.rows is None and segment.weights is None
+    return Segment(segment.adapter, segment.rung, weights, None if is_whole else np.searchsorted(positions, rows[seen]))
 
 
 def _repeated(segment: Segment, columns: int) -> Segment:

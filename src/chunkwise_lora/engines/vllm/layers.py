@@ -6,8 +6,10 @@ computed in a custom operator, so that a compiled model does not contain the pla
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
@@ -24,15 +26,22 @@ class RunningPass:
         self.backend = backend
         self.tokens = 0
         """Tokens of the pass, without padding."""
+        self.samples = False
+        """Whether logits are computed of the last token of each request, and not of the tokens of a prompt."""
         self._prepared: PreparedPass | None = None
+        self._plan: PassPlan | None = None
+        self._last: np.ndarray = np.empty(0, np.int64)
+        """(requests,) positions of the last token of each request in the pass."""
 
     def begin(self, tokens: int) -> None:
         """Start a pass over `tokens` tokens, padding not counted."""
-        self.tokens, self._prepared = tokens, None
+        self.tokens, self._prepared, self._plan = tokens, None, None
 
-    def plan(self, plan: PassPlan) -> None:
-        """Set the plan that all layers follow in this pass."""
+    def plan(self, plan: PassPlan, last: np.ndarray) -> None:
+        """Set the plan that all layers follow in this pass. `last` (requests,) are the positions of each request's last
+        token, of which logits are computed."""
         self._prepared = self.backend.prepare(plan) if plan.segments else None
+        self._plan, self._last = plan, last
 
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
         """Add the adapter product for x (tokens, in) to y (tokens, width), in place. Rows after the pass's tokens are
@@ -41,6 +50,11 @@ class RunningPass:
             if len(x) > self.tokens:
                 y, x = y[: self.tokens], x[: self.tokens]
             self.backend.apply(layer, y, x, self._prepared)
+
+    def add_to_logits(self, layer: Layer, y: Tensor, x: Tensor, adapters: Container[str]) -> None:
+        """Add the product of those of `adapters` that run in this pass to logits y (requests, vocabulary), in place."""
+        if self.samples and self._plan is not None and any(one in adapters for one in self._plan.adapters):
+            self.backend.apply(layer, y, x, self.backend.prepare(self._plan.at(self._last)))
 
 
 class LayerAdapters:
@@ -63,6 +77,21 @@ class LayerAdapters:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add the adapter product by the plan of the running pass."""
         self._running.add(self.layer, y, x)
+
+
+class HeadAdapters:
+    """All adapters of the output head. It takes the place of the punica wrapper of vLLM's logits processor."""
+
+    def __init__(self, layer: Layer, running: RunningPass, adapters: Container[str]) -> None:
+        self.layer = layer
+        self._running = running
+        self._adapters = adapters
+        """Keys of the loaded adapters that adapt the head."""
+
+    def add_lora_logits(self, y: Tensor, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Add the adapter product for x (requests, in) to logits y (requests, vocabulary), in place, and return y."""
+        self._running.add_to_logits(self.layer, y, x, self._adapters)
+        return y
 
 
 def _add_adapters(y: Tensor, x: Tensor, layer: str) -> None:

@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
@@ -30,13 +31,16 @@ from vllm.model_executor.layers.linear import LinearBase
 from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
 from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, reports, settings
-from chunkwise_lora.engines.vllm.layers import LayerAdapters, RunningPass
+from chunkwise_lora.engines.vllm.layers import HeadAdapters, LayerAdapters, RunningPass
 from chunkwise_lora.errors import ChunkWiseError, LadderError, shown
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
 
 logger = logging.getLogger("vllm.chunkwise")
+
+LARGEST_HEAD = 258_048
+"""Entries of the largest vocabulary for which vLLM adapts the output head. With others, it would not start."""
 
 
 @dataclass
@@ -61,7 +65,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     """Loads ladders into the layers of a model and unloads them."""
 
     supported_lora_modules: list[str]
-    layers: dict[str, LayerAdapters]
+    layers: dict[str, LayerAdapters | HeadAdapters]
     backend: AnyBackend
     running: RunningPass
     on_load: Callable[[LoadedLadder], None]
@@ -73,6 +77,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     def __init__(self, model: nn.Module, *arguments: Any, vllm_config: VllmConfig, **options: Any) -> None:
         self._static_context = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
+        self._adapters_of_head: set[str] = set()
         self.on_load = lambda _: None
         self.on_unload = lambda _: None
         super().__init__(model, *arguments, vllm_config=vllm_config, **options)
@@ -83,9 +88,11 @@ class LadderManager(LRUCacheLoRAModelManager):
         return self.lora_config.max_loras if self._has_slots else 0
 
     def _create_lora_modules(self) -> None:
-        # Only linear layers: vLLM would wrap embeddings, output heads and routed experts as well.
-        linear = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, LinearBase)}
-        self.supported_lora_modules = [name for name in self.supported_lora_modules if name in linear]
+        # Only linear layers and the output head: vLLM would wrap embeddings and routed experts as well.
+        usable = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, LinearBase)}
+        if self.vocab_size <= LARGEST_HEAD:
+            usable.add("lm_head")
+        self.supported_lora_modules = [name for name in self.supported_lora_modules if name in usable]
         self.supported_modules_to_save: set[str] = set()  # nor heads of classifiers, since 0.31
         self._has_slots = False
         super()._create_lora_modules()
@@ -95,15 +102,20 @@ class LadderManager(LRUCacheLoRAModelManager):
         self.running = RunningPass(self.backend)
         self.layers = {}
         for name, module in self.modules.items():
+            if isinstance(module, LogitsProcessorWithLoRA):
+                columns = [Columns(0, module.vocab_size)]
+                layer = self.backend.add_layer(name, module.hidden_size, columns)
+                self.layers[name] = HeadAdapters(layer, self.running, self._adapters_of_head)
+                module.set_mapping(self.layers[name])
+                continue
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 continue
             offsets = np.cumsum([0, *module.output_slices]).tolist()
             columns = [Columns(*where) for where in zip(offsets, module.output_slices, strict=False)]
-            layer = self.layers[name] = LayerAdapters(
-                self.backend.add_layer(name, module.input_size, columns), self.running
-            )
-            self._static_context[layer.key] = layer
-            module.set_mapping(layer)
+            layer = self.backend.add_layer(name, module.input_size, columns)
+            adapters = self.layers[name] = LayerAdapters(layer, self.running)
+            self._static_context[adapters.key] = adapters
+            module.set_mapping(adapters)
 
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
         """Return the part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
@@ -124,21 +136,21 @@ class LadderManager(LRUCacheLoRAModelManager):
         if left:
             raise LadderError(
                 f"{path}: adapts {', '.join(sorted(left.values())[:3])}{' and others' if len(left) > 3 else ''}, where "
-                f"{type(self.model).__name__} in vLLM has no linear layer (embeddings, output heads and routed experts "
-                "are not supported); train the adapter on linear layers of this base model"
+                f"{type(self.model).__name__} in vLLM has no linear layer (embeddings and routed experts are not "
+                "supported); train the adapter on linear layers of this base model"
             )
         return shares
 
     def _share(self, layer: str, modules: list[LadderModule | None], path: str) -> list[LadderModule | None]:
-        wrapped = self.modules[layer]
-        columns = self.layers[layer].layer.columns
+        wrapped, product = self.modules[layer], self.layers[layer].layer
+        columns = product.columns
         if len(modules) != len(columns):
             raise LadderError(
                 f"{path}: {layer} computes {len(columns)} modules, the ladder has {len(modules)}; not supported"
             )
         downs: Any = [None if module is None else module.down for module in modules]
         ups: Any = [None if module is None else module.up for module in modules]
-        if wrapped.tp_size > 1:
+        if wrapped.tp_size > 1 and isinstance(wrapped, BaseLinearLayerWithLoRA):  # all ranks have all logits
             single = len(self.packed_modules.get(layer, [])) <= 1  # these layers of vLLM take tensors, not lists
             downs = [wrapped.slice_lora_a(downs[0])] if single else wrapped.slice_lora_a(downs)
             ups = [wrapped.slice_lora_b(ups[0])] if single else wrapped.slice_lora_b(ups)
@@ -147,15 +159,19 @@ class LadderManager(LRUCacheLoRAModelManager):
             if module is None:
                 shares.append(None)
                 continue
-            if down.shape[1] != wrapped.input_size or up.shape[0] != where.width:
+            if down.shape[1] != product.in_features or up.shape[0] != where.width:
                 raise LadderError(
                     f"{path}: {layer} takes {down.shape[1]} inputs to {up.shape[0]} outputs in the ladder, but "
-                    f"{wrapped.input_size} to {where.width} in the model; give the base model that it was trained on"
+                    f"{product.in_features} to {where.width} in the model; give the base model that it was trained on"
                 )
             shares.append(
                 loading.prepared(LadderModule(up, down, module.sigma, module.ranks), self.lora_config.lora_dtype)
             )
         return shares
+
+    def adapts_head(self, adapter: str) -> bool:
+        """Return whether a loaded ladder adapts the output head."""
+        return adapter in self._adapters_of_head
 
     # The interface that vLLM's managers expect
 
@@ -177,19 +193,24 @@ class LadderManager(LRUCacheLoRAModelManager):
         ladder = self._registered_adapters[lora_id]
         self.backend.load(str(lora_id), ladder.modules)
         self._active_adapters[lora_id] = None
+        if any(isinstance(self.layers[name], HeadAdapters) for name in ladder.modules):
+            self._adapters_of_head.add(ladder.info.key)
         self.on_load(ladder)
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
-        self.backend.unload(str(lora_id))
-        self.on_unload(str(lora_id))
+        self._unload(str(lora_id))
+
+    def _unload(self, adapter: str) -> None:
+        self.backend.unload(adapter)
+        self._adapters_of_head.discard(adapter)
+        self.on_unload(adapter)
 
     def remove_all_adapters(self) -> None:
         """Remove all ladders."""
         super().remove_all_adapters()
         for adapter in self.backend.adapters:
-            self.backend.unload(adapter)
-            self.on_unload(adapter)
+            self._unload(adapter)
 
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """Start a new pass. No adapter runs until the pass is planned."""
@@ -255,6 +276,7 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
             with _all_ranks_or_none(lora_request):
                 ladders.activate_adapter(lora_id)
         except LadderError:
+            ladders._deactivate_adapter(lora_id)  # frees what was copied until then
             ladders.remove_adapter(lora_id)
             raise
         return True

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -15,10 +16,12 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
-from chunkwise_lora.engines.vllm.reports import PassReport
+from chunkwise_lora.engines.vllm.reports import SAYS, PassReport
 from chunkwise_lora.method.batch import BatchPlanner, Span
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.sequence import SequencePlanner
+
+NO_PROMPT_LOGPROBS = "prompt_logprobs cannot be computed with an adapter of the output head; leave them out"
 
 
 def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
@@ -30,11 +33,11 @@ def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: 
 
 
 class RunnerPlanner:
-    """Plans the passes of one model runner. It wraps four methods of the runner.
+    """Plans the passes of one model runner. It wraps five methods of the runner.
 
     `_update_states` tells which requests have ended. `set_active_loras` is called when the requests of a pass are
     known. `sample_tokens` has the logits of the pass. It returns the output of the pass; where nothing is sampled,
-    `execute_model` does.
+    `execute_model` does. `_get_prompt_logprobs_dict` computes logits of other tokens than those to be sampled.
     """
 
     def __init__(self, runner: Any, manager: LadderWorkerManager, vllm_config: VllmConfig) -> None:
@@ -62,6 +65,7 @@ class RunnerPlanner:
             ("_update_states", self._update_states),
             ("set_active_loras", self._set_active_loras),
             ("execute_model", self._execute_model),
+            ("_get_prompt_logprobs_dict", self._get_prompt_logprobs),
             ("sample_tokens", self._sample_tokens),
         ):
             setattr(runner, name, _around(getattr(runner, name), hook))
@@ -91,7 +95,9 @@ class RunnerPlanner:
         self._ends = [span.start + span.count for span in spans]
         self._learn()
         plan = self.planner.plan(spans, lambda: self._token_ids(counts))
-        self._manager.ladders.running.plan(plan)
+        running = self._manager.ladders.running
+        running.plan(plan, np.cumsum(counts) - 1)
+        running.samples = True
         self._report.ranks = {
             request: {"mean_rank": planner.mean_rank, "full_rank": planner.full_rank}
             for request in input_batch.req_ids
@@ -120,6 +126,14 @@ class RunnerPlanner:
             self._report = PassReport()
         return output
 
+    def _get_prompt_logprobs(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        running = self._manager.ladders.running
+        running.samples = False
+        try:
+            return original(*arguments, **options)
+        finally:
+            running.samples = True
+
     def _note_entropies(self, requests: Sequence[str], logits: Tensor) -> None:
         """Compute the entropies of logits (requests, vocabulary), which predict each request's next token."""
         planners = [self.planner.get(request) for request in requests]
@@ -147,6 +161,11 @@ class RunnerPlanner:
             self.planner.close([request_id])
             return
         ladder = self._manager.loaded(adapter)
+        if getattr(request.sampling_params, "prompt_logprobs", None) is not None and self._manager.ladders.adapts_head(
+            ladder.info.key
+        ):
+            self._report.failed[request_id] = SAYS + NO_PROMPT_LOGPROBS
+            return
         known = self.planner.get(request_id)
         if known is not None and known.adapter.has_rungs_of(ladder.info):
             return
