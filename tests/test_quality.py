@@ -47,7 +47,7 @@ from chunkwise_lora.evaluation.report import markdown, page
 from chunkwise_lora.evaluation.results import Evaluation, Prediction, Result, Score, free_ranks
 from chunkwise_lora.evaluation.settings import EvaluationSettings
 from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
-from chunkwise_lora.evaluation.tasks import calibration_tokens
+from chunkwise_lora.evaluation.tasks import calibration_tokens, own_policy
 from chunkwise_lora.evaluation.text import evaluate_text, windows_of
 from chunkwise_lora.evaluation.verdict import findings, verdict
 from chunkwise_lora.ladder.contents import Expectation
@@ -495,19 +495,30 @@ def prompt_batch(lengths: tuple[int, ...] = (9, 12, 7, 8), topics: str = "aabc")
     return PromptBatch(prompts, topics)
 
 
-def every_generator() -> dict[str, Generator]:
+GENERATORS = (
+    FULL,
+    "plain SVD at 4",
+    "ChunkWise lossless",
+    "ChunkWise balanced",
+    "ChunkWise compact",
+    "ChunkWise entropy",
+)
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, Generator]:
     comparison = Comparison(build("llama"), adapter("llama"))
-    selection = MethodSelection(["lossless", "balanced", "compact"], ["svd"], [0.5])
+    entropy = ChunkWiseConfig(kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3))
+    selection = MethodSelection(["lossless", "balanced", "compact"], ["svd"], [0.5], configs={"entropy": entropy})
     return {one.name: one for one in comparison.methods(selection, WINDOWS[None, :24]) if isinstance(one, Generator)}
-
-
-GENERATORS = every_generator()
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 @pytest.mark.parametrize("topics", ["aabc", "abcd"], ids=["shared beginnings", "nothing shared"])
-def test_a_batch_of_prompts_generates_what_each_prompt_generates_alone(name: str, topics: str) -> None:
-    method, batch = GENERATORS[name], prompt_batch(topics=topics)
+def test_a_batch_of_prompts_generates_what_each_prompt_generates_alone(
+    generators: dict[str, Generator], name: str, topics: str
+) -> None:
+    method, batch = generators[name], prompt_batch(topics=topics)
     with batch.begin(method) as run:
         answers, log_p = run.generate(6, lambda token: token % 7 == 0)
     for row, (prompt, answer) in enumerate(zip(batch.prompts, answers, strict=True)):
@@ -521,11 +532,13 @@ def test_a_batch_of_prompts_generates_what_each_prompt_generates_alone(name: str
 
 
 @pytest.mark.parametrize("name", GENERATORS)
-def test_reading_an_answer_gives_the_distributions_of_generating_it(name: str) -> None:
-    with prompt_batch().begin(GENERATORS[name]) as run:
+def test_reading_an_answer_gives_the_distributions_of_generating_it(
+    generators: dict[str, Generator], name: str
+) -> None:
+    with prompt_batch().begin(generators[name]) as run:
         answers, log_p = run.generate(5, lambda token: False)
         ranks = run.mean_ranks()
-    with prompt_batch().begin(GENERATORS[name]) as run:
+    with prompt_batch().begin(generators[name]) as run:
         again = run.read(Tokens.padded([answer[:-1] for answer in answers], "right"))
         assert torch.allclose(again, log_p, atol=2e-4)
         assert run.mean_ranks() == pytest.approx(ranks)
@@ -717,6 +730,14 @@ def test_eval_compares_several_calibrated_ladders_at_several_mean_ranks(run: Any
     ]
     assert len([row for row in results if row["label"]["series"] == "two rungs"]) == 2
     assert [row["mean_rank"] for row in results if row["label"]["series"] == "plain SVD"] == [8, 4]
+
+
+def test_an_adapter_that_is_a_calibrated_ladder_is_evaluated_with_its_policy(tmp_path: Path) -> None:
+    ladder = small.calibrated()
+    ladder.save_pretrained(tmp_path / "calibrated")
+    replace(ladder, policy=None).save_pretrained(tmp_path / "no policy")
+    assert own_policy(tmp_path / "calibrated")["calibrated"].policy == ladder.policy
+    assert own_policy(tmp_path / "no policy") == own_policy(small.WIKI) == {}
 
 
 def test_eval_needs_answers_to_score_against(run: Any, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def evaluate(
         typer.Option(
             metavar="[NAME=]FOLDER",
             help="Calibrated ladder: a folder that `chunkwise calibrate` wrote, or the name of an example; several "
-            "ladders need names for the table. May be repeated.",
+            "ladders need names for the table. May be repeated. By default the ladder in the adapter's folder, if it "
+            "has a policy.",
         ),
     ] = None,
     mean_ranks: Annotated[
@@ -64,16 +65,16 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Settings of ChunkWise to evaluate, one or more. Presets run on the ladder in the adapter's folder, "
-            "or else on the adapter's SVD. `calibrated` runs the ladders of --calibrated with their policies. By "
-            "default `calibrated` if there are such ladders, and otherwise `balanced`."
+            "or else on the adapter's SVD. `calibrated` runs the calibrated ladders with their policies. By default "
+            "`calibrated` if there are such ladders, and otherwise `balanced`."
         ),
     ] = None,
     baselines: Annotated[
         list[str],
         typer.Option(
             help="Baselines to compare with, one or more. base: no adapter. svd: plain SVD, the same rank for every "
-            "token. ladder: the same for the ladder in the adapter's folder and for the calibrated ones. For text "
-            "also: alike, calibrated rungs at exactly the mean rank of the plan, without choice; random, the "
+            "token. ladder: the same for the calibrated ladders, or else for the ladder in the adapter's folder. "
+            "For text also: alike, calibrated rungs at exactly the mean rank of the plan, without choice; random, the "
             "calibrated plan, shuffled; oracle, the best plan, given the cost of every token."
         ),
     ] = DEFAULT_BASELINES,
@@ -124,22 +125,22 @@ def evaluate(
     folders = {name: str(examples.find(path)) for name, path in _calibrated(calibrated or []).items()}
     shares = [share("--mean-ranks", one) or 1.0 for one in mean_ranks or []]
     adapter = adapter and str(examples.find(adapter))
-    presets = presets or [CALIBRATED if folders else "balanced"]
 
     from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection  # slow to import: after all refusals
     from chunkwise_lora.evaluation.plot import plot
     from chunkwise_lora.evaluation.report import markdown, page
     from chunkwise_lora.evaluation.settings import EvaluationSettings
-    from chunkwise_lora.evaluation.tasks import adapter_of, calibrated_ladder, run_task
+    from chunkwise_lora.evaluation.tasks import adapter_of, calibrated_ladder, own_policy, run_task
     from chunkwise_lora.evaluation.verdict import findings, verdict
 
     adapter = str(adapter_of(task, adapter))
+    ladders = {name: calibrated_ladder(folder) for name, folder in folders.items()} or own_policy(adapter)
+    presets = presets or [CALIBRATED if ladders else "balanced"]
     selection = MethodSelection(
         [one for one in presets if one], [one for one in baselines if one], shares, peft_adapters, configs
     )
     base, tokenizer = load_base_and_tokenizer(model)
     with progress() as reports:
-        ladders = {name: calibrated_ladder(folder) for name, folder in folders.items()}
         evaluation = run_task(
             task,
             data,

@@ -51,9 +51,9 @@ class MethodSelection:
     """Presets of ChunkWise, and `calibrated`: the policies of the calibrated ladders."""
     baselines: Sequence[str] = ()
     """Some of `BASELINES`. base: no adapter. svd: plain SVD, every token on the same rung. ladder: the same for the
-    ladder in the adapter's folder and for the calibrated ones. alike: every token on one of two neighbouring calibrated
-    rungs, so that the mean rank is exactly that of the plan. random: the rungs of the calibrated plan, shuffled over
-    the tokens. oracle: the best plan with the same rungs, given the cost of every token."""
+    calibrated ladders, or else for the ladder in the adapter's folder. alike: every token on one of two neighbouring
+    calibrated rungs, so that the mean rank is exactly that of the plan. random: the rungs of the calibrated plan,
+    shuffled over the tokens. oracle: the best plan with the same rungs, given the cost of every token."""
     mean_ranks: Sequence[float] = ()
     """Shares of the full rank at which `svd` and `ladder` run; by default the mean ranks of the plans."""
     peft: Mapping[str, str | Path] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class Comparison:
         if "svd" in wanted:
             whole = ranks if selection.mean_ranks else [math.ceil(rank - 0.01) for rank in ranks]
             found += self._uniform(PLAIN, PLAIN, whole, "baseline")
-        if "ladder" in wanted and OWN in self.chunkwise.ladders:
+        if "ladder" in wanted and OWN in self.chunkwise.ladders and not self.calibrated:
             found += self._uniform(OWN, OWN, ranks, "baseline")
         for name, ladder in self.calibrated.items():
             if "ladder" in wanted:

@@ -84,28 +84,30 @@ class Continuation:
 
     def __init__(self, method: Generator, batch: PromptBatch) -> None:
         self.method = method
+        self._batch = batch
         self._stack = ExitStack()
-        beginnings, of_prompt = batch.common_beginnings()
-        shares = not method.cache_changes and len(beginnings) < len(batch.prompts) and all(beginnings)
-        if not shares:
-            beginnings, of_prompt = list(batch.prompts), []
-        parts = [Tokens.padded(beginnings, "left")]
-        if shares:
-            rests = [
-                prompt[len(beginnings[beginning]) :] for prompt, beginning in zip(batch.prompts, of_prompt, strict=True)
-            ]
-            parts.append(Tokens.padded(rests, "left"))
-        self._columns = sum(part.ids.shape[1] for part in parts)
-        """Columns of the prompts, padding included."""
-        self._opened = self._stack.enter_context(method.open(len(beginnings), self._columns))
-        self._mask = parts[0].mask[:, :0]
-        self.log_p = self._read(parts[0], last=True)[:, -1]
-        """(prompts, vocabulary) log-probabilities of the token after each prompt."""
-        if shares:
-            self._select(torch.tensor(of_prompt))
-            self.log_p = self._read(parts[1], last=True)[:, -1]
+        """Holds the method's call open."""
 
     def __enter__(self) -> Self:
+        """Let the method read the prompts."""
+        beginnings, of_prompt = self._batch.common_beginnings()
+        prompts = self._batch.prompts
+        if self.method.cache_changes or len(beginnings) == len(prompts) or not all(beginnings):
+            parts = [Tokens.padded(prompts, "left")]
+        else:
+            rests = [prompt[len(beginnings[i]) :] for prompt, i in zip(prompts, of_prompt, strict=True)]
+            parts = [Tokens.padded(beginnings, "left"), Tokens.padded(rests, "left")]
+        self._columns = sum(part.ids.shape[1] for part in parts)
+        """Columns of the prompts, padding included."""
+        self._mask = parts[0].mask[:, :0]
+        with ExitStack() as stack:
+            self._opened = stack.enter_context(self.method.open(len(self._mask), self._columns))
+            self.log_p = self._read(parts[0], last=True)[:, -1]
+            """(prompts, vocabulary) log-probabilities of the token after each prompt."""
+            if len(parts) > 1:
+                self._select(torch.tensor(of_prompt))
+                self.log_p = self._read(parts[1], last=True)[:, -1]
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:

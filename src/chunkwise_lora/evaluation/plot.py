@@ -29,7 +29,7 @@ place without a collision is taken."""
 def plot(evaluation: Evaluation) -> bytes:
     """A PNG image: the most important score, and the KL divergence, against the mean rank.
 
-    Every series is a line that ends in its name. The base model is left out, because it is far away.
+    Every series is a line with its name beside it. The base model is left out, because it is far away.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -15,14 +15,14 @@ from chunkwise_lora.calibration.text import block_length
 from chunkwise_lora.errors import ChunkWiseError, ConfigError
 from chunkwise_lora.evaluation import data as data_sets
 from chunkwise_lora.evaluation.answers import evaluate_answers
-from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection
+from chunkwise_lora.evaluation.baselines import CALIBRATED, Comparison, MethodSelection
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.methods import Generator
 from chunkwise_lora.evaluation.metrics import Metric, bleu, exact_match_and_f1
 from chunkwise_lora.evaluation.results import Evaluation, Score
 from chunkwise_lora.evaluation.settings import EvaluationSettings
 from chunkwise_lora.evaluation.text import PERPLEXITY, evaluate_text, windows_of
-from chunkwise_lora.ladder import RankLadder
+from chunkwise_lora.ladder import RankLadder, is_ladder
 
 TASKS = ("wikitext", "squad", "e2e")
 ANSWERS: dict[str, tuple[Callable[[str], list[Example]], Metric, Sequence[Score]]] = {
@@ -68,6 +68,14 @@ def calibrated_ladder(folder: str | Path) -> RankLadder:
     if ladder.policy is None:
         raise ConfigError(f"{folder}: the ladder has no policy; run `chunkwise calibrate` for it")
     return ladder
+
+
+def own_policy(adapter: str | Path) -> dict[str, RankLadder]:
+    """The ladder in the adapter's folder, by the name `calibrated`, if it has a policy."""
+    if not is_ladder(adapter):
+        return {}
+    ladder = RankLadder.from_pretrained(adapter)
+    return {CALIBRATED: ladder} if ladder.policy is not None else {}
 
 
 def calibration_tokens(
