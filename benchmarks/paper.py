@@ -204,15 +204,19 @@ def picture(table: Mapping[str, Mapping[str, Cell]]) -> bytes:
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
         for height, (row, cells) in enumerate(table.items()):
-            if column not in cells or (row == "base" and column in ("perplexity", "exact match", "F1", "BLEU")):
-                continue  # the base's scores are so far away that the other points would overlap
+            if column not in cells:
+                continue
             cell, ours = cells[column], row not in ("base", "r8", "r16")
             value = cell["value"]
+            number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+            if row == "base" and column in sum(TASKS.values(), ()):
+                # The base's scores are so far away that the other points would overlap.
+                axes.text(0.03, height, number, transform=axes.get_yaxis_transform(), fontsize=7, va="center")
+                continue
             error = [[max(0.0, value - cell.get("low", value))], [max(0.0, cell.get("high", value) - value)]]
             colour = "#d1410c" if ours else "#6b6b6b"
             axes.errorbar(value, height, xerr=error, marker="o" if ours else "s", color=colour, capsize=2)
-            place = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
-            axes.annotate(f"{value:.3g}", (value, height), (0, 6), **place)
+            axes.annotate(number, (value, height), (0, 6), textcoords="offset points", ha="center", fontsize=7)
         axes.set_title(COLUMNS[column].replace(" (", "\n(").replace(", ", "\n"), fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -288,8 +292,8 @@ def main(
             for row, cells in measured.items():
                 table[row] |= cells
             how["latency"] = (
-                f"latency and memory: {dtype}, batch 1, the {speed} adapters, {context} tokens of their data, {rounds} "
-                f"interleaved rounds of {new_tokens} tokens; in brackets the quartiles over rounds"
+                f"latency and memory: {dtype}, batch 1, the {speed} adapters, {context} tokens of their data, "
+                f"interleaved rounds ({rounds}) of {new_tokens} tokens; in brackets the quartiles over rounds"
             )
     table = {row: cells for row, cells in table.items() if cells}
     text = markdown(table, ranks, list(how.values()))
