@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -27,7 +28,7 @@ from chunkwise_lora.calibration.config import QUICK
 from chunkwise_lora.calibration.cost_model import CostModel, Observations, fit_costs
 from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
-from chunkwise_lora.calibration.estimate import planned_work, scaled_to
+from chunkwise_lora.calibration.estimate import factor_for, planned_work
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.fitted_ladder import FittedLadder, alike
 from chunkwise_lora.calibration.log_probabilities import (
@@ -45,7 +46,8 @@ from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, R
 from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SEARCH_TOLERANCE, choose_tokens
 from chunkwise_lora.calibration.self_generated import PREFIX_TOKENS, generate_text
 from chunkwise_lora.calibration.text import MIN_BLOCKS, CalibrationText, TokenBlocks
-from chunkwise_lora.calibration.work import Progress, Speed, Work
+from chunkwise_lora.calibration.unfinished import STEPS_BETWEEN, Unfinished
+from chunkwise_lora.calibration.work import Progress, Report, Speed, Work
 from chunkwise_lora.ladder.tensors import read_learned
 from chunkwise_lora.method.complexity import SIGNALS, LearnedComplexity, TokenComplexityEstimator
 from chunkwise_lora.method.config import (
@@ -288,7 +290,7 @@ def planned(config: CalibrationConfig) -> CalibrationRun:
     blocks = TokenBlocks.all_scored(torch.zeros(4000, 64, dtype=torch.int64))
     ladder = RankLadder.from_peft(adapter("llama"))
     split = CalibrationText.split(blocks, None, config)
-    return CalibrationRun(build("llama"), ladder, split, config, Progress(lambda *report: None))
+    return CalibrationRun(build("llama"), ladder, split, config, Progress(lambda *report: None), Unfinished())
 
 
 SPEED = Speed(read=1e-3, learned=4e-3, steps=2e-2, fits=1e-4)
@@ -302,8 +304,8 @@ def test_quick_settings_take_at_most_half_of_the_time() -> None:
 @pytest.mark.parametrize("seconds", [300.0, 3000.0])
 def test_minutes_scale_the_work_to_the_time(seconds: float) -> None:
     config = CalibrationConfig(mean_rank=0.5)
-    run = scaled_to(seconds, SPEED, lambda factor: planned(config.scaled(factor)))
-    assert 0.8 * seconds < SPEED.seconds(planned_work(run)) <= seconds
+    factor = factor_for(seconds, SPEED, lambda factor: planned(config.scaled(factor)))
+    assert 0.8 * seconds < SPEED.seconds(planned_work(planned(config.scaled(factor)))) <= seconds
 
 
 # The whole procedure
@@ -547,6 +549,82 @@ def test_the_check_uses_a_limited_part_of_a_long_text() -> None:
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(ChunkWiseError, match="too few"):
         calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(MIN_BLOCKS - 1), CONFIG)
+
+
+# Interruptions
+
+
+class Stopped:
+    """A report that interrupts the calibration at its n-th call."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+        self.stages: list[str] = []
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        self.stages.append(stage)
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def unhurried() -> Iterator[tuple[Any, Calibration, list[str]]]:
+    """A function that calibrates with a report and a folder for stages, and what it gives without interruption."""
+    settings = {"rounds": 1, "refinements": 2 * STEPS_BETWEEN, "distillations": STEPS_BETWEEN + 2, "mean_rank": None}
+    config = CONFIG.model_copy(update={**settings, "max_loss_increase": 0.1, "self_generated_tokens": 4 * BLOCK})
+
+    def run(report: Report, unfinished: Unfinished | None = None, **changes: Any) -> Calibration:
+        changed = config.model_copy(update=changes)
+        ladder = RankLadder.from_peft(adapter("llama"))
+        return calibrate(build("llama"), ladder, text(), changed, report, unfinished=unfinished)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_model, "MIN_STEPS", 10)
+        report = Stopped(0)
+        yield run, run(report), report.stages
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.35, 0.6, 0.8, 0.97])
+def test_an_interrupted_calibration_goes_on_and_gives_the_same_ladder(
+    share: float, unhurried: tuple[Any, Calibration, list[str]], tmp_path: Path
+) -> None:
+    run, expected, stages = unhurried
+    said: list[str] = []
+    unfinished = Unfinished.beside(tmp_path / "out", said.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopped(round(share * len(stages))), unfinished)
+    rest = Stopped(0)
+    found = run(rest, unfinished)
+    assert found.policy == expected.policy and found.check == expected.check and found.searched == expected.searched
+    assert found.ladder.rung_divergence == expected.ladder.rung_divergence
+    for name, module in expected.ladder.modules.items():
+        for part in ("up", "down", "sigma"):
+            assert torch.equal(getattr(found.ladder.modules[name], part), getattr(module, part))
+    if share > 0.1:
+        assert len(rest.stages) < len(stages) * (1.3 - share) and "goes on" in said[0]
+    unfinished.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_work_of_another_calibration_is_removed_and_damaged_work_runs_again(
+    unhurried: tuple[Any, Calibration, list[str]], tmp_path: Path
+) -> None:
+    run, expected, stages = unhurried
+    said: list[str] = []
+    unfinished = Unfinished.beside(tmp_path / "out", said.append)
+    for seed in (1, 0):
+        with pytest.raises(KeyboardInterrupt):
+            run(Stopped(len(stages) // 2), unfinished, seed=seed)
+    assert len(said) == 1 and "other settings" in said[0]
+    folder = unfinished.folder
+    assert folder is not None and {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    for path, damage in zip(sorted(folder.glob("*.safetensors")), (b"", b"x" * 9, None), strict=False):
+        path.unlink() if damage is None else path.write_bytes(damage)
+    sorted(folder.glob("*.json"))[3].write_text("[]")
+    found = run(Stopped(0), unfinished)
+    assert [line.partition(": ")[2] for line in said[2:]] == ["is damaged; this stage runs again"] * 4
+    assert found.policy == expected.policy and found.check == expected.check
 
 
 @pytest.mark.parametrize(

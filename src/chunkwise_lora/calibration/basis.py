@@ -24,6 +24,9 @@ SOFTNESS = 0.5
 """Width of the soft gates, in the log of importance over cost. Directions within about this distance of a rung's
 threshold get a gradient for being switched on or off."""
 
+FACTORS = ("up", "down", "sigma")
+"""The tensors of a ladder's module."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -36,6 +39,30 @@ class Basis:
     def on_rungs(self, rungs: int) -> RankLadder:
         """The ladder with `rungs` rungs above rank 0, which switch the most important directions on first."""
         return self.ladder.sorted_by(self.importance, rungs)
+
+    def values(self) -> dict[str, Tensor]:
+        """All tensors, by names from which `of_values` restores the basis."""
+        return factors_of(self.ladder) | {f"{name} importance": one for name, one in self.importance.items()}
+
+    @classmethod
+    def of_values(cls, ladder: RankLadder, values: Mapping[str, Tensor]) -> Basis:
+        """The basis of the tensors `values`, for a ladder of the same modules."""
+        importance = {name: values[f"{name} importance"] for name in ladder.modules}
+        return cls(with_factors(ladder, values), importance)
+
+
+def factors_of(ladder: RankLadder) -> dict[str, Tensor]:
+    """The tensors of all modules, by names from which `with_factors` restores them."""
+    return {f"{name} {part}": getattr(one, part) for name, one in ladder.modules.items() for part in FACTORS}
+
+
+def with_factors(ladder: RankLadder, values: Mapping[str, Tensor]) -> RankLadder:
+    """The ladder with the tensors `values`."""
+    modules = {}
+    for name, module in ladder.modules.items():
+        up, down, sigma = (values[f"{name} {part}"] for part in FACTORS)
+        modules[name] = replace(module, up=up, down=down, sigma=sigma)
+    return ladder.with_modules(modules)
 
 
 def rotate_basis(

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from chunkwise_lora.calibration.basis import Basis, rotate_basis
+from chunkwise_lora.calibration.basis import Basis, factors_of, rotate_basis, with_factors
 from chunkwise_lora.calibration.check import Check, check_policy
 from chunkwise_lora.calibration.config import DISTILLATION_TOKENS, ROTATION_TOKENS, CalibrationConfig
 from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
-from chunkwise_lora.calibration.estimate import measured_speed, planned_work, scaled_to
+from chunkwise_lora.calibration.estimate import factor_for, measured_speed, planned_work
 from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.fitted_ladder import FittedLadder, fit_ladder
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
@@ -33,6 +33,7 @@ from chunkwise_lora.calibration.search import (
 )
 from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks, block_length
+from chunkwise_lora.calibration.unfinished import Unfinished, Values, fingerprint
 from chunkwise_lora.calibration.work import Progress, Report
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
@@ -62,7 +63,7 @@ class Calibration:
         return self.ladder.policy
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
     model: PreTrainedModel,
     ladder: RankLadder,
     tokens: Sequence[int],
@@ -70,6 +71,7 @@ def calibrate(
     report: Report = lambda stage, done, total: None,
     scored: Sequence[bool] | None = None,
     held_tokens: Sequence[int] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Calibration:
     """Fit a ladder and its policy to a text and a budget.
 
@@ -85,24 +87,31 @@ def calibrate(
         scored: (n,) whether the prediction after each token is scored, as in answers but not in their prompts; by
             default all predictions are.
         held_tokens: Token ids of a text to hold back, in which all predictions are scored.
+        unfinished: Keeps finished stages. A call with the same arguments goes on from them, and gives the same result.
+            Remove it when the result is saved.
 
     Raises:
         ChunkWiseError: The text or the held text is too short, `scored` is combined with `held_tokens` or with
             `config.self_generated_tokens`, or the model is not on a CPU.
     """
     _refuse(model, config, scored, held_tokens)
-    length, progress = block_length(model, config.block), Progress(report)
+    length, progress, kept = block_length(model, config.block), Progress(report), unfinished or Unfinished()
     blocks = TokenBlocks.cut(tokens, length, scored)
     held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length)
 
     def scaled(factor: float) -> CalibrationRun:
         settings = config.scaled(factor)
-        return CalibrationRun(model, ladder, CalibrationText.split(blocks, held, settings), settings, progress)
+        text = CalibrationText.split(blocks, held, settings)
+        return CalibrationRun(model, ladder, text, settings, progress, kept)
 
     run = scaled(1)
+    texts = [tensor for part in (blocks, held) if part is not None for tensor in (part.tokens, part.scored)]
+    kept.bind(fingerprint(model, ladder, config.model_dump(mode="json"), *texts), progress)
     speed = measured_speed(run)
     if config.minutes is not None:
-        run = scaled_to(60 * config.minutes, speed, scaled)
+        limit = 60 * config.minutes
+        factor = kept.stage("amount of work", lambda: {"factor": factor_for(limit, speed, scaled)})["factor"]
+        run = scaled(factor)
     progress.expect(planned_work(run), speed)
     with progress.counting(model):
         return _calibrated(run)
@@ -116,7 +125,7 @@ def _calibrated(run: CalibrationRun) -> Calibration:
     if config.keep_directions:
         fitted = fit_ladder(run, ladder)
     else:
-        basis = _initial_basis(run, training_text)
+        basis = _kept(run, "directions", lambda: _initial_basis(run, training_text))
         basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(config.rungs)))
         fitted = fit_ladder(run, basis.on_rungs(config.rungs))
         for _ in range(config.rounds if config.refinements else 0):
@@ -128,18 +137,29 @@ def _calibrated(run: CalibrationRun) -> Calibration:
     share = _budget_share(run, fitted)
     planned, alike = fitted.rung_policy(share), fitted.one_rung(share)
     with run.attach(fitted.ladder) as chunkwise:
-        policy, choice = choose_tokens(run, chunkwise, fitted.config(planned), alike, planned.multiplier)
-        policy, searched = choose_chunks_and_scale(run, chunkwise, policy, planned.multiplier)
-        if config.int8:
-            policy = choose_int8(run, chunkwise, policy)
+
+        def chosen() -> Values:
+            policy, tokens = choose_tokens(run, chunkwise, fitted.config(planned), alike, planned.multiplier)
+            policy, searched = choose_chunks_and_scale(run, chunkwise, policy, planned.multiplier)
+            if config.int8:
+                policy = choose_int8(run, chunkwise, policy)
+            return {"policy": policy.model_dump_json(), "tokens": asdict(tokens), "searched": searched}
+
+        choices = run.unfinished.stage("settings", chosen)
+        policy = ChunkWiseConfig.model_validate_json(choices["policy"])
         held = text.choice.evenly(max(1, config.divergence_tokens // text.choice.length))
         batches = run.batches(held, "divergence of every rung")
-        divergence = rung_divergence(chunkwise, batches, GIVEN, same_full_rank=not config.distillations)
+        same = not config.distillations
+        divergence = run.unfinished.stage(
+            "divergence", lambda: {"of rungs": rung_divergence(chunkwise, batches, GIVEN, same_full_rank=same)}
+        )["of rungs"]
         check = check_policy(run, chunkwise, policy)
     expectation = check.expectation(config.mean_rank, fitted.ladder.rung_ranks[-1])
     learned = fitted.ladder.learned if policy.complexity.learned else None
-    ladder = replace(fitted.ladder, policy=policy, learned=learned, rung_divergence=divergence, expectation=expectation)
-    return Calibration(ladder, check, choice, fitted.estimator.explained, searched)
+    measured = {"rung_divergence": tuple(divergence), "expectation": expectation}
+    ladder = replace(fitted.ladder, policy=policy, learned=learned, **measured)
+    choice = TokenChoice(**choices["tokens"])
+    return Calibration(ladder, check, choice, fitted.estimator.explained, choices["searched"])
 
 
 def _refuse(
@@ -171,7 +191,9 @@ def _training_text(run: CalibrationRun) -> TokenBlocks:
         return learning
     with ChunkWiseModel(run.base, run.given) as chunkwise:
         run.progress.begin("generating text")
-        generated = generate_text(chunkwise, learning.tokens, sequences, seed=seed)
+        generated = run.unfinished.stage(
+            "text", lambda: {"tokens": generate_text(chunkwise, learning.tokens, sequences, seed=seed)}
+        )["tokens"]
     order = torch.randperm(len(learning) + sequences, generator=torch.Generator().manual_seed(seed))
     return (learning + TokenBlocks.all_scored(generated))[order]
 
@@ -196,9 +218,18 @@ def _rotated(run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: Rung
     if not steps:
         return basis
     run.progress.begin("rotating the basis")
-    batches = text.random_batches(steps, ROTATION_TOKENS, seed)
-    with ChunkWiseModel(run.base, basis.ladder) as chunkwise:
-        return rotate_basis(chunkwise, basis, RungTraining(batches, steps, sampler, seed), run.config.rungs)
+    training = RungTraining(text.random_batches(steps, ROTATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
+
+    def rotated() -> Basis:
+        with ChunkWiseModel(run.base, basis.ladder) as chunkwise:
+            return rotate_basis(chunkwise, basis, training, run.config.rungs)
+
+    return _kept(run, "rotation", rotated)
+
+
+def _kept(run: CalibrationRun, stage: str, make: Callable[[], Basis]) -> Basis:
+    """A basis that is made once, even if calibration is interrupted afterwards."""
+    return Basis.of_values(run.given, run.unfinished.stage(stage, lambda: make().values()))
 
 
 def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> RankLadder:
@@ -206,13 +237,19 @@ def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> 
     steps, seed = run.config.distillations, run.config.seed
     sampler = fitted.sampler(run, _budget_share(run, fitted))
     run.progress.begin("distilling")
-    batches = text.random_batches(steps, DISTILLATION_TOKENS, seed)
-    with ChunkWiseModel(run.base, fitted.ladder) as chunkwise:
-        return distil(chunkwise, RungTraining(batches, steps, sampler, seed), run.config.distillation_rate)
+    training = RungTraining(text.random_batches(steps, DISTILLATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
+
+    def distilled() -> Values:
+        with ChunkWiseModel(run.base, fitted.ladder) as chunkwise:
+            return factors_of(distil(chunkwise, training, run.config.distillation_rate))
+
+    return with_factors(fitted.ladder, run.unfinished.stage("distillation", distilled))
 
 
 def _budget_share(run: CalibrationRun, fitted: FittedLadder) -> float:
     """The mean rank that the budget allows, as a share of the full rank."""
-    if run.config.max_loss_increase is None:
+    budget = run.config.max_loss_increase
+    if budget is None:
         return run.config.mean_rank or 1.0
-    return share_for_loss_budget(run, fitted, run.config.max_loss_increase)
+    found = run.unfinished.stage("mean rank", lambda: {"share": share_for_loss_budget(run, fitted, budget)})
+    return float(found["share"])

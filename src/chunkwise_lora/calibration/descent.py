@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel, at_full_rank, kl_divergence
 from chunkwise_lora.calibration.rung_sampler import RungSampler
 from chunkwise_lora.calibration.text import TokenBlocks
+from chunkwise_lora.calibration.unfinished import Unfinished
 
 WARM_UP_STEPS = 10
 """Steps in which the learning rate rises to its highest value; after them it falls linearly to 0."""
@@ -20,7 +21,7 @@ WARM_UP_STEPS = 10
 class RungTraining:
     """The text and the rungs of one gradient descent."""
 
-    batches: Iterable[TokenBlocks]
+    batches: Sequence[TokenBlocks]
     """One batch per step."""
     steps: int
     """Number of batches; the learning rate reaches 0 after them."""
@@ -28,6 +29,8 @@ class RungTraining:
     """Samples the rungs that are brought closer to full rank."""
     seed: int = 0
     """Seed of the sampled rungs."""
+    unfinished: Unfinished = field(default_factory=Unfinished)
+    """Keeps the state of the descent."""
 
 
 def match_full_rank(
@@ -49,17 +52,19 @@ def match_full_rank(
     """
     generator = torch.Generator().manual_seed(training.seed)
     warm_up, steps = min(WARM_UP_STEPS, training.steps), training.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, 1 - step / steps))
-    )
-    for batch in training.batches:
-        switch_rungs(None)
-        with torch.no_grad():
-            full = at_full_rank(model, batch.tokens, adapter, batch.scored)
-        with torch.enable_grad():
-            switch_rungs(training.sampler(batch.tokens, generator))
-            loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    with training.unfinished.descent(optimizer, generator) as descent:
+        for step in range(descent.restore(), steps):
+            batch = training.batches[step]
+            switch_rungs(None)
+            with torch.no_grad():
+                full = at_full_rank(model, batch.tokens, adapter, batch.scored)
+            with torch.enable_grad():
+                switch_rungs(training.sampler(batch.tokens, generator))
+                loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for group, highest in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = highest * min((step + 1) / warm_up, 1 - step / steps)
+            optimizer.step()
+            descent.finished(step + 1)

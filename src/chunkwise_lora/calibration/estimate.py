@@ -90,8 +90,8 @@ def _any_observations(tokens: Tensor) -> Observations:
     return Observations(tokens, tokens, ones[:, None].expand(-1, len(SIGNALS)), ones.long(), ones)
 
 
-def scaled_to(seconds: float, speed: Speed, scaled: Callable[[float], CalibrationRun]) -> CalibrationRun:
-    """The calibration with the most work that takes at most `seconds`, or else with the least work.
+def factor_for(seconds: float, speed: Speed, scaled: Callable[[float], CalibrationRun]) -> float:
+    """The highest factor on the work of a calibration that takes at most `seconds`, or else the lowest factor.
 
     Args:
         seconds: The time that it may take.
@@ -103,4 +103,4 @@ def scaled_to(seconds: float, speed: Speed, scaled: Callable[[float], Calibratio
         middle = (low * high) ** 0.5
         fits = speed.seconds(planned_work(scaled(middle))) <= seconds
         low, high = (middle, high) if fits else (low, middle)
-    return scaled(low)
+    return low

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
 
+from chunkwise_lora.calibration.cost_model import Observations
 from chunkwise_lora.calibration.estimator import FittedEstimator, fit_estimator
 from chunkwise_lora.calibration.exploration import explore
 from chunkwise_lora.calibration.run import CalibrationRun
 from chunkwise_lora.calibration.rung_policy import RungPolicy, choose_rungs
 from chunkwise_lora.calibration.rung_sampler import PlannedRungs
+from chunkwise_lora.calibration.unfinished import Values
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.complexity import SIGNALS
 from chunkwise_lora.method.config import (
@@ -89,9 +91,16 @@ def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
     The estimator is fitted to the learning text. The choice text decides which signals it uses.
     """
     allowed = range(run.config.sampled_rungs(ladder.rungs - 1)[0], ladder.rungs)
-    generator = np.random.default_rng(run.config.seed)
-    with run.attach(ladder) as model:
-        seen, unseen = (explore(run, model, text, allowed, generator) for text in (run.text.learning, run.text.choice))
-        estimator = fit_estimator(run, seen.scored(), unseen.scored(), ladder.rungs)
+
+    def observed() -> Values:
+        generator = np.random.default_rng(run.config.seed)
+        with run.attach(ladder) as model:
+            parts = [explore(run, model, text, allowed, generator) for text in (run.text.learning, run.text.choice)]
+        return {f"{i} {name}": tensor for i, part in enumerate(parts) for name, tensor in vars(part).items()}
+
+    values = run.unfinished.stage("costs", observed)
+    names = [field.name for field in fields(Observations)]
+    seen, unseen = (Observations(*(values[f"{i} {name}"] for name in names)) for i in (0, 1))
+    estimator = fit_estimator(run, seen.scored(), unseen.scored(), ladder.rungs)
     ladder = replace(ladder, learned=estimator.costs.learned)
     return FittedLadder(ladder, estimator, estimator.costs.scores(seen), allowed)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from chunkwise_lora.calibration.config import CalibrationConfig
 from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, log_probabilities
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks
+from chunkwise_lora.calibration.unfinished import Unfinished
 from chunkwise_lora.calibration.work import Progress
 from chunkwise_lora.ladder import RankLadder
 
@@ -35,6 +36,7 @@ class CalibrationRun:
     text: CalibrationText
     config: CalibrationConfig
     progress: Progress
+    unfinished: Unfinished
 
     @property
     def vocab_size(self) -> int:

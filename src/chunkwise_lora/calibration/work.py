@@ -33,6 +33,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1
+
     def __mul__(self, times: int) -> Work:
         return Work(*(times * one for one in astuple(self)))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 
 if TYPE_CHECKING:
     from chunkwise_lora.calibration.calibrate import Calibration
+    from chunkwise_lora.calibration.unfinished import Unfinished
     from chunkwise_lora.calibration.work import Report
 
 AMBIGUOUS_LOSS = (0.1, 1.0)
@@ -110,6 +113,8 @@ def calibrate(
     Calibration builds a ladder for your data, measures what every token loses on each rung, learns to predict this
     loss, and checks the result on text that it has not used before. The output folder holds the ladder and its policy.
     Use it in place of the adapter's folder.
+
+    Ctrl-C stops it. The same command then goes on from what it has found, which lies in a folder beside the output.
     """
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
@@ -141,13 +146,15 @@ def calibrate(
     adapter = adapter and str(examples.find(adapter))
 
     from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
+    from chunkwise_lora.calibration.unfinished import Unfinished
     from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.ladder import RankLadder
 
-    ladder = RankLadder.load(adapter_of(task, adapter))
-    base, tokenizer = load_base_and_tokenizer(model)
-    with progress() as reports:
+    unfinished = Unfinished.beside(output, print_plain)
+    with _ends_cleanly(unfinished), progress() as reports:
+        ladder = RankLadder.load(adapter_of(task, adapter))
+        base, tokenizer = load_base_and_tokenizer(model)
 
         def answer(examples: Sequence[Example]) -> list[Example]:
             track = partial(reports.track, description="answering prompts")
@@ -161,8 +168,9 @@ def calibrate(
         ids, scored, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
         settings = settings.model_copy(update={"block": block})
-        result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held)
-    result.ladder.save_pretrained(output)
+        result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held, unfinished)
+        result.ladder.save_pretrained(output)
+    unfinished.remove()
     _print_result(result, output)
     policy = result.policy.model_dump(mode="json")
     content = {"check": asdict(result.check), "choice": asdict(result.choice), "explained": result.explained}
@@ -170,9 +178,19 @@ def calibrate(
     write_json(json_file, {**content, "config": policy})
 
 
+@contextmanager
+def _ends_cleanly(unfinished: Unfinished) -> Iterator[None]:
+    """Let Ctrl-C end the command with one line and the exit status that shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "" if unfinished.folder is None else f" Run the same command to go on, or delete {unfinished.folder}."
+        print(f"Stopped.{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _announced(report: Report) -> Report:
     """`report`, with a line about the time that the work takes before its first call."""
-
     announced = False
 
     def announce(stage: str, done: float, total: float) -> None:
