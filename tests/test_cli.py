@@ -12,6 +12,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, examples
+from chunkwise_lora.calibration import calibrate as procedure
+from chunkwise_lora.calibration import cost_model
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
@@ -486,6 +489,26 @@ def test_an_export_does_not_replace_its_source(run: Any, tmp_path: Path) -> None
     code, _, err = run("ladder", "export", tmp_path, "--mean-rank", "50%", "-o", tmp_path)
     assert code == 1 and "give another folder" in " ".join(err.split())
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_calibrate_stops_at_ctrl_c_and_the_same_command_goes_on(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, folder = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT * 60)
+    command = ("calibrate", "--text", text, "-o", folder, "--model", small.BASE, "--adapter", "wiki", "--mean-rank")
+    command += ("50%", "--quick", "--tokens", 400, "--block", 32, "--refinements", 1)
+    monkeypatch.setattr(cost_model, "MIN_STEPS", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(procedure, "choose_chunks_and_scale", Mock(side_effect=KeyboardInterrupt))
+        code, out, err = run(*command)
+    assert code == 130 and "Calibration takes" in out and not folder.exists()
+    assert err.splitlines()[-1] == f"Stopped. Run the same command to go on, or delete {folder}.unfinished."
+    assert "rotating the basis: " in err
+    code, out, err = run(*command)
+    assert code == 0 and "goes on where it stopped" in " ".join(out.split()) and "rotating the basis" not in err
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
+    assert RankLadder.load(folder).policy is not None
 
 
 def test_a_build_does_not_replace_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:

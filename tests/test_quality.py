@@ -39,7 +39,7 @@ from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
 from chunkwise_lora.evaluation.answers import evaluate_answers
 from chunkwise_lora.evaluation.baselines import BASELINES, Comparison, MethodSelection, cheapest
 from chunkwise_lora.evaluation.continuation import PromptBatch, Tokens
-from chunkwise_lora.evaluation.data import Example
+from chunkwise_lora.evaluation.data import Example, fitting
 from chunkwise_lora.evaluation.methods import FULL, Generator, Label, PlainMethod, PlannedMethod, Role, Spent, Visit
 from chunkwise_lora.evaluation.metrics import Scores, bleu, exact_match_and_f1
 from chunkwise_lora.evaluation.plot import plot
@@ -188,6 +188,29 @@ def test_calibration_generates_missing_answers_with_the_adapter(e2e_answers: Any
     assert f"name[Zizzi] -> {own.references[0]}" in tokenizer.decode(ids)
     assert "name[Aldhaven] -> It is a pub." in tokenizer.decode(ids)
     assert scored is not None and len(ids) == len(scored) == 2 * length
+
+
+def test_prompts_that_are_too_long_are_left_out_and_named(e2e_answers: Any, tmp_path: Path) -> None:
+    answer, tokenizer = e2e_answers
+    file, said = tmp_path / "e2e.csv", list[str]()
+    long = "name[" + "very " * 300 + "long]"
+    file.write_text(f"mr,ref\nname[Aldhaven],It is a pub.\n{long},It is long.\nname[Zizzi],\n{long} too,\n")
+    ids, *_ = calibration_tokens("e2e", str(file), tokenizer, 128, answer, say=said.append)
+    assert "very" not in tokenizer.decode(ids) and "Zizzi" in tokenizer.decode(ids)
+    (note,) = said
+    length = len(tokenizer(f"{long} ->").input_ids)
+    assert "2 of 4 prompts do not fit into a block of 128 tokens" in note
+    assert f"number 2 ({length} tokens, 'name[very very" in note and "number 4" in note
+    with pytest.raises(ChunkWiseError, match="longer blocks"):
+        calibration_tokens("e2e", str(file), tokenizer, 4, answer)
+
+
+def test_only_as_many_prompts_are_read_as_are_needed() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
+    examples = [Example(f"number {i}", ("a", "b")) for i in range(100)]
+    kept = fitting(examples, tokenizer, 64, 250, print)
+    assert 0 < sum(2 * len(tokenizer(one.prompt).input_ids) for one in kept) <= 250 and len(kept) > 10
+    assert kept[-1].prompt > "number 9" and fitting(examples, tokenizer, 64, None, print) == examples
 
 
 def test_answers_that_do_not_end_are_left_out(e2e_answers: Any, tmp_path: Path) -> None:

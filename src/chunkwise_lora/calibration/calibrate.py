@@ -217,10 +217,10 @@ def _rotated(run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: Rung
     steps, seed = run.config.refinements, run.config.seed
     if not steps:
         return basis
-    run.progress.begin("rotating the basis")
     training = RungTraining(text.random_batches(steps, ROTATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
 
     def rotated() -> Basis:
+        run.progress.begin("rotating the basis")
         with ChunkWiseModel(run.base, basis.ladder) as chunkwise:
             return rotate_basis(chunkwise, basis, training, run.config.rungs)
 
@@ -236,10 +236,10 @@ def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> 
     """The ladder distilled at the rungs of its policy, for `config.distillations` steps."""
     steps, seed = run.config.distillations, run.config.seed
     sampler = fitted.sampler(run, _budget_share(run, fitted))
-    run.progress.begin("distilling")
     training = RungTraining(text.random_batches(steps, DISTILLATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
 
     def distilled() -> Values:
+        run.progress.begin("distilling")
         with ChunkWiseModel(run.base, fitted.ladder) as chunkwise:
             return factors_of(distil(chunkwise, training, run.config.distillation_rate))
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from chunkwise_lora.calibration.unfinished import Unfinished
     from chunkwise_lora.calibration.work import Report
 
+ENOUGH = 2
+"""How many times the tokens to learn from are read from prompts and answers; a part of them is held back."""
 AMBIGUOUS_LOSS = (0.1, 1.0)
 """Loss increases that are refused without a percent sign: 0.5 can mean 0.5% or 50%."""
 
@@ -89,6 +91,7 @@ def calibrate(
     ] = False,
     minutes: Annotated[float | None, _setting("minutes")] = None,
     tokens: Annotated[int | None, _setting("tokens")] = None,
+    block: Annotated[int | None, _setting("block")] = None,
     self_generated_tokens: Annotated[int | None, _setting("self_generated_tokens")] = None,
     refinements: Annotated[int | None, _setting("refinements")] = None,
     rounds: Annotated[int | None, _setting("rounds")] = None,
@@ -127,6 +130,7 @@ def calibrate(
         | given(
             minutes=minutes,
             tokens=tokens,
+            block=block,
             self_generated_tokens=self_generated_tokens,
             refinements=refinements,
             rounds=rounds,
@@ -146,6 +150,7 @@ def calibrate(
     adapter = adapter and str(examples.find(adapter))
 
     from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
+    from chunkwise_lora.calibration.text import block_length
     from chunkwise_lora.calibration.unfinished import Unfinished
     from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
@@ -165,9 +170,10 @@ def calibrate(
             )
             return found
 
-        ids, scored, block = calibration_tokens(task, text, tokenizer, settings.block, answer)
-        held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, block, answer)[0]
-        settings = settings.model_copy(update={"block": block})
+        longest, enough = block_length(base, settings.block), None if minutes else ENOUGH * settings.tokens
+        ids, scored, length = calibration_tokens(task, text, tokenizer, longest, answer, tokens=enough, say=print_plain)
+        held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, length, answer)[0]
+        settings = settings.model_copy(update={"block": length})
         result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held, unfinished)
         result.ladder.save_pretrained(output)
     unfinished.remove()

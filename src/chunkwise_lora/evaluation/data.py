@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -35,6 +36,47 @@ class Example:
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt, and of an answer with the end-of-sequence token, as adapters are trained on them."""
     return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
+
+
+def fitting(
+    examples: Sequence[Example], tokenizer: Any, longest: int, tokens: int | None, say: Callable[[str], object]
+) -> list[Example]:
+    """The examples that `packed` needs: those that fit into a block, and not more of them than `tokens` ask for.
+
+    Args:
+        examples: Examples, in the order of their file.
+        tokenizer: The base model's tokenizer.
+        longest: Largest length of a block, in tokens. A prompt needs room for its answer.
+        tokens: Largest number of tokens of all examples that are kept, which are evenly spread; None keeps all.
+        say: Is told which examples are left out because of their length.
+
+    Raises:
+        ChunkWiseError: No example fits.
+    """
+    lengths = [len(ids) for ids in tokenizer([one.prompt for one in examples], verbose=False).input_ids]
+    rooms = [longest - (1 if one.references else NEW_TOKENS) for one in examples]
+    fits = [length <= room for length, room in zip(lengths, rooms, strict=True)]
+    long = [i for i, one in enumerate(fits) if not one]
+    if long:
+        shown = [f"number {i + 1} ({lengths[i]:,} tokens, {_beginning(examples[i].prompt)})" for i in long[:3]]
+        more = [f"{len(long) - 3} more"] if len(long) > 3 else []
+        note = (
+            f"{len(long)} of {len(examples)} prompts do not fit into a block of {longest} tokens with their answers: "
+            f"{', '.join(shown + more)}"
+        )
+        if len(long) == len(examples):
+            raise ChunkWiseError(f"{note}; give longer blocks")
+        say(f"{note}. They are left out.")
+    kept = [i for i, one in enumerate(fits) if one]
+    total = sum(lengths[i] * max(1, len(examples[i].references)) for i in kept)
+    if tokens is not None and total > tokens:
+        count = max(1, len(kept) * tokens // total)
+        kept = [kept[i * len(kept) // count] for i in range(count)]
+    return [examples[i] for i in kept]
+
+
+def _beginning(prompt: str) -> str:
+    return repr(textwrap.shorten(prompt, 40, placeholder="..."))
 
 
 def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from chunkwise_lora.evaluation.results import Evaluation, Score
 from chunkwise_lora.evaluation.settings import EvaluationSettings
 from chunkwise_lora.evaluation.text import PERPLEXITY, evaluate_text, windows_of
 from chunkwise_lora.ladder import RankLadder, is_ladder
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("wikitext", "squad", "e2e")
 ANSWERS: dict[str, tuple[Callable[[str], list[Example]], Metric, Sequence[Score]]] = {
@@ -79,7 +82,14 @@ def own_policy(adapter: str | Path) -> dict[str, RankLadder]:
 
 
 def calibration_tokens(
-    task: str, data: str, tokenizer: Any, block: int, answer: Callable[[Sequence[Example]], list[Example]]
+    task: str,
+    data: str,
+    tokenizer: Any,
+    block: int,
+    answer: Callable[[Sequence[Example]], list[Example]],
+    *,
+    tokens: int | None = None,
+    say: Callable[[str], object] = logger.warning,
 ) -> tuple[list[int], list[bool] | None, int]:
     """Read a task's data as text to calibrate on.
 
@@ -89,6 +99,8 @@ def calibration_tokens(
         tokenizer: The base model's tokenizer.
         block: Largest number of tokens per block.
         answer: Generates the answers of examples that have none; see `AnswerGenerator`.
+        tokens: About how many tokens of examples are needed; None takes all.
+        say: Is told which examples are left out because they do not fit into a block.
 
     Returns:
         Token ids of the text; for each token whether the prediction after it is scored, or None if all are (only the
@@ -99,7 +111,7 @@ def calibration_tokens(
     """
     if task == "wikitext":
         return tokenizer(data_sets.wikitext(data)).input_ids, None, block
-    examples = _examples(task, data)
+    examples = data_sets.fitting(_examples(task, data), tokenizer, block, tokens, lambda note: say(f"{data}: {note}"))
     answered = [one for one in examples if one.references]
     if len(answered) < len(examples):
         answered += answer([one for one in examples if not one.references])
