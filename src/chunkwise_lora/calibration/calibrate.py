@@ -135,31 +135,14 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         fitted = fit_ladder(run, _distilled(run, fitted, training_text))
 
     share = _budget_share(run, fitted)
-    planned, alike = fitted.rung_policy(share), fitted.one_rung(share)
     with run.attach(fitted.ladder) as chunkwise:
-
-        def chosen() -> Values:
-            policy, tokens = choose_tokens(run, chunkwise, fitted.config(planned), alike, planned.multiplier)
-            policy, searched = choose_chunks_and_scale(run, chunkwise, policy, planned.multiplier)
-            if config.int8:
-                policy = choose_int8(run, chunkwise, policy)
-            return {"policy": policy.model_dump_json(), "tokens": asdict(tokens), "searched": searched}
-
-        choices = run.unfinished.stage("settings", chosen)
-        policy = ChunkWiseConfig.model_validate_json(choices["policy"])
-        held = text.choice.evenly(max(1, config.divergence_tokens // text.choice.length))
-        batches = run.batches(held, "divergence of every rung")
-        same = not config.distillations
-        divergence = run.unfinished.stage(
-            "divergence", lambda: {"of rungs": rung_divergence(chunkwise, batches, GIVEN, same_full_rank=same)}
-        )["of rungs"]
+        policy, choice, searched = _policy(run, chunkwise, fitted, share)
+        divergence = _divergence(run, chunkwise)
         check = check_policy(run, chunkwise, policy)
     expectation = check.expectation(config.mean_rank, fitted.ladder.rung_ranks[-1])
     learned = fitted.ladder.learned if policy.complexity.learned else None
-    measured = {"rung_divergence": tuple(divergence), "expectation": expectation}
-    ladder = replace(fitted.ladder, policy=policy, learned=learned, **measured)
-    choice = TokenChoice(**choices["tokens"])
-    return Calibration(ladder, check, choice, fitted.estimator.explained, choices["searched"])
+    ladder = replace(fitted.ladder, policy=policy, learned=learned, rung_divergence=divergence, expectation=expectation)
+    return Calibration(ladder, check, choice, fitted.estimator.explained, searched)
 
 
 def _refuse(
@@ -253,3 +236,35 @@ def _budget_share(run: CalibrationRun, fitted: FittedLadder) -> float:
         return run.config.mean_rank or 1.0
     found = run.unfinished.stage("mean rank", lambda: {"share": share_for_loss_budget(run, fitted, budget)})
     return float(found["share"])
+
+
+def _policy(
+    run: CalibrationRun, model: ChunkWiseModel, fitted: FittedLadder, share: float
+) -> tuple[ChunkWiseConfig, TokenChoice, dict[str, float]]:
+    """Choose the policy for a mean rank, which is given as a share of the full rank.
+
+    Returns:
+        The policy; whether choosing rungs for tokens pays; the cost of each setting that was tried.
+    """
+
+    def chosen() -> Values:
+        planned = fitted.rung_policy(share)
+        policy, choice = choose_tokens(run, model, fitted.config(planned), fitted.one_rung(share), planned.multiplier)
+        policy, searched = choose_chunks_and_scale(run, model, policy, planned.multiplier)
+        if run.config.int8:
+            policy = choose_int8(run, model, policy)
+        return {"policy": policy.model_dump_json(), "choice": asdict(choice), "searched": searched}
+
+    found = run.unfinished.stage("policy", chosen)
+    return ChunkWiseConfig.model_validate_json(found["policy"]), TokenChoice(**found["choice"]), found["searched"]
+
+
+def _divergence(run: CalibrationRun, model: ChunkWiseModel) -> tuple[float, ...]:
+    """The divergence of every rung of the ladder from the full rank of the given one."""
+    held = run.text.choice.evenly(max(1, run.config.divergence_tokens // run.text.choice.length))
+
+    def measured() -> Values:
+        batches = run.batches(held, "divergence of every rung")
+        return {"of rungs": rung_divergence(model, batches, GIVEN, same_full_rank=not run.config.distillations)}
+
+    return tuple(run.unfinished.stage("divergence", measured)["of rungs"])
