@@ -50,6 +50,8 @@ class Measurement:
     """Bytes of adapter weights read per forward pass, averaged over passes."""
     kv_bytes: int
     """Bytes of storage of the KV cache's tensors after the prompt and the warm-up steps."""
+    kv_bytes_in_use: int
+    """The same without room for later tokens."""
     peak_bytes: int | None
     """Largest memory of the process (or GPU) during prefill and warm-up steps, in bytes above its memory before them;
     None if unknown or if prefills are not compared."""
@@ -71,6 +73,7 @@ class _Record:
     """Milliseconds per step, one value per round."""
     peak_bytes: int | None = None
     kv_bytes: int = 0
+    kv_bytes_in_use: int = 0
     planned_before: float = 0.0
     """Seconds spent on planning before the first decode round."""
 
@@ -123,6 +126,7 @@ def measure(
                         run.fill()
                     run.decode(WARM_UP)
                 record.peak_bytes, record.kv_bytes = peak.bytes, run.kv_bytes
+                record.kv_bytes_in_use = run.kv_bytes_in_use
                 del run
                 advance()
         for name, run in runs.items():
@@ -182,6 +186,7 @@ def _measurements(
                 prefill_over_base=_median_ratio(prefills, name, BASE) if compared else None,
                 adapter_bytes_per_pass=run.adapter_bytes,
                 kv_bytes=record.kv_bytes,
+                kv_bytes_in_use=record.kv_bytes_in_use,
                 peak_bytes=record.peak_bytes if compared else None,
                 scheduler_ms=(run.scheduler_seconds - record.planned_before) * 1e3 / (rounds * new_tokens),
                 rounds=rounds,

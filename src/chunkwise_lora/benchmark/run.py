@@ -91,6 +91,11 @@ class Run:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
 
     @property
+    def kv_bytes_in_use(self) -> int:
+        """Bytes of the cache without room for later tokens."""
+        return self.kv_bytes if self._call is None else self._call.trace().kv_bytes
+
+    @property
     def adapter_bytes(self) -> float:
         """Bytes of adapter weights read per forward pass, averaged over the passes so far."""
         if self._call is None:

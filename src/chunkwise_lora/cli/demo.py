@@ -2,86 +2,172 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import codecs
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from chunkwise_lora import examples
-from chunkwise_lora.cli.generations import print_generations
-from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
+from chunkwise_lora.cli.generations import generate, print_costs, print_generations, print_sequence
+from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption
-from chunkwise_lora.cli.output import console, print_plain, write_json
+from chunkwise_lora.cli.output import console, escaped_lines, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
-from chunkwise_lora.cli.rendering import bench_table, rank_legend
-from chunkwise_lora.errors import EngineError
-from chunkwise_lora.files import read_text
-from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
+from chunkwise_lora.cli.rendering import llama_table, rank_legend, sample_table
+from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.method.config import ChunkWiseConfig
 
-HELD_TEXT = Path(__file__).parents[1] / "sample" / "wiki.txt"
-"""A text in the style of the `wiki` data, written for this project. No model was trained on it."""
+if TYPE_CHECKING:
+    from chunkwise_lora.ladder import RankLadder
 
-PROMPTS = (
-    ("wiki", " = Aldhaven = \n \n Aldhaven is a town in"),
-    ("wiki", " = = History = = \n \n The church was built in"),
-    ("e2e", "name[Blue Spice], eatType[coffee shop], area[city centre] ->"),
-)
-"""The adapter of each prompt, and the prompt."""
+PROMPTS = {
+    "squad": "The lighthouse of Karsund was built in 1868 by the engineer Thomas Hale. Its light can be seen from a "
+    "distance of 33 kilometres. The last keeper left in 1987, and since 1994 a local trust has run the station.\n"
+    "Question: Who built the lighthouse?\nAnswer:",
+    "e2e": "name[Blue Spice], eatType[coffee shop], food[Italian], priceRange[cheap], area[city centre] ->",
+    "wiki": " = Aldhaven = \n \n Aldhaven is a town in the north of the island of",
+}
+"""A prompt for each adapter."""
+
+ALONE_TOKENS = 24
+"""Tokens that the base model generates alone."""
 
 
 def demo(
+    engine: Annotated[
+        str, typer.Option(help="transformers, or llama-cpp, which is compared with llama.cpp's own LoRA.")
+    ] = "transformers",
     folder: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder with a base model, `base`, and adapters, `wiki` and `e2e`, instead of the examples.",
+            help="Folder with a base model, `base`, and adapters, some of `squad`, `e2e` and `wiki`, instead of the "
+            "examples; for transformers only.",
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which prefill and decoding are timed.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which decoding is timed.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Show the method on the example model: text coloured by rank, and a comparison with PEFT."""
-    from transformers import set_seed
+    """Show the method on the example model: texts coloured by rank, and a comparison with PEFT or llama.cpp."""
+    if engine not in ("transformers", "llama-cpp"):
+        raise ChunkWiseError(f"--engine {engine}: choose transformers or llama-cpp")
+    if folder is not None and engine == "llama-cpp":
+        raise ChunkWiseError("--folder is only for --engine transformers; leave it out")
+    adapters = _adapters(folder)
+    if engine == "llama-cpp":
+        content = _in_llama_cpp(adapters, new_tokens, rounds)
+    else:
+        content = _in_transformers(str(folder / "base") if folder else examples.BASE, adapters, new_tokens, rounds)
+    write_json(json_file, {"engine": engine, **content})
 
-    from chunkwise_lora.benchmark.measure import measure
-    from chunkwise_lora.benchmark.methods import methods
-    from chunkwise_lora.benchmark.perplexity import perplexity
+
+def _adapters(folder: Path | None) -> dict[str, Path]:
+    """The folders of the adapters to show, by name."""
+    found = {path.name: path for path in folder.glob("*")} if folder else examples.ladders()
+    adapters = {name: found[name] for name in PROMPTS if name in found}
+    if not adapters and folder is None:
+        examples.find(next(iter(PROMPTS)))  # the error says how to install them
+    if not adapters:
+        raise ChunkWiseError(f"--folder {folder}: holds none of the adapters {', '.join(PROMPTS)}")
+    return adapters
+
+
+def _in_transformers(model: str, adapters: Mapping[str, Path], new_tokens: int, rounds: int) -> dict[str, Any]:
+    """Generate and compare in transformers. Returns the results as plain data."""
+    from chunkwise_lora.benchmark.sample import run_sample
     from chunkwise_lora.engines.transformers import ChunkWiseModel
+
+    ladders, policy = _with_policies(adapters)
+    base, tokenizer = load_base_and_tokenizer(model)
+    prompts = [PROMPTS[name] for name in ladders]
+    alone, _ = generate(base, tokenizer, prompts, max_new_tokens=ALONE_TOKENS, do_sample=False)
+    _introduce(ladders, policy)
+    with ChunkWiseModel(base, ladders) as chunkwise:
+        generations = print_generations(
+            chunkwise, tokenizer, prompts, list(ladders), max_new_tokens=new_tokens, do_sample=False
+        )
+    _print_alone(ladders, tokenizer.batch_decode(alone, skip_special_tokens=True))
+    with progress() as reports:
+        advance = reports.begin("comparing with PEFT")
+        results = run_sample(base, tokenizer, adapters, ladders, policy, rounds=rounds, advance=advance)
+    console.print(sample_table(results))
+    print_plain(
+        f"{str(base.dtype).removeprefix('torch.')}, one sequence, means over the adapters; x is the ratio to PEFT "
+        "unmerged. The scores are those of a small sample, which is too little to judge quality. If you use only one "
+        "adapter, merge it: nothing is faster."
+    )
+    return {"generations": generations, "comparison": [asdict(result) for result in results]}
+
+
+def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) -> dict[str, Any]:
+    """Generate and compare in llama.cpp. Returns the results as plain data."""
+    from chunkwise_lora.engines.llama_cpp.library import check_installed
+
+    model = examples.gguf_file()
+    check_installed()
+
+    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama
+    from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
+
+    ladders, policy = _with_policies(adapters)
+    threads = os.cpu_count() or 1
+    options: dict[str, Any] = {"n_ctx": 1024, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+    llm = ChunkWiseLlama(str(model), ladders, max_sequences=len(ladders), flash_attn=True, **options)
+    prompts = [PROMPTS[name] for name in ladders]
+    alone = llm.create_completions(prompts, adapter=BASE, max_tokens=ALONE_TOKENS, temperature=0.0)["choices"]
+    answers = llm.create_completions(prompts, adapter=list(ladders), max_tokens=new_tokens, temperature=0.0)["choices"]
+    trace = llm.trace
+    assert trace is not None
+    _introduce(ladders, policy)
+    generations = []
+    for prompt, answer, sequence in zip(prompts, answers, trace.sequences, strict=True):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(llm.detokenize([token], special=True)) for token in sequence.tokens]
+        print_sequence(sequence, pieces, len(llm.tokenize(prompt.encode(), add_bos=False, special=True)))
+        said = {"prompt": prompt, "text": answer["text"], "mean_rank": sequence.mean_rank}
+        generations.append({**said, **asdict(sequence)})
+    print_costs(trace)
+    _print_alone(ladders, [choice["text"] for choice in alone])
+    name, ladder = next(iter(ladders.items()))
+    assert ladder.policy is not None
+    configs = {"lossless": ChunkWiseConfig.preset("lossless"), policy: ladder.policy}
+    with progress() as reports:
+        advance = reports.steps("comparing with llama.cpp", rounds * (2 + len(configs)))
+        results = measure_llama(model, ladder, configs, [256], Sizes(32, rounds, threads), advance)
+    console.print(llama_table(results))
+    print_plain(f"Adapter {name}, one sequence, medians of {rounds} rounds; x is a ratio.")
+    return {"generations": generations, "comparison": [asdict(result) for result in results]}
+
+
+def _with_policies(adapters: Mapping[str, Path]) -> tuple[dict[str, RankLadder], str]:
+    """The ladders by name, and the name of their policies: the calibrated ones, or `balanced` for all."""
     from chunkwise_lora.ladder import RankLadder
 
-    base, tokenizer = load_base_and_tokenizer(str(folder / "base") if folder else examples.BASE)
-    sources = {name: folder / name if folder else examples.find(name) for name in dict(PROMPTS)}
-    ladders = {name: RankLadder.load(source) for name, source in sources.items()}
-    console.print("Three prompts in one batch, two adapters on one base model, preset [bold]balanced[/]:")
-    with ChunkWiseModel(base, ladders, ChunkWiseConfig.preset("balanced")) as model:
-        console.print(rank_legend(ladders["wiki"].rung_ranks))
-        names, prompts = zip(*PROMPTS, strict=True)
-        set_seed(0)
-        generations = print_generations(
-            model, tokenizer, list(prompts), list(names), max_new_tokens=new_tokens, do_sample=True, top_p=0.7
-        )
+    ladders = {name: RankLadder.load(path) for name, path in adapters.items()}
+    if all(ladder.policy for ladder in ladders.values()):
+        return ladders, "calibrated"
+    balanced = ChunkWiseConfig.preset("balanced")
+    return {name: replace(ladder, policy=balanced) for name, ladder in ladders.items()}, "balanced"
 
-    compared = methods(
-        base,
-        {"wiki": sources["wiki"]},
-        {name: ChunkWiseConfig.preset(name) for name in PRESETS},
-        ladders={"wiki": ladders["wiki"]},
-    )
-    held = token_ids(tokenizer, read_text(HELD_TEXT, EngineError))
-    with progress() as reports:
-        advance = reports.steps("comparing with PEFT", len(compared) * (2 * rounds + 1))
-        results = measure(compared, held[:, :256], new_tokens=new_tokens, rounds=rounds, advance=advance)
-        perplexities = {}
-        for method in compared:
-            perplexities[method.name] = perplexity(method, held)
-            advance()
-    console.print(bench_table(results, perplexities))
-    print_plain(
-        f"Adapter wiki, {base.dtype}, a prompt of 256 tokens, {new_tokens} new tokens, {rounds} rounds. The perplexity "
-        f"is that of {held.shape[1]} tokens of held text, run token by token. If you use only one adapter, merge it: "
-        "that is faster."
-    )
-    comparison = [{**asdict(result), "perplexity": perplexities[result.name]} for result in results]
-    write_json(json_file, {"generations": generations, "comparison": comparison})
+
+def _introduce(ladders: Mapping[str, RankLadder], policy: str) -> None:
+    """Print what is shown, and the legend of the colours."""
+    count = {1: "One prompt", 2: "Two prompts", 3: "Three prompts"}[len(ladders)]
+    each = ", each with its own adapter" if len(ladders) > 1 else ""
+    print_plain(f"{count} in one batch on one base model{each}. The {policy} policy gives every token a rank:")
+    console.print(rank_legend(max(ladder.rung_ranks[-1] for ladder in ladders.values())))
+
+
+def _print_alone(names: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Print how the base model alone continues the prompts, one line each."""
+    print_plain("Without an adapter, the base model continues:")
+    for name, text in zip(names, texts, strict=True):
+        line = Text(f"{name}: ", "bold").append(escaped_lines(" ".join(text.split())), "default")
+        line.truncate(console.width, overflow="ellipsis")
+        console.print(line)

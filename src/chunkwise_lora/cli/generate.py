@@ -52,7 +52,7 @@ def generate(
     base, tokenizer = load_base_and_tokenizer(model)
     with ChunkWiseModel(base, {_name_of(adapter): source}, settings) as chunkwise:
         if show_ranks:
-            console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks))
+            console.print(rank_legend(next(iter(chunkwise.ladders.values())).rung_ranks[-1]))
         generations = print_generations(
             chunkwise, tokenizer, [prompt], show_ranks=show_ranks, max_new_tokens=max_new_tokens, do_sample=False
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.panel import Panel
@@ -14,7 +14,10 @@ from chunkwise_lora.cli.rendering import coloured_tokens
 from chunkwise_lora.errors import shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from chunkwise_lora.engines.transformers import ChunkWiseModel
+    from chunkwise_lora.method.trace import SequenceTrace, Trace
 
 
 def print_generations(
@@ -36,31 +39,47 @@ def print_generations(
         show_ranks: Print the prompt and its continuation coloured by rank; otherwise only the continuation, uncoloured.
         **options: Options of transformers' `generate`.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
-    output = model.generate(
-        inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        adapter_names=adapters,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
+    new, mask = generate(model, tokenizer, prompts, adapter_names=adapters, **options)
     trace = model.trace
     assert trace is not None
     generations = []
-    for row, sequence in enumerate(trace.sequences):
-        prompt_tokens = int(inputs.attention_mask[row].sum())
-        text = tokenizer.decode(output[row, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    for row, whole in enumerate(trace.sequences):
+        prompt_tokens = int(mask[row].sum())
+        sequence = _until_end(whole, prompt_tokens, tokenizer.eos_token_id)
+        text = tokenizer.decode(new[row], skip_special_tokens=True)
         if show_ranks:
-            coloured = coloured_tokens(sequence, _pieces(tokenizer, sequence.tokens), sequence.full_rank, prompt_tokens)
-            ranks = f"mean rank {sequence.mean_rank:.1f} of {sequence.full_rank:.3g}"
-            chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
-            title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
-            console.print(Panel(coloured, title=title))
+            print_sequence(sequence, _pieces(tokenizer, sequence.tokens), prompt_tokens)
         else:
             console.print(Text(escaped_lines(text)))
         generations.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
+    print_costs(trace)
+    return generations
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> tuple[Tensor, Tensor]:
+    """Continue all prompts in one batch.
+
+    Returns:
+        (batch, new tokens) token ids of the continuations, and the attention mask of the prompts (batch, tokens).
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
+    ids, mask = inputs.input_ids, inputs.attention_mask
+    output = model.generate(ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
+    return output[:, ids.shape[1] :], mask
+
+
+def print_sequence(sequence: SequenceTrace, pieces: Sequence[str], prompt_tokens: int) -> None:
+    """Print a sequence in a frame, coloured by rank. `pieces` are the texts of its tokens."""
+    ranks = f"mean rank {sequence.mean_rank:.1f} of {sequence.full_rank:.3g}"
+    chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
+    title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
+    console.print(Panel(coloured_tokens(sequence, pieces, sequence.full_rank, prompt_tokens), title=title))
+
+
+def print_costs(trace: Trace) -> None:
+    """Print the bytes that a generation took and read, and the time of planning."""
     print_plain(
         f"KV cache {trace.kv_bytes / 1024:,.0f} KB ({trace.kv_bytes_full / 1024:,.0f} KB in full precision, "
         f"{trace.kv_bytes_reserved / 1024:,.0f} KB reserved); "
@@ -68,7 +87,14 @@ def print_generations(
         f"scheduler {trace.scheduler_seconds / trace.passes * 1e3:.2f} ms per pass",
         style="dim",
     )
-    return generations
+
+
+def _until_end(sequence: SequenceTrace, prompt_tokens: int, end: int | None) -> SequenceTrace:
+    """The sequence up to the end of its text, without what a batch ran for it afterwards."""
+    new = sequence.tokens[prompt_tokens:]
+    length = prompt_tokens + (new.index(end) if end in new else len(new))
+    chunks = tuple(chunk for chunk in sequence.chunks if chunk.chunk.start < length)
+    return replace(sequence, tokens=sequence.tokens[:length], ranks=sequence.ranks[:length], chunks=chunks)
 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

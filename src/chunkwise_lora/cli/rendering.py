@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from chunkwise_lora.rank_colour import rank_colour
 if TYPE_CHECKING:
     from chunkwise_lora.benchmark.llama_cpp import LlamaMeasurement
     from chunkwise_lora.benchmark.measure import Measurement
+    from chunkwise_lora.benchmark.sample import SampleResult
     from chunkwise_lora.calibration.calibrate import Calibration
     from chunkwise_lora.evaluation.results import Evaluation
     from chunkwise_lora.ladder import RankLadder
@@ -48,12 +49,13 @@ def _style(share: float, italic: bool) -> Style:
     return Style(color="black", bgcolor=Color.from_rgb(*rank_colour(share)), italic=italic)
 
 
-def rank_legend(ranks: Sequence[float]) -> Text:
-    """A legend of the colours of ranks. `ranks` must rise, and the last one is the full rank."""
+def rank_legend(full_rank: float) -> Text:
+    """A legend of the colours of ranks from 0 to the full rank."""
     text = Text("rank ")
-    for rank in ranks:
-        text.append(f" {_rank(rank)} ", style=_style(rank / ranks[-1] if ranks[-1] else 0.0, italic=False))
-    return text.append("  │ chunk boundary   prompt in italics")
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        text.append(f" {_rank(share * full_rank)} ", style=_style(share, italic=False))
+    text.append("   ").append("│", style="bold red").append(" a chunk begins   ")
+    return text.append("the prompt is in italics", style="italic")
 
 
 def ladder_table(ladder: RankLadder, rows: int = 40, columns: int = 8) -> Table:
@@ -150,13 +152,8 @@ def _change(value: float, points: bool) -> str:
     return f"{value:+.{2 if abs(value) < 0.0995 else 1 if abs(value) < 0.995 else 0}%}"
 
 
-def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float] | None = None) -> Table:
-    """One row per measurement. The columns `x` are ratios to PEFT unmerged: medians over rounds.
-
-    Args:
-        results: The measurements, of one or more contexts and batch sizes.
-        perplexities: Perplexity of each method on held text, by the method's name. It replaces the column of the peak.
-    """
+def bench_table(results: Sequence[Measurement]) -> Table:
+    """One row per measurement. The columns `x` are ratios to PEFT unmerged: medians over rounds."""
     several = len({(result.context, result.batch) for result in results}) > 1
     prefills = any(result.prefill_ms is not None for result in results)
     table = Table(title="Interleaved rounds; x: ratio to PEFT unmerged", box=SIMPLE_HEAD, padding=0)
@@ -165,8 +162,7 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
     columns += ["prefill\nms", "x"] if prefills else []
     columns += ["adapter\nKB/step", "KV cache\nKB"]
     peaks = any(result.peak_bytes is not None for result in results)
-    columns += ["peak\nMB"] if peaks and perplexities is None else []
-    columns += ["held text\nperplexity"] if perplexities is not None else []
+    columns += ["peak\nMB"] if peaks else []
     for column in columns:
         table.add_column(column, justify="right")
     cell = None
@@ -177,11 +173,35 @@ def bench_table(results: Sequence[Measurement], perplexities: Mapping[str, float
         row = [f"{result.decode_ms:.2f}", f"{result.decode_ratio:.2f}"]
         row += [_number(result.prefill_ms, ",.1f"), _number(result.prefill_ratio, ".2f")] if prefills else []
         row += [f"{result.adapter_bytes_per_pass / 1024:,.0f}", f"{result.kv_bytes / 1024:,.0f}"]
-        if perplexities is not None:
-            row.append(f"{perplexities[result.name]:.2f}")
-        elif peaks:
+        if peaks:
             row.append(_number(None if result.peak_bytes is None else result.peak_bytes / 1e6, ",.0f"))
         table.add_row(Text(shown(result.name, 60)), *row)
+    return table
+
+
+def sample_table(results: Sequence[SampleResult]) -> Table:
+    """One row per method on the sample. The column `x` is the ratio to PEFT unmerged."""
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
+    scores = list(results[0].scores)
+    for column in (
+        "ms per\ntoken",
+        "x",
+        "adapter\nKB read",
+        "KV cache\nKB",
+        *(name.replace(" ", "\n") for name in scores),
+    ):
+        table.add_column(column, justify="right")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.decode_ms:.1f}",
+            f"{result.decode_ratio:.2f}",
+            f"{result.adapter_bytes_per_pass / 1024:,.0f}",
+            f"{result.kv_bytes / 1024:,.0f}",
+            *(f"{result.scores[name]:.1f}" for name in scores),
+            style="bold" if result.name.startswith("ChunkWise") else "",
+        )
     return table
 
 
