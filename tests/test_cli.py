@@ -34,25 +34,71 @@ from chunkwise_lora.method.trace import SequenceTrace
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
 
 
+@pytest.fixture
+def short_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample of a few tokens, for `chunkwise demo`."""
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    (folder / "wiki.txt").write_text(TEXT * 3)
+    (folder / "e2e.csv").write_text("mr,ref\nname[Zizzi],Zizzi is a pub.\nname[Aldhaven],Aldhaven is cheap.\n")
+    monkeypatch.setattr("chunkwise_lora.benchmark.sample.SAMPLE", folder)
+    monkeypatch.setattr("chunkwise_lora.benchmark.sample.WINDOW", 40)
+
+
+@pytest.mark.usefixtures("short_sample")
 def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = tmp_path / "held.txt"
-    held.write_text(TEXT * 3)
-    monkeypatch.setattr("chunkwise_lora.cli.demo.HELD_TEXT", held)
+    ladders = {name: tmp_path / name for name in ("e2e", "wiki")}
+    small.calibrated(small.E2E).save_pretrained(ladders["e2e"])
+    small.calibrated(small.WIKI).save_pretrained(ladders["wiki"])
+    monkeypatch.setattr(examples, "ladders", lambda: ladders)
     code, out, err = run("demo", "--new-tokens", 4, "--rounds", 1, "--json", tmp_path / "demo.json")
-    assert code == 0 and err.startswith("comparing with PEFT: 1 of 18 after ")
-    assert "mean rank" in out and "│" in out
+    assert code == 0 and err.startswith("comparing with PEFT: 1 of ")
+    assert "mean rank" in out and "Without an adapter" in out
     assert max(len(line) for line in out.splitlines()) <= 80
     result = json.loads((tmp_path / "demo.json").read_text())
-    assert [one["adapter"] for one in result["generations"]] == ["wiki", "wiki", "e2e"]
+    assert [one["adapter"] for one in result["generations"]] == ["e2e", "wiki"]
     rows = {row["name"]: row for row in result["comparison"]}
-    assert list(rows)[:3] == ["base, no adapter", "PEFT merged", "PEFT unmerged"]
-    assert rows["base, no adapter"]["adapter_bytes_per_pass"] == rows["PEFT merged"]["adapter_bytes_per_pass"] == 0
-    unmerged, lossless = rows["PEFT unmerged"], rows["ChunkWise lossless"]
+    assert list(rows) == [
+        "base, no adapter",
+        "PEFT merged",
+        "PEFT unmerged",
+        "ChunkWise lossless",
+        "ChunkWise calibrated",
+    ]
+    base, merged, unmerged, lossless, calibrated = rows.values()
+    assert base["adapter_bytes_per_pass"] == merged["adapter_bytes_per_pass"] == 0
     assert lossless["adapter_bytes_per_pass"] == unmerged["adapter_bytes_per_pass"]
-    assert lossless["perplexity"] == pytest.approx(unmerged["perplexity"], rel=1e-4)
-    for preset in ("balanced", "compact"):
-        ours = rows[f"ChunkWise {preset}"]
-        assert 0 < ours["adapter_bytes_per_pass"] < unmerged["adapter_bytes_per_pass"]
+    assert 0 < calibrated["adapter_bytes_per_pass"] < unmerged["adapter_bytes_per_pass"]
+    assert lossless["scores"] == pytest.approx(unmerged["scores"], rel=1e-4)
+    assert set(base["scores"]) == {"BLEU", "perplexity"}
+    assert calibrated["kv_bytes"] < lossless["kv_bytes"] == unmerged["kv_bytes"]
+
+
+@pytest.mark.usefixtures("short_sample")
+def test_demo_runs_a_folder_with_a_plain_adapter_by_the_preset_balanced(run: Any, tmp_path: Path) -> None:
+    for folder in (small.BASE, small.WIKI):
+        (tmp_path / folder.name).symlink_to(folder)
+    code, out, _ = run("demo", "--folder", tmp_path, "--new-tokens", 4, "--rounds", 1)
+    assert code == 0 and "One prompt" in out and "ChunkWise balanced" in out and "BLEU" not in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--engine", "abacus"), "choose transformers or llama-cpp"),
+        (("--engine", "llama-cpp", "--folder", "x"), "--folder is only for --engine transformers"),
+        (("--folder", "no/such"), "holds none of the adapters squad, e2e, wiki"),
+    ],
+)
+def test_demo_refuses_options_that_do_not_fit(run: Any, options: tuple[str, ...], message: str) -> None:
+    code, _, err = run("demo", *options)
+    assert code == 1 and message in " ".join(err.split())
+
+
+def test_demo_without_ladders_says_how_to_install_them(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "ladders", dict)
+    code, _, err = run("demo")
+    assert code == 1 and "pip install 'chunkwise-lora[examples]'" in " ".join(err.split())
 
 
 def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:

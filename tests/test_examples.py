@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("gguf", reason="the example model is a GGUF file: pip install '.[gguf]'")
 
 import small
-from chunkwise_lora import EngineError, LadderError, examples
+from chunkwise_lora import EngineError, LadderError, RankLadder, examples
+from chunkwise_lora.benchmark.sample import SAMPLE
 from chunkwise_lora.engines.transformers import load_base
+from chunkwise_lora.evaluation import data
 from gguf_bases import tokenizer_of, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -72,33 +75,31 @@ def test_a_damaged_gguf_file_is_refused_with_the_remedy(gguf: Path, tmp_path: Pa
     assert not list((tmp_path / "cache" / "models").iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut off", "removed", "unknown"])
-def test_a_damaged_model_in_the_cache_is_refused_with_the_remedy(gguf: Path, damage: str) -> None:
+def test_a_damaged_model_in_the_cache_is_refused_with_the_remedy(gguf: Path) -> None:
     folder = examples.base_folder()
-    weights = folder / "model.safetensors"
-    if damage == "cut off":
-        weights.write_bytes(weights.read_bytes()[:-1])
-    elif damage == "removed":
-        weights.unlink()
-    else:
-        (folder / examples.SIZES).write_text("[]")
-    with pytest.raises(EngineError, match=r"remove this folder, and it is made again"):
+    weights, sizes = folder / "model.safetensors", folder / examples.SIZES
+    remedy = "remove this folder, and it is made again"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(EngineError, match=rf"model\.safetensors has .* bytes instead of .*; {remedy}"):
         examples.base_folder()
-    shutil.rmtree(folder)
-    assert examples.base_folder() == folder
+    weights.unlink()
+    with pytest.raises(EngineError, match=rf"is damaged \(.*model\.safetensors.*\); {remedy}"):
+        examples.base_folder()
+    sizes.write_text("[]")
+    with pytest.raises(EngineError, match=remedy):
+        examples.base_folder()
 
 
 def test_a_model_that_another_process_has_just_made_is_taken(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = examples._convert
+    def convert_slowly(source: Path, folder: Path) -> None:
+        other = folder.parents[1] / folder.name
+        for place, text in ((folder, "this process"), (other, "another process")):
+            place.mkdir()
+            (place / "config.json").write_text(text)
+        (other / examples.SIZES).write_text("{}")
 
-    def slower(source: Path, folder: Path) -> None:
-        convert(source, folder)
-        place = shutil.copytree(folder, folder.parents[1] / folder.name)
-        (place / examples.SIZES).write_text("{}")
-
-    monkeypatch.setattr(examples, "_convert", slower)
-    folder = examples.base_folder()
-    assert (folder / examples.SIZES).read_text() == "{}"
+    monkeypatch.setattr(examples, "_convert", convert_slowly)
+    assert (examples.base_folder() / "config.json").read_text() == "another process"
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(
@@ -137,9 +138,19 @@ def test_a_mistyped_name_is_refused_with_the_closest_one() -> None:
         examples.find("squda")
 
 
+def test_the_sample_has_prompts_in_the_formats_of_the_tasks() -> None:
+    questions = data.squad(str(SAMPLE / "squad.json"))
+    assert all(reference in one.topic for one in questions for reference in one.references)
+    meanings = data.e2e(str(SAMPLE / "e2e.csv"))
+    for one in meanings:
+        name = re.match(r"name\[([^]]+)\]", one.prompt)
+        assert name is not None and all(name[1] in reference for reference in one.references)
+    assert len(questions) == 12 and len(meanings) == 8
+
+
 def test_the_weights_that_come_with_the_repository_are_for_the_example_model() -> None:
     for folder in WEIGHTS.glob("*/chunkwise.json"):
-        ladder = small.RankLadder.load(folder.parent)
+        ladder = RankLadder.load(folder.parent)
         assert ladder.base_model == examples.BASE_NAME and ladder.policy is not None
         assert folder.parent.name in examples.LADDERS
 

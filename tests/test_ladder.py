@@ -18,7 +18,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, LadderError, RankLadder
 from chunkwise_lora.calibration.moments import second_moments
 from chunkwise_lora.ladder import LADDER_NAME, LadderModule, describe, even_ranks, is_ladder, truncate
@@ -446,6 +448,32 @@ def test_float16_keeps_adapters_of_any_usual_size(factor: float) -> None:
         stored, exact = scaled.to(torch.float16), scaled.up.double() @ scaled.down.double()
         error = (stored.up.double() @ stored.down.double() - exact).norm() / exact.norm()
         assert error < 2e-3  # float16 has 11 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_ladder_of_16_bits_takes_half_the_disk_and_runs_in_peft(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = small.calibrated()
+    whole.save_pretrained(tmp_path / "whole")
+    whole.to(dtype).save_pretrained(tmp_path / "half")
+    sizes = [(tmp_path / name / WEIGHTS).stat().st_size for name in ("whole", "half")]
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.02)
+    loaded = RankLadder.load(tmp_path / "half")
+    assert (loaded.policy, loaded.rung_divergence) == (whole.policy, whole.rung_divergence)
+    assert loaded.learned is not None and whole.learned is not None
+    assert np.array_equal(loaded.learned.token, whole.learned.token)
+    rounding = 4 * torch.finfo(dtype).eps
+    for name, module in loaded.modules.items():
+        exact = whole.modules[name]
+        assert module.ranks == exact.ranks and torch.equal(module.sigma, exact.sigma)
+        product = exact.up @ exact.down
+        assert (module.up.float() @ module.down.float() - product).norm() < rounding * product.norm(), name
+    base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32).eval()
+    ids = torch.randint(3, small.VOCABULARY, (1, 24))
+    with ChunkWiseModel(base, loaded, ChunkWiseConfig.preset("lossless")) as model, torch.no_grad():
+        ours = model(ids).logits
+    with torch.no_grad():
+        peft = PeftModel.from_pretrained(base, str(tmp_path / "half")).eval()(ids).logits
+    assert torch.allclose(ours, peft, atol=1e-4)
 
 
 def test_factors_beyond_float16_are_refused() -> None:
