@@ -329,15 +329,15 @@ def test_without_a_terminal_progress_is_printed_in_lines() -> None:
 
 def test_work_of_several_stages_is_printed_as_a_share_of_all_work() -> None:
     written: list[str] = []
-    seconds = iter([0.0, 1.0, 20.0, 45.0, 50.0])
+    seconds = iter([1.0, 20.0, 101.0, 126.0])
     with Lines(written.append, lambda: next(seconds)) as reports:
         report = reports.overall()
         for stage, done in (("reading", 0), ("reading", 5), ("reading", 20), ("checking", 25)):
             report(stage, done, 50)
     assert written == [
-        "reading: 0% of all work is done after 1 s\n",
-        "reading: 40% of all work is done after 45 s\n",
-        "checking: 50% of all work is done after 50 s\n",
+        "reading: 0% of all work is done\n",
+        "reading: 40% of all work is done, about 2 minutes left\n",
+        "checking: 50% of all work is done, about 2 minutes left\n",
     ]
 
 

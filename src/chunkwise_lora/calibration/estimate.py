@@ -25,8 +25,8 @@ from chunkwise_lora.calibration.work import Speed, Work, seconds_of
 from chunkwise_lora.method.complexity import SIGNALS
 from chunkwise_lora.method.config import ChunkWiseConfig
 
-TIMED_STEPS = 4
-"""Steps of generation that are timed."""
+TIMED_TOKENS, TIMED_STEPS = 512, 4
+"""Tokens of a pass, and steps of generation, that are timed."""
 LEAST, MOST = 1 / 64, 64.0
 """Range of the search for a factor on the work."""
 BISECTIONS = 12
@@ -71,7 +71,8 @@ def planned_work(run: CalibrationRun) -> Work:
 
 def measured_speed(run: CalibrationRun) -> Speed:
     """The speed of the model on this machine, measured on the beginning of the text."""
-    batch, steps = (run.text.learning[:size] for size in (run.batch, run.step_batch))
+    sizes = max(1, TIMED_TOKENS // run.text.learning.length), run.step_batch
+    batch, steps = (run.text.learning[:size] for size in sizes)
     few = steps.tokens[:, :TIMED_STEPS]
     config = ChunkWiseConfig.preset("balanced")
     with torch.no_grad(), ChunkWiseModel(run.base, run.given) as model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ Update = Callable[[int, int | None], None]
 
 SECONDS_BETWEEN_LINES = 30.0
 """Least time between two lines of one stage."""
+LEAST_SHARE = 0.02
+"""Share of the work after which its speed is known well enough to say how long the rest takes."""
 
 
 class Progress(ABC):
@@ -119,15 +122,20 @@ class Lines(Progress):
 
     def overall(self) -> Callable[[str, float, float], None]:
         """A line at the beginning of every stage, then at most one every 30 seconds."""
-        start = self._clock()
-        last_stage, last = "", start
+        start = last = math.nan
+        last_stage, first_done = "", 0.0
 
         def update(stage: str, done: float, of: float) -> None:
-            nonlocal last_stage, last
+            nonlocal start, last, last_stage, first_done
             now = self._clock()
+            if math.isnan(start):
+                start, first_done = now, done
             if stage != last_stage or now - last >= SECONDS_BETWEEN_LINES:
                 last_stage, last = stage, now
-                self._write(f"{stage}: {_share(done, of)} of all work is done after {_duration(now - start)}\n")
+                line = f"{stage}: {done / of if of else 1:.0%} of all work is done"
+                if done - first_done > LEAST_SHARE * of:
+                    line += f", {in_words((now - start) * (of - done) / (done - first_done))} left"
+                self._write(f"{line}\n")
 
         return update
 
@@ -154,10 +162,6 @@ def in_words(seconds: float) -> str:
         if seconds >= 1.5 * length:
             return f"about {round(seconds / length)} {unit}s"
     return "about a minute" if seconds > 30 else "less than a minute"
-
-
-def _share(done: float, of: float) -> str:
-    return f"{done / of if of else 0:.0%}"
 
 
 def _duration(seconds: float) -> str:
