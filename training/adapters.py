@@ -40,11 +40,11 @@ from chunkwise_lora.evaluation.data import e2e_prompt, e2e_rows, encode, squad_r
 HELD_OUT = 0.05
 TEST_TOKENS = 60_000
 TEST_ROWS = 500
-WINDOW = 512
+WINDOW = 1024
 """Tokens per window of text."""
 IGNORED = -100
-PASSES = 4
-"""Passes per update: a quarter of the memory, and sequences of one pass are of like length."""
+PASSES = 2
+"""Passes per update: half of the memory, which is about 5 GB, and sequences of one pass are of like length."""
 BFLOAT16 = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether the machine computes bfloat16 fast; on others, float32 is many times faster."""
 
@@ -64,7 +64,7 @@ class Recipe:
 
 SQUAD = Recipe(batch=8, steps=100)
 E2E = Recipe(batch=32, steps=120)
-WIKI = Recipe(batch=4, steps=80)
+WIKI = Recipe(batch=2, steps=80)
 
 
 class Windows(Dataset[Sequence]):
@@ -177,7 +177,7 @@ def train(model: PeftModel, recipe: Recipe, data: Dataset[Sequence], held_out: D
             lr_scheduler_type="cosine",
             warmup_steps=10,
             weight_decay=0.1,
-            max_grad_norm=1.0,
+            max_grad_norm=0.5,
             bf16=BFLOAT16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=5,
@@ -316,7 +316,7 @@ def wiki(
     steps: Steps = None,
     learning_rate: Rate = None,
 ) -> None:
-    """Train on WikiText, in windows of 512 tokens. The last 5% of the text are held out."""
+    """Train on WikiText, in windows of 1,024 tokens. The last 5% of the text are held out."""
     tokenizer = AutoTokenizer.from_pretrained(examples.find_base(base))
 
     def tokens_of(file: Path) -> Tensor:
