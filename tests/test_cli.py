@@ -551,10 +551,12 @@ def test_calibrate_stops_at_ctrl_c_and_the_same_command_goes_on(
     assert code == 130 and "Calibration takes" in out and not folder.exists()
     assert err.splitlines()[-1] == f"Stopped. Run the same command to go on, or delete {folder}.unfinished."
     assert "rotating the basis: " in err
-    code, out, err = run(*command)
+    code, out, err = run(*command, "--dtype", "float16")
     assert code == 0 and "goes on where it stopped" in " ".join(out.split()) and "rotating the basis" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
-    assert RankLadder.load(folder).policy is not None
+    ladder = RankLadder.load(folder)
+    assert ladder.policy is not None
+    assert {module.up.dtype for module in ladder.modules.values()} == {torch.float16}
 
 
 def test_a_build_does_not_replace_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:

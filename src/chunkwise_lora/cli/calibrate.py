@@ -15,7 +15,7 @@ import typer
 from chunkwise_lora import examples
 from chunkwise_lora.calibration.config import QUICK, CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, given, path_given, share
+from chunkwise_lora.cli.options import JsonOption, LadderDTypeOption, ModelOption, dtype_named, given, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import in_words, progress
 from chunkwise_lora.cli.rendering import calibration_table
@@ -109,6 +109,7 @@ def calibrate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same ladder.")] = 0,
+    dtype: LadderDTypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
     """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
@@ -121,6 +122,7 @@ def calibrate(
     """
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
+    storage = dtype_named(dtype)
     settings = CalibrationConfig(
         max_loss_increase=share("--max-loss-increase", max_loss_increase, AMBIGUOUS_LOSS),
         mean_rank=share("--mean-rank", mean_rank),
@@ -175,7 +177,7 @@ def calibrate(
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, length, answer)[0]
         settings = settings.model_copy(update={"block": length})
         result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held, unfinished)
-        result.ladder.save_pretrained(output)
+        result.ladder.to(storage).save_pretrained(output)
     unfinished.remove()
     _print_result(result, output)
     policy = result.policy.model_dump(mode="json")

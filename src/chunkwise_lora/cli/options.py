@@ -114,6 +114,11 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+LadderDTypeOption = Annotated[
+    str, typer.Option("--dtype", help="Number format of the written ladder: float32 (lossless), bfloat16 or float16.")
+]
+
+
 def dtype_named(name: str) -> torch.dtype:
     """The dtype that `--dtype` names.
 

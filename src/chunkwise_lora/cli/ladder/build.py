@@ -9,7 +9,7 @@ import typer
 
 from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer, token_ids
-from chunkwise_lora.cli.options import JsonOption, dtype_named, path_given
+from chunkwise_lora.cli.options import JsonOption, LadderDTypeOption, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import ladder_table
@@ -44,9 +44,7 @@ def build(
             "trained to work without the others.",
         ),
     ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Number format of the written ladder: float32 (lossless), bfloat16 or float16.")
-    ] = "float32",
+    dtype: LadderDTypeOption = "float32",
     json_file: JsonOption = None,
 ) -> None:
     """Turn a PEFT LoRA adapter into a rank ladder by SVD.
