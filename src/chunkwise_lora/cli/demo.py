@@ -15,7 +15,7 @@ from rich.text import Text
 from chunkwise_lora import examples
 from chunkwise_lora.cli.generations import generate, print_costs, print_generations, print_sequence
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption
+from chunkwise_lora.cli.options import JsonOption, dtype_named
 from chunkwise_lora.cli.output import console, escaped_lines, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import llama_table, rank_legend, sample_table
@@ -23,6 +23,8 @@ from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from chunkwise_lora.ladder import RankLadder
 
 PROMPTS = {
@@ -51,7 +53,14 @@ def demo(
         ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which decoding is timed.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which decoding is timed.")] = 3,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format in transformers: float32, bfloat16 or float16. By default bfloat16 if the processor "
+            "has instructions for it, else float32."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show the method on the example model: texts coloured by rank, and a comparison with PEFT or llama.cpp."""
@@ -63,7 +72,8 @@ def demo(
     if engine == "llama-cpp":
         content = _in_llama_cpp(adapters, new_tokens, rounds)
     else:
-        content = _in_transformers(str(folder / "base") if folder else examples.BASE, adapters, new_tokens, rounds)
+        model = str(folder / "base") if folder else examples.BASE
+        content = _in_transformers(model, _dtype(dtype), adapters, new_tokens, rounds)
     write_json(json_file, {"engine": engine, **content})
 
 
@@ -78,13 +88,25 @@ def _adapters(folder: Path | None) -> dict[str, Path]:
     return adapters
 
 
-def _in_transformers(model: str, adapters: Mapping[str, Path], new_tokens: int, rounds: int) -> dict[str, Any]:
+def _dtype(name: str | None) -> torch.dtype:
+    """The dtype that was asked for, or the one in which this processor is fast."""
+    import torch
+
+    if name is not None:
+        return dtype_named(name)
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+
+
+def _in_transformers(
+    model: str, dtype: torch.dtype, adapters: Mapping[str, Path], new_tokens: int, rounds: int
+) -> dict[str, Any]:
     """Generate and compare in transformers. Returns the results as plain data."""
     from chunkwise_lora.benchmark.sample import run_sample
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
     ladders, policy = _with_policies(adapters)
     base, tokenizer = load_base_and_tokenizer(model)
+    base = base.to(dtype)
     prompts = [PROMPTS[name] for name in ladders]
     alone, _ = generate(base, tokenizer, prompts, max_new_tokens=ALONE_TOKENS, do_sample=False)
     _introduce(ladders, policy)
@@ -98,7 +120,7 @@ def _in_transformers(model: str, adapters: Mapping[str, Path], new_tokens: int, 
         results = run_sample(base, tokenizer, adapters, ladders, policy, rounds=rounds, advance=advance)
     console.print(sample_table(results))
     print_plain(
-        f"{str(base.dtype).removeprefix('torch.')}, one sequence, means over the adapters; x is the ratio to PEFT "
+        f"{str(dtype).removeprefix('torch.')}, one sequence, means over the adapters; x is the ratio to PEFT "
         "unmerged. The scores are those of a small sample, which is too little to judge quality. If you use only one "
         "adapter, merge it: nothing is faster."
     )
