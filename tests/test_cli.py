@@ -51,8 +51,7 @@ def test_demo_shows_ranks_and_compares(run: Any, tmp_path: Path, monkeypatch: py
     small.calibrated(small.E2E).save_pretrained(ladders["e2e"])
     small.calibrated(small.WIKI).save_pretrained(ladders["wiki"])
     monkeypatch.setattr(examples, "ladders", lambda: ladders)
-    quick = ("demo", "--new-tokens", 4, "--rounds", 1)
-    code, out, err = run(*quick, "--dtype", "float32", "--json", tmp_path / "demo.json")
+    code, out, err = run("demo", "--new-tokens", 4, "--rounds", 1, "--json", tmp_path / "demo.json")
     assert code == 0 and err.startswith("comparing with PEFT: 1 of ")
     assert "mean rank" in out and "Without an adapter" in out
     assert max(len(line) for line in out.splitlines()) <= 80

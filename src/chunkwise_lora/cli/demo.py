@@ -55,12 +55,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which decoding is timed.")] = 3,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format in transformers: float32, bfloat16 or float16. By default bfloat16 if the processor "
-            "has instructions for it, else float32."
-        ),
-    ] = None,
+        str, typer.Option(help="float32, or bfloat16 or float16, in which rounding changes some answers.")
+    ] = "float32",
     json_file: JsonOption = None,
 ) -> None:
     """Show the method on the example model: texts coloured by rank, and a comparison with PEFT or llama.cpp."""
@@ -73,7 +69,7 @@ def demo(
         content = _in_llama_cpp(adapters, new_tokens, rounds)
     else:
         model = str(folder / "base") if folder else examples.BASE
-        content = _in_transformers(model, _dtype(dtype), adapters, new_tokens, rounds)
+        content = _in_transformers(model, dtype_named(dtype), adapters, new_tokens, rounds)
     write_json(json_file, {"engine": engine, **content})
 
 
@@ -86,15 +82,6 @@ def _adapters(folder: Path | None) -> dict[str, Path]:
     if not adapters:
         raise ChunkWiseError(f"--folder {folder}: holds none of the adapters {', '.join(PROMPTS)}")
     return adapters
-
-
-def _dtype(name: str | None) -> torch.dtype:
-    """The dtype that was asked for, or the one in which this processor is fast."""
-    import torch
-
-    if name is not None:
-        return dtype_named(name)
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
 
 
 def _in_transformers(
