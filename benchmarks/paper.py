@@ -5,7 +5,7 @@
 
 Every option takes TASK=PATH once per task. What is not given stays empty in the table. Where --r16 is a ladder, the
 paper's rule runs on its rungs. The quality of every row and task, and the latency, is kept as JSON in the output
-folder, so a run that was broken off goes on where it stopped, and only what was given anew is measured. The table is
+folder, so an interrupted run goes on where it stopped, and only what is new is measured. The table is
 written to `paper.md`, `paper.json` and `paper.png` there.
 
 Latency is that of decoding one token at batch 1, after `--context` tokens of the data, with the adapters of `--speed`;

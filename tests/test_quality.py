@@ -23,6 +23,7 @@ from matplotlib.text import Annotation
 from peft import PeftModel
 from rich.console import Console
 from sacrebleu.metrics.bleu import BLEU
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer import BadParameter
 
@@ -135,12 +136,20 @@ def test_a_file_of_another_kind_is_refused_by_name_and_line_or_field(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_beginning_of_sequence_token_comes_before_the_prompt_alone() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
+    plain = data.encode(tokenizer, "Question: where?", "Here.")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    prompt, answer = data.encode(tokenizer, "Question: where?", "Here.")
+    assert prompt == [0, *plain[0]] and answer == plain[1] and answer[-1] == tokenizer.eos_token_id
+
+
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), longest=st.integers(2, 40))
 def test_every_packed_block_begins_with_another_example(lengths: list[int], longest: int) -> None:
     class Letters:
         eos_token_id = 1
 
-        def __call__(self, text: str) -> Any:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
             return SimpleNamespace(input_ids=[ord(letter) for letter in text])
 
     examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x", "y")) for i, length in enumerate(lengths)]

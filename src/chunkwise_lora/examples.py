@@ -152,7 +152,7 @@ def find_base(name: str, begin: Callable[[], None] = lambda: None) -> str | Path
     """Return the folder of the example model if `name` is its name; see `base_folder`. Return other names unchanged.
 
     Raises:
-        EngineError: The example model is named, and cannot be had.
+        EngineError: The example model is named, and is missing or damaged.
     """
     return base_folder(begin) if name == BASE else name
 

@@ -173,7 +173,7 @@ def evaluate(
 
 
 def _prediction(result: Result) -> dict[str, Any] | None:
-    """What calibration promised and what was measured, as plain data."""
+    """What calibration predicted and what was measured, as plain data."""
     if result.prediction is None:
         return None
     return {

@@ -34,8 +34,12 @@ class Example:
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt, and of an answer with the end-of-sequence token, as adapters are trained on them."""
-    return tokenizer(prompt).input_ids, [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
+    """Token ids of a prompt, and of an answer with the end-of-sequence token, as adapters are trained on them.
+
+    A beginning-of-sequence token, if the tokenizer adds one, comes before the prompt alone.
+    """
+    said = tokenizer(f" {answer}", add_special_tokens=False).input_ids
+    return tokenizer(prompt).input_ids, [*said, tokenizer.eos_token_id]
 
 
 def fitting(

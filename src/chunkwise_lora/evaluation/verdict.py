@@ -24,8 +24,8 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def findings(evaluation: Evaluation) -> list[str]:
-    """Sentences on the lowest mean rank that costs nothing, and on what calibration promised."""
-    return [*_free(evaluation), *(_promise(one) for one in evaluation.results if one.prediction is not None)]
+    """Sentences on the lowest mean rank that costs nothing, and on what calibration predicted."""
+    return [*_free(evaluation), *(_prediction(one) for one in evaluation.results if one.prediction is not None)]
 
 
 def amount(score: Score, value: float, digits: int = 2) -> str:
@@ -69,12 +69,12 @@ def _free(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def _promise(result: Result) -> str:
+def _prediction(result: Result) -> str:
     assert result.prediction is not None
     expected, measured = result.prediction.expected, result.prediction.loss_increase
     asked = f" ({expected.asked_rank:.2f} was asked for)" if expected.asked_rank is not None else ""
     return (
         f"{result.name}: mean rank {result.mean_rank:.2f}{asked}; the loss rises by {measured.value:+.2%} "
         f"({measured.low:+.2%} to {measured.high:+.2%}), and calibration expected {expected.loss_increase:+.2%} "
-        f"(give or take {expected.loss_increase_error:.2%})."
+        f"(plus or minus {expected.loss_increase_error:.2%})."
     )
