@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -656,7 +656,7 @@ def test_choosing_pays_if_it_saves_enough_divergence(pays: bool) -> None:
     ladder = RankLadder.from_peft(adapter("llama"))
     blocks = TokenBlocks.cut(text(), BLOCK)
     split = CalibrationText.split(blocks, None, CONFIG)
-    run = CalibrationRun(build("llama"), ladder, split, CONFIG, Progress(lambda *_: None))
+    run = CalibrationRun(build("llama"), ladder, split, CONFIG, Progress(lambda *_: None), Unfinished())
     good, bad = alike(1.0), alike(1 / 8)
     with run.attach(ladder) as model:
         config, choice = choose_tokens(run, model, *((good, bad) if pays else (bad, good)), multiplier=0.0)
@@ -667,13 +667,25 @@ def test_choosing_pays_if_it_saves_enough_divergence(pays: bool) -> None:
 @pytest.mark.parametrize(("mean_rank", "sampled"), [(0.5, (4, 16)), (0.25, (2, 9)), (1 / 16, (1, 3)), (None, (1, 16))])
 def test_the_basis_is_rotated_for_rungs_around_the_budget(mean_rank: float | None, sampled: tuple[int, int]) -> None:
     config = CalibrationConfig(mean_rank=mean_rank, max_loss_increase=None if mean_rank else 0.01)
-    assert config.sampled_rungs(16) == sampled
+    assert config.sampled_rungs(range(17)) == sampled
 
 
 @pytest.mark.parametrize("share", [1 / 16, 1 / 8, 1 / 4, 1 / 2])
 def test_the_rung_of_all_tokens_is_the_one_that_was_asked_for(share: float) -> None:
     ranks = (*(0.99 * rank for rank in range(16)), 16.0)  # rungs of whole directions spend a little less
-    allowed = range(CalibrationConfig(mean_rank=share).sampled_rungs(16)[0], 17)
+    allowed = range(CalibrationConfig(mean_rank=share).lowest_rung(ranks), 17)
     fitted = FittedLadder(cast("Any", SimpleNamespace(rung_ranks=ranks)), cast("Any", None), np.zeros(1), allowed)
     (found,) = fitted.one_rung(share).selection.rank_shares
     assert found == pytest.approx(0.99 * share)
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(range(17), 0.01), ((0.0, 8.0, 16.0), 0.25)])
+def test_a_mean_rank_below_the_lowest_rung_is_refused(ranks: Sequence[float], share: float) -> None:
+    ladder = RankLadder.from_peft(adapter("llama"))
+    config = CONFIG.model_copy(update={"mean_rank": share, "keep_directions": len(ranks) == 3})
+    if config.keep_directions:
+        ladder = ladder.with_ranks(
+            {name: (0, module.rank // 2, module.rank) for name, module in ladder.modules.items()}
+        )
+    with pytest.raises(ChunkWiseError, match="below the lowest rung"):
+        calibrate(build("llama"), ladder, text(), config)

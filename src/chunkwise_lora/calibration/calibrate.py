@@ -18,7 +18,7 @@ from chunkwise_lora.calibration.descent import RungTraining
 from chunkwise_lora.calibration.distillation import distil
 from chunkwise_lora.calibration.estimate import factor_for, measured_speed, planned_work
 from chunkwise_lora.calibration.fisher import sensitivities
-from chunkwise_lora.calibration.fitted_ladder import FittedLadder, fit_ladder
+from chunkwise_lora.calibration.fitted_ladder import ROUNDING, FittedLadder, fit_ladder
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
 from chunkwise_lora.calibration.moments import second_moments
 from chunkwise_lora.calibration.run import GIVEN, CalibrationRun
@@ -83,7 +83,7 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
         ladder: The adapter as a ladder.
         tokens: (n,) token ids of the text, cut into blocks of `config.block` tokens.
         config: Budget and settings.
-        report: Shows the progress; it is called first when the work has been estimated, with no work done.
+        report: Shows the progress; it is called first when the work has been estimated.
         scored: (n,) whether the prediction after each token is scored, as in answers but not in their prompts; by
             default all predictions are.
         held_tokens: Token ids of a text to hold back, in which all predictions are scored.
@@ -91,10 +91,10 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
             Remove it when the result is saved.
 
     Raises:
-        ChunkWiseError: The text or the held text is too short, `scored` is combined with `held_tokens` or with
-            `config.self_generated_tokens`, or the model is not on a CPU.
+        ChunkWiseError: The mean rank is below the lowest rung, the text or the held text is too short, `scored` is
+            combined with `held_tokens` or with `config.self_generated_tokens`, or the model is not on a CPU.
     """
-    _refuse(model, config, scored, held_tokens)
+    _refuse(model, ladder, config, scored, held_tokens)
     length, progress, kept = block_length(model, config.block), Progress(report), unfinished or Unfinished()
     blocks = TokenBlocks.cut(tokens, length, scored)
     held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length)
@@ -126,7 +126,7 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         fitted = fit_ladder(run, ladder)
     else:
         basis = _kept(run, "directions", lambda: _initial_basis(run, training_text))
-        basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(config.rungs)))
+        basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(range(config.rungs + 1))))
         fitted = fit_ladder(run, basis.on_rungs(config.rungs))
         for _ in range(config.rounds if config.refinements else 0):
             basis = _rotated(run, basis, training_text, fitted.sampler(run, _budget_share(run, fitted)))
@@ -147,11 +147,19 @@ def _calibrated(run: CalibrationRun) -> Calibration:
 
 def _refuse(
     model: PreTrainedModel,
+    ladder: RankLadder,
     config: CalibrationConfig,
     scored: Sequence[bool] | None,
     held_tokens: Sequence[int] | None,
 ) -> None:
     """Refuse combinations that calibration does not support."""
+    ranks = ladder.rung_ranks if config.keep_directions else range(config.rungs + 1)
+    lowest = ranks[config.lowest_rung(ranks)] / ranks[-1]
+    if config.mean_rank is not None and config.mean_rank * (1 + ROUNDING) < lowest:
+        raise ChunkWiseError(
+            f"a mean rank of {config.mean_rank:.2%} is below the lowest rung that may be used, {lowest:.2%}; ask for "
+            "that much, or use more rungs"
+        )
     if model.device.type != "cpu":
         raise ChunkWiseError(f"calibration runs on a CPU, but the model is on {model.device}; move it: model.cpu()")
     if config.self_generated_tokens and scored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
@@ -94,17 +95,24 @@ class CalibrationConfig(StrictConfig):
             raise ConfigError("CalibrationConfig: give one budget, mean_rank or max_loss_increase")
         return self
 
-    def sampled_rungs(self, top: int) -> tuple[int, int]:
-        """The lowest rung that a policy may use, and the end (exclusive) of those that the basis is rotated for at
-        first, for a ladder whose highest rung is `top`.
+    def lowest_rung(self, rung_ranks: Sequence[float]) -> int:
+        """The lowest rung that a policy may use, of a ladder with these ranks.
+
+        By default it is that of half of the mean rank, but not the one without any rank.
+        """
+        top, full = len(rung_ranks) - 1, rung_ranks[-1]
+        share = (self.mean_rank or 0) / 2 if self.lowest_share is None else self.lowest_share
+        nearest = min(range(top), key=lambda rung: abs(rung_ranks[rung] - share * full))
+        return nearest if self.lowest_share is not None else min(max(nearest, 1), top - 1)
+
+    def sampled_rungs(self, rung_ranks: Sequence[float]) -> tuple[int, int]:
+        """The first and the end (exclusive) of the rungs that the basis is rotated for at first.
 
         They lie around the mean rank, because a basis that is good for one rank is not the best one for another.
         """
-        share = self.mean_rank
-        given = self.lowest_share if self.lowest_share is not None else (share or 0) / 2
-        lowest = round(given * top) if self.lowest_share is not None else max(1, round(given * top))
-        lowest = min(lowest, top - 1)
-        return lowest, top if share is None else min(top, max(lowest + 1, math.floor(2 * share * top) + 1))
+        lowest, top = self.lowest_rung(rung_ranks), len(rung_ranks) - 1
+        most = (2 * self.mean_rank if self.mean_rank is not None else 1) * rung_ranks[-1]
+        return lowest, min(top, max(lowest + 1, sum(rank <= most for rank in rung_ranks)))
 
     # How the work of every step follows from `tokens`.
 

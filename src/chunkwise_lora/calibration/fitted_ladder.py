@@ -72,7 +72,7 @@ class FittedLadder:
         config, ranks = self.config(self.rung_policy(share)), self.ladder.rung_ranks
         new_scheduler = partial(RuntimeScheduler, config, ranks, run.vocab_size, self.ladder.learned)
         top = len(ranks) - 1
-        return PlannedRungs(new_scheduler, run.config.sampled_rungs(top)[0], top)
+        return PlannedRungs(new_scheduler, run.config.lowest_rung(ranks), top)
 
 
 def alike(rank_share: float) -> ChunkWiseConfig:
@@ -90,7 +90,7 @@ def fit_ladder(run: CalibrationRun, ladder: RankLadder) -> FittedLadder:
 
     The estimator is fitted to the learning text. The choice text decides which signals it uses.
     """
-    allowed = range(run.config.sampled_rungs(ladder.rungs - 1)[0], ladder.rungs)
+    allowed = range(run.config.lowest_rung(ladder.rung_ranks), ladder.rungs)
 
     def observed() -> Values:
         generator = np.random.default_rng(run.config.seed)

@@ -198,14 +198,15 @@ def _ends_cleanly(unfinished: Unfinished) -> Iterator[None]:
 
 
 def _announced(report: Report) -> Report:
-    """`report`, with a line about the time that the work takes before its first call."""
+    """`report`, with a line about the time that the rest of the work takes before its first call."""
     announced = False
 
     def announce(stage: str, done: float, total: float) -> None:
         nonlocal announced
         if not announced:
             announced = True
-            print_plain(f"Calibration takes {in_words(total)} on this machine.")
+            rest = "takes" if not done else "goes on for"
+            print_plain(f"Calibration {rest} {in_words(total - done)} on this machine.")
         report(stage, done, total)
 
     return announce
