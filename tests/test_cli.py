@@ -25,6 +25,7 @@ from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, Rank
 from chunkwise_lora.calibration import calibrate as procedure
 from chunkwise_lora.calibration import cost_model
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
+from chunkwise_lora.cli.generations import print_sequence
 from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines, in_words
@@ -182,6 +183,12 @@ def test_a_ladder_of_many_rungs_fits_the_terminal(run: Any, tmp_path: Path) -> N
     code, out, _ = run("ladder", "show", tmp_path)
     assert code == 0 and max(len(line) for line in out.splitlines()) <= 80
     assert "…" not in out and "7 more rungs" in out
+
+
+def test_blank_lines_at_the_end_of_a_text_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    sequence = SequenceTrace("wiki", tokens=(1, 2, 3, 4), ranks=(8.0,) * 4, full_rank=16.0, chunks=())
+    print_sequence(sequence, ["a\n", "b", "\n", " \n"], prompt_tokens=1)
+    assert len(capsys.readouterr().out.splitlines()) == 4, "a frame around two lines"
 
 
 def test_ranks_are_rounded_for_people() -> None:

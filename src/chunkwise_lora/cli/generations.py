@@ -71,11 +71,13 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> 
 
 
 def print_sequence(sequence: SequenceTrace, pieces: Sequence[str], prompt_tokens: int) -> None:
-    """Print a sequence in a frame, coloured by rank. `pieces` are the texts of its tokens."""
+    """Print a sequence in a frame, coloured by rank, without blank lines at its end. `pieces` are its tokens' texts."""
     ranks = f"mean rank {sequence.mean_rank:.1f} of {sequence.full_rank:.3g}"
     chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
     title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
-    console.print(Panel(coloured_tokens(sequence, pieces, sequence.full_rank, prompt_tokens), title=title))
+    length = max((place for place, piece in enumerate(pieces, 1) if piece.strip()), default=0)
+    visible = replace(sequence, ranks=sequence.ranks[:length])
+    console.print(Panel(coloured_tokens(visible, pieces[:length], sequence.full_rank, prompt_tokens), title=title))
 
 
 def print_costs(trace: Trace) -> None:
