@@ -99,9 +99,8 @@ def test_the_table_fits_a_narrow_terminal(all_methods: list[Method], text: torch
     results = measure(all_methods, text, new_tokens=2, rounds=1)
     console = Console(width=80, record=True)
     console.print(bench_table(results))
-    console.print(bench_table(results, {method.name: 50.0 for method in all_methods}))
     printed = console.export_text()
-    assert all(printed.count(f"{method.name}  ") >= 2 for method in all_methods)
+    assert all(f"{method.name}  " in printed for method in all_methods)
     assert "…" not in printed
 
 

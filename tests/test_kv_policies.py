@@ -337,6 +337,6 @@ def test_a_model_that_cannot_carry_out_decisions_keeps_everything_and_reports_it
 
 
 def test_vllm_names_the_policies_that_it_leaves_undone() -> None:
-    (undone,) = kv_left_undone(evicting("snapkv").kv_cache)
+    (undone,) = kv_left_undone(evicting("snapkv").kv_cache, "auto")
     assert "snapkv" in undone
-    assert not kv_left_undone(ChunkWiseConfig.preset("lossless").kv_cache)
+    assert not kv_left_undone(ChunkWiseConfig.preset("lossless").kv_cache, "auto")

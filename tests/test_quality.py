@@ -686,7 +686,7 @@ def test_findings_name_free_ranks_and_what_calibration_expected() -> None:
     )
     assert "(-0.50 points, 95% interval -1.5 to +0.5)" in rungs
     assert "mean rank 4.03 (4.00 was asked for)" in promise
-    assert "rises by +0.60% (+0.10% to +1.10%), and calibration expected +0.40% (give or take 0.10%)" in promise
+    assert "rises by +0.60% (+0.10% to +1.10%), and calibration expected +0.40% (plus or minus 0.10%)" in promise
 
 
 def test_the_table_is_whole_at_80_columns(results: dict[str, Result]) -> None:

@@ -122,7 +122,6 @@ def calibrate(
     """
     if (max_loss_increase is None) == (mean_rank is None):
         raise ChunkWiseError("give one budget: --max-loss-increase or --mean-rank")
-    storage = dtype_named(dtype)
     settings = CalibrationConfig(
         max_loss_increase=share("--max-loss-increase", max_loss_increase, AMBIGUOUS_LOSS),
         mean_rank=share("--mean-rank", mean_rank),
@@ -158,6 +157,7 @@ def calibrate(
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.ladder import RankLadder
 
+    storage = dtype_named(dtype)
     unfinished = Unfinished.beside(output, print_plain)
     with _ends_cleanly(unfinished), progress() as reports:
         ladder = RankLadder.load(adapter_of(task, adapter))
