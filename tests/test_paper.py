@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import paper
 import pytest
 
+import paper
 import small
 from chunkwise_lora import ChunkWiseError
 

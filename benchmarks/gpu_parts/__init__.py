@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/gpu.py`. Each yields cells, which are measured one by one."""
