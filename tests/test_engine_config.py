@@ -113,7 +113,7 @@ def test_a_server_may_give_all_settings() -> None:
 @pytest.mark.parametrize(
     ("additional", "says"),
     [
-        ({"chunkwise": {"preset": "fast"}}, r"--additional-config, 'chunkwise': Choice: preset = 'fast'"),
+        ({"chunkwise": {"preset": "fast"}}, r"--additional-config, 'chunkwise': ServerSettings: preset = 'fast'"),
         ({"chunkwise": {"speed": 1}}, r"speed"),
         ({"chunkwise": {"preset": "compact", "mean_rank": 0.5}}, r"not several"),
         ({"chunkwise": 3}, r"--additional-config"),
@@ -122,6 +122,13 @@ def test_a_server_may_give_all_settings() -> None:
 def test_an_impossible_server_setting_names_its_place(additional: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         settings.of_server(additional)
+
+
+def test_a_variable_may_give_the_memory_for_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHUNKWISE_ADAPTER_MEMORY", "512MiB")
+    assert settings.of_server({}).adapter_memory == 2**29
+    monkeypatch.setenv("CHUNKWISE_PRESET", "compact")
+    assert settings.of_server({}).chosen == COMPACT
 
 
 def test_an_impossible_variable_names_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

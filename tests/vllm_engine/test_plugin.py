@@ -19,8 +19,10 @@ import small
 from chunkwise_lora import ChunkWiseConfig, EngineError, LadderError, RankLadder
 from chunkwise_lora.benchmark.shapes import random_adapter
 from chunkwise_lora.engines.base import Engine as ChunkWiseEngine
-from chunkwise_lora.engines.requested_config import KEY, Choice
+from chunkwise_lora.engines.requested_config import KEY
 from chunkwise_lora.engines.vllm import frontend, loading, plugin, settings
+from chunkwise_lora.engines.vllm.manager import _nbytes
+from chunkwise_lora.engines.vllm.settings import ServerSettings
 from chunkwise_lora.method.complexity import LearnedComplexity
 from chunkwise_lora.method.config import ComplexityConfig
 from conftest import OPTIONS, PROMPTS, WIKI, Engine
@@ -108,7 +110,7 @@ def test_options_that_ladders_do_not_support_are_refused_by_name(changes: dict[s
 
 def test_the_environment_is_settled_for_all_processes(engine: Engine) -> None:
     config = engine.llm.llm_engine.vllm_config
-    assert settings.of_server(config.additional_config) == Choice()
+    assert settings.of_server(config.additional_config) == ServerSettings()
     assert KEY in config.additional_config
 
 
@@ -222,7 +224,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     requests = [engine.adapter(random_adapter(config, rank, tmp_path / str(rank))) for rank in ranks]
     for request in requests:
         engine.llm.llm_engine.add_lora(request)
-    loaded = [engine.runner.lora_manager.loaded(request.lora_int_id) for request in requests]
+    loaded = [engine.runner.lora_manager.loaded(request.lora_int_id).modules for request in requests]
     held = {  # by storage, because a layer and its loaded ladder share some
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for adapter in manager.backend.adapters
@@ -232,12 +234,12 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     } | {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for ladder in loaded
-        for modules in ladder.modules.values()
+        for modules in ladder.values()
         for module in modules
         for tensor in (module.up, module.down)
     }
     taken = sum(held.values())
-    assert taken == sum(ladder.nbytes for ladder in loaded)
+    assert taken == sum(map(_nbytes, loaded))
     padded = sum(
         len(ranks) * stacked[0].numel() * stacked.element_size()
         for module in manager.modules.values()
@@ -253,7 +255,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
 
 def test_files_are_checked_again_only_when_they_change(tmp_path: Path) -> None:
     loading._check.cache_clear()
-    server = Choice()
+    server = ServerSettings()
     for _ in range(2):
         loading.check(str(copy_adapter(tmp_path)) if not list(tmp_path.iterdir()) else str(tmp_path), server)
     assert loading._check.cache_info()[:2] == (1, 1)

@@ -20,7 +20,8 @@ from transformers import AutoConfig
 import small
 from chunkwise_lora import RankLadder
 from chunkwise_lora.benchmark.shapes import random_adapter
-from chunkwise_lora.engines.vllm import metrics
+from chunkwise_lora.engines.vllm import frontend, metrics
+from chunkwise_lora.engines.vllm.manager import Held
 from chunkwise_lora.engines.vllm.reports import SAYS
 from chunkwise_lora.method.batch import Usage
 
@@ -150,6 +151,7 @@ def test_the_endpoint_shows_ranks_rungs_and_time_per_adapter(
     ladder = RankLadder.from_peft(small.WIKI)
     numbers = sum(module.cost * module.rank for module in ladder.modules.values())
     assert after['chunkwise:adapter_bytes{adapter="wiki"}'] == 4 * numbers
+    assert after['chunkwise:adapter_rank{adapter="wiki"}'] == 16
     ask(client, "base")  # in one more pass the workers learn which requests have ended
     assert example.metrics(url)["chunkwise:schedulers"] == 0
 
@@ -174,6 +176,26 @@ def test_the_usage_tells_the_mean_rank(client: openai.OpenAI) -> None:
     assert stopped.usage.chunkwise["mean_rank"] == 16  # type: ignore[union-attr]
 
 
+def test_the_usage_of_several_prompts_is_their_mean(client: openai.OpenAI) -> None:
+    def mean_rank(prompts: list[str]) -> float:
+        answer = client.completions.create(
+            model="wiki",
+            prompt=prompts,
+            max_tokens=24,
+            temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": {"chunkwise_preset": "balanced"}},
+        )
+        assert answer.usage is not None
+        of_prompt.append(answer.usage.total_tokens)
+        return answer.usage.chunkwise["mean_rank"]  # type: ignore[attr-defined]
+
+    of_prompt: list[int] = []
+    prompts = [PROMPT, 8 * PROMPT]
+    alone = [mean_rank([prompt]) for prompt in prompts]
+    assert alone[0] != alone[1]
+    assert mean_rank(prompts) == pytest.approx(np.average(alone, weights=of_prompt[:2]))
+
+
 def test_metrics_of_an_unloaded_adapter_go_away(
     example: ModuleType, url: str, client: openai.OpenAI, tmp_path: Path
 ) -> None:
@@ -183,6 +205,21 @@ def test_metrics_of_an_unloaded_adapter_go_away(
     assert any("short-lived" in name for name in example.metrics(url))
     httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "short-lived"}).raise_for_status()
     assert not any("short-lived" in name for name in example.metrics(url))
+
+
+def test_metrics_of_an_unloaded_adapter_come_back_when_it_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come back by a resolver of vLLM, without being loaded by a user."""
+    monkeypatch.setattr(metrics, "unloaded", {"wiki", "other"})
+    request: Any = SimpleNamespace(
+        lora_request=SimpleNamespace(lora_name="wiki", lora_path=str(small.WIKI), lora_int_id=1),
+        sampling_params=None,
+        prompt_token_ids=[1],
+        prompt_embeds=None,
+        cache_salt=None,
+    )
+    config: Any = SimpleNamespace(additional_config={}, lora_config=None)
+    frontend.accept(config, request)
+    assert metrics.unloaded == {"other"}
 
 
 def test_the_dashboard_shows_only_metrics_that_exist() -> None:
@@ -202,10 +239,11 @@ def test_numbers_of_removed_adapters_are_gone(tmp_path: Path) -> None:
     usage = Usage("a", np.array([0, 2]), np.array([0.0, 7.5]), 15.0)
     for key in ("1", "2"):
         recorder.record(key, usage)
-        ladder: Any = SimpleNamespace(info=SimpleNamespace(key=key, name="a"), modules={"layer": []}, nbytes=10)
-        recorder.loaded(ladder)
+        info: Any = SimpleNamespace(key=key, name="a")
+        recorder.loaded(Held(info, nbytes=10, rank=3.0 + int(key)))
     assert numbers()["chunkwise:tokens"] == {("a", "7.5"): 4}
     assert numbers()["chunkwise:adapter_bytes"] == {("a",): 20}
+    assert numbers()["chunkwise:adapter_rank"] == {("a",): 5}
     recorder.unloaded("1")
     assert numbers()["chunkwise:adapter_bytes"] == {("a",): 10}
     recorder.removed("1")

@@ -62,6 +62,15 @@ class LadderModule:
         """(r,) and (r,): the largest magnitude of each direction in up and in down."""
         return self.up.abs().amax(0), self.down.abs().amax(1)
 
+    def up_to(self, rung: int) -> LadderModule | None:
+        """Return a copy without the directions above a rung; None if none is left. Higher rungs then equal it."""
+        rank = self.ranks[rung]
+        if rank == 0:
+            return None
+        up = self.up[:, :rank].T.clone(memory_format=torch.contiguous_format).T
+        ranks = tuple(min(rank, one) for one in self.ranks)
+        return LadderModule(up, self.down[:rank].clone(), self.sigma[:rank], ranks)
+
     def gate_table(self) -> Tensor:
         """Return (rungs, r) float32 ones and zeros: the gates of each rung."""
         return (torch.arange(self.rank) < torch.tensor(self.ranks)[:, None]).float()

@@ -149,6 +149,16 @@ def highest_rungs(weights: np.ndarray) -> np.ndarray:
     return np.where(active.any(axis=1), weights.shape[1] - 1 - np.argmax(active[:, ::-1], axis=1), 0)
 
 
+def limited(weights: np.ndarray, highest: int | None) -> np.ndarray:
+    """Return `weights` (tokens, rungs) with what is above rung `highest` moved to it. None: there is no limit."""
+    if highest is None or highest >= weights.shape[-1] - 1:
+        return weights
+    lower = np.zeros_like(weights)
+    lower[..., :highest] = weights[..., :highest]
+    lower[..., highest] = weights[..., highest:].sum(axis=-1)
+    return lower
+
+
 def ranks_of(weights: np.ndarray, rung_ranks: np.ndarray) -> np.ndarray:
     """Return (tokens,) each token's rank: the mean of `rung_ranks` (rungs,), weighted by `weights` (tokens, rungs). The
     scale of a token's weights has no effect."""

@@ -36,6 +36,11 @@ class RankScaleSelector:
             for share, scale in zip(config.rank_shares, config.scales, strict=True)
         )
 
+    @property
+    def highest_rung(self) -> int:
+        """The highest rung that any chunk can get."""
+        return max(selection.rung for selection in self._by_level)
+
     def select(self, chunk: Chunk) -> Selection:
         """Return the rung and scale of a chunk."""
         return self._by_level[chunk.level]

@@ -19,7 +19,7 @@ from chunkwise_lora.method.fixed_scheduler import FixedScheduler
 from chunkwise_lora.method.kv_policy import KVDecision
 from chunkwise_lora.method.plan import ScheduledChunk
 from chunkwise_lora.method.scheduler import RuntimeScheduler
-from chunkwise_lora.method.segments import ranks_of
+from chunkwise_lora.method.segments import limited, ranks_of
 from chunkwise_lora.method.trace import SequenceTrace
 
 
@@ -61,6 +61,7 @@ class SequencePlanner:
         prompt: Token ids that are known from the start. The first pass may begin after some of them, if their KV is
             cached.
         prompt_length: Positions below this are planned without entropies; by default the length of `prompt`.
+        highest_rung: No token gets a higher rung, because an engine does not hold it. None: there is no limit.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class SequencePlanner:
         vocab_size: int,
         prompt: Sequence[int] = (),
         prompt_length: int | None = None,
+        highest_rung: int | None = None,
     ) -> None:
         self.adapter = adapter
         self.config = config
+        self.highest_rung = highest_rung
         self.prompt_length = len(prompt) if prompt_length is None else prompt_length
         self._vocab_size = vocab_size
         self._known = list(prompt)
@@ -85,7 +88,7 @@ class SequencePlanner:
         self.constant_weights: np.ndarray | None = None
         """(rungs,) weights of every token, if the plan does not depend on the tokens; None otherwise."""
         if config.levels == 1:
-            self.constant_weights = self._new_scheduler().step([0]).weights[0]
+            self.constant_weights = limited(self._new_scheduler().step([0]).weights[0], highest_rung)
             self._constant_rank = float(ranks_of(self.constant_weights[None], adapter.rung_ranks)[0])
 
     @property
@@ -112,6 +115,12 @@ class SequencePlanner:
     def full_rank(self) -> float:
         """The rank of the adapter's highest rung."""
         return float(self.adapter.rung_ranks[-1])
+
+    @property
+    def available_rank(self) -> float:
+        """The rank of the highest rung that a token may get."""
+        rungs = self.adapter.rung_ranks
+        return float(rungs[-1] if self.highest_rung is None else rungs[min(self.highest_rung, len(rungs) - 1)])
 
     @property
     def mean_rank(self) -> float:
@@ -185,5 +194,5 @@ class SequencePlanner:
             grown = np.empty((max(end, 2 * len(self._weights)), self._weights.shape[1]), np.float32)
             grown[:start] = self._weights[:start]
             self._weights = grown
-        self._weights[start:end] = plan.weights
-        self._rank_sum += float(ranks_of(plan.weights, self.adapter.rung_ranks).sum())
+        self._weights[start:end] = weights = limited(plan.weights, self.highest_rung)
+        self._rank_sum += float(ranks_of(weights, self.adapter.rung_ranks).sum())

@@ -17,9 +17,12 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from chunkwise_lora.engines.requested_config import KEY, Choice, of_request
 from chunkwise_lora.engines.vllm import loading, metrics, settings, versions
+from chunkwise_lora.engines.vllm.budget import Ask
 from chunkwise_lora.engines.vllm.reports import SAYS, RefusedRequest
+from chunkwise_lora.engines.vllm.settings import ServerSettings
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, shown
 from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.method.selection import RankScaleSelector
 
 OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
@@ -50,12 +53,22 @@ def prepare(config: VllmConfig) -> None:
     if names := [name for name, is_set in refused.items() if is_set]:
         raise EngineError(f"ChunkWise LoRA does not run with {', '.join(names)}; remove these settings, {OFF}")
     server = settings.of_server(config.additional_config)
+    if server.adapter_memory is not None:
+        _refuse_without_budget(config)
     if isinstance(config.additional_config, dict):  # workers on other machines have another environment
         choice = server.model_dump(mode="json", exclude_none=True)
         config.additional_config = {**config.additional_config, KEY: choice}
     # A captured graph would repeat the plan of one pass.
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     metrics.open_folder()
+
+
+def _refuse_without_budget(config: VllmConfig) -> None:
+    """Refuse an engine in which `adapter_memory` cannot be kept."""
+    if not versions.is_at_least(versions.MEMORY_SINCE):
+        raise EngineError(f"adapter_memory needs vLLM {versions.MEMORY_SINCE} or newer; update vLLM, or remove it")
+    if config.scheduler_config.scheduler_cls is not None:
+        raise EngineError("adapter_memory does not run with another scheduler (scheduler_cls); remove one of them")
 
 
 def accept(config: VllmConfig, request: Any) -> None:
@@ -73,40 +86,65 @@ def accept(config: VllmConfig, request: Any) -> None:
             return
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             raise EngineError("plans are made from token ids; give a prompt of tokens or text, not of embeddings")
-        default = _config_of(request.lora_request.lora_path, settings.of_server(config.additional_config))
+        server = settings.of_server(config.additional_config)
+        adapter = _known(request.lora_request.lora_path, server, config)
+        if server.adapter_memory is not None and request.sampling_params is None:
+            raise EngineError(
+                "a server with adapter_memory generates text only; run pooling requests on one without it"
+            )
     except ChunkWiseError as error:
         raise RefusedRequest(error) from None
-    chosen = wanted or default
+    chosen = wanted or adapter.config
     if request.sampling_params is not None:
-        request.sampling_params.extra_args = settings.with_config(chosen, extra_args)
+        extra_args = settings.with_config(chosen, extra_args)
+        if server.adapter_memory is not None:
+            highest = RankScaleSelector(chosen.selection, adapter.rung_ranks).highest_rung
+            sizes = _rung_bytes(adapter, config)
+            ask = Ask(request.lora_request.lora_int_id, sizes, highest, insists=wanted is not None)
+            extra_args = settings.with_ask(ask, extra_args)
+        request.sampling_params.extra_args = extra_args
     request.cache_salt = settings.salt(chosen, request.cache_salt)
+    metrics.unloaded.discard(request.lora_request.lora_name)
 
 
-_last_configs: OrderedDict[tuple[str, Choice], ChunkWiseConfig] = OrderedDict()
-"""By path and server's choice: the config of an adapter's requests when its files were last in order."""
+_last_known: OrderedDict[tuple[str, Choice], loading.Checked] = OrderedDict()
+"""By path and server's settings: an adapter when its files were last in order."""
 
 
-def _config_of(path: str, server: Choice) -> ChunkWiseConfig:
-    """Return the config of requests that do not ask for another one.
+def _known(path: str, server: ServerSettings, config: VllmConfig) -> loading.Checked:
+    """Return what is known about an adapter.
 
     An adapter that was in order once may be in memory, where it can run without its files. The worker, which knows,
     refuses its requests otherwise.
     """
     try:
-        return _checked(path, server)
+        return _checked(path, server, config)
     except ChunkWiseError:
-        if (path, server) in _last_configs:
-            return _last_configs[path, server]
+        if (path, server) in _last_known:
+            return _last_known[path, server]
         raise
 
 
-def _checked(path: str, server: Choice) -> ChunkWiseConfig:
-    """Check the files of an adapter, and return and remember the config of its requests."""
-    _last_configs[path, server] = config = loading.check(_folder_of(path), server)
-    _last_configs.move_to_end((path, server))
-    while len(_last_configs) > KNOWN_FOLDERS:
-        _last_configs.popitem(last=False)
-    return config
+def _checked(path: str, server: ServerSettings, config: VllmConfig) -> loading.Checked:
+    """Check the files of an adapter, and return and remember what they say."""
+    adapter = loading.check(_folder_of(path), server)
+    if server.adapter_memory is not None:
+        least = next(filter(None, _rung_bytes(adapter, config)), 0)
+        if least > server.adapter_memory:
+            raise LadderError(
+                f"{shown(path)}: its lowest rung takes {least} bytes, more than the server's adapter_memory, "
+                f"{server.adapter_memory}; give it more"
+            )
+    _last_known[path, server] = adapter
+    _last_known.move_to_end((path, server))
+    while len(_last_known) > KNOWN_FOLDERS:
+        _last_known.popitem(last=False)
+    return adapter
+
+
+def _rung_bytes(adapter: loading.Checked, config: VllmConfig) -> list[int]:
+    """Return (rungs,) bytes of an adapter's factors at each rung on one worker, at most."""
+    return [numbers * config.lora_config.lora_dtype.itemsize for numbers in adapter.rung_numbers]
 
 
 @lru_cache(maxsize=KNOWN_FOLDERS)
@@ -127,7 +165,8 @@ async def check_new_adapter(original: Callable[..., Any], models: Any, request: 
     if response is not None or config.lora_config is None:
         return response
     try:
-        await asyncio.to_thread(_checked, request.lora_path, settings.of_server(config.additional_config))
+        server = settings.of_server(config.additional_config)
+        await asyncio.to_thread(_checked, request.lora_path, server, config)
     except MissingAdapter:
         return versions.error_response(models, LoRAAdapterNotFoundError(request.lora_name, shown(request.lora_path)))
     except ChunkWiseError as error:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from chunkwise_lora.engines.base import config_for, refuse_non_finite
+from chunkwise_lora.engines.base import adapter_info, config_for, refuse_non_finite
 from chunkwise_lora.engines.requested_config import Choice
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
@@ -42,13 +45,22 @@ def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
         )
 
 
-def check(path: str, server: Choice) -> ChunkWiseConfig:
+@dataclass(frozen=True)
+class Checked:
+    """What the front end needs to know about an adapter's folder."""
+
+    config: ChunkWiseConfig
+    """The config of requests that do not ask for another one."""
+    rung_ranks: tuple[float, ...]
+    """(rungs,) the mean rank of each rung."""
+    rung_numbers: tuple[int, ...]
+    """(rungs,) numbers in the factors at each rung."""
+
+
+def check(path: str, server: Choice) -> Checked:
     """Check that the folder can be served, before an engine loads it.
 
     The files are read again only when they have changed.
-
-    Returns:
-        The config of requests that do not ask for another one.
 
     Raises:
         LadderError: As for `load`.
@@ -69,13 +81,19 @@ def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 @lru_cache(maxsize=1024)
-def _check(path: str, server: Choice, *stamps: tuple[str, int, int]) -> ChunkWiseConfig:
+def _check(path: str, server: Choice, *stamps: tuple[str, int, int]) -> Checked:
     if not is_ladder(path):
         adapter = PeftAdapter.load(path)  # without the SVD, which only the worker needs
         if not adapter.of_ladder:
             _refuse_saved(adapter.saved_modules, path)
-            return config_of(None, server, path)
-    return config_of(load(path), server, path)
+            return _checked(config_of(None, server, path), RankLadder.of_adapter(adapter, as_trained=True))
+    ladder = load(path)
+    return _checked(config_of(ladder, server, path), ladder)
+
+
+def _checked(config: ChunkWiseConfig, ladder: RankLadder) -> Checked:
+    numbers = adapter_info("", ladder, itemsize=1).rung_bytes
+    return Checked(config, ladder.rung_ranks, tuple(numbers.tolist()))
 
 
 def config_of(ladder: RankLadder | None, server: Choice, path: str) -> ChunkWiseConfig:
@@ -98,6 +116,35 @@ def prepared(module: LadderModule, dtype: torch.dtype) -> LadderModule:
     up = module.up.to(dtype).T.contiguous().T
     down = module.down.to(dtype, copy=True).contiguous()
     return LadderModule(up, down, module.sigma, module.ranks)
+
+
+def off_memory(modules: Mapping[str, Sequence[LadderModule | None]]) -> dict[str, list[LadderModule | None]]:
+    """Return modules, by layer, whose factors are in a temporary file without a name instead of memory.
+
+    The system reads them from there when they are used, and may drop them from memory at any time. All factors have one
+    dtype and the layout of `prepared`.
+
+    Raises:
+        OSError: There is no space in the folder for temporary files.
+    """
+    found = [module for of_layer in modules.values() for module in of_layer if module is not None]
+    factors = [factor for module in found for factor in (module.down, module.up.T)]
+    if not factors:
+        return {layer: list(of_layer) for layer, of_layer in modules.items()}
+    with tempfile.TemporaryFile() as file:
+        for factor in factors:
+            file.write(factor.contiguous().view(torch.uint8).numpy().tobytes())
+        file.flush()
+        content = torch.from_numpy(np.memmap(file, np.uint8, mode="c")).view(factors[0].dtype)
+    parts = content.split([factor.numel() for factor in factors])
+    stored = iter([part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)])
+
+    def moved(module: LadderModule) -> LadderModule:
+        return replace(module, down=next(stored), up=next(stored).T)
+
+    return {
+        layer: [None if module is None else moved(module) for module in of_layer] for layer, of_layer in modules.items()
+    }
 
 
 def kv_left_undone(config: KVCacheConfig, cache_dtype: str) -> list[str]:

@@ -7,10 +7,9 @@ slots: each ladder has its own factors at its own rank, and runs in the `Segment
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,9 @@ from vllm.model_executor.layers.linear import LinearBase
 from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
 from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, reports, settings
+from chunkwise_lora.engines.vllm.budget import ABSENT, WHOLE
 from chunkwise_lora.engines.vllm.layers import HeadAdapters, LayerAdapters, RunningPass
-from chunkwise_lora.errors import ChunkWiseError, LadderError, shown
+from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, shown
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
@@ -54,11 +54,24 @@ class LoadedLadder:
     modules: dict[str, list[LadderModule | None]]
     """For each layer of the model, by name: the part of its modules that this tensor-parallel rank computes."""
 
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the factors."""
-        found = (module for modules in self.modules.values() for module in modules if module is not None)
-        return sum(module.up.nbytes + module.down.nbytes for module in found)
+    def up_to(self, rung: int) -> dict[str, list[LadderModule | None]]:
+        """Return a copy of the modules without the directions above a rung."""
+        rung = min(rung, len(self.info.rung_ranks) - 1)
+        return {
+            layer: [None if module is None else module.up_to(rung) for module in modules]
+            for layer, modules in self.modules.items()
+        }
+
+
+@dataclass
+class Held:
+    """What an adapter has on the device."""
+
+    info: AdapterInfo
+    nbytes: int
+    """Bytes of the factors."""
+    rank: float
+    """The rank of the highest rung."""
 
 
 class LadderManager(LRUCacheLoRAModelManager):
@@ -68,7 +81,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     layers: dict[str, LayerAdapters | HeadAdapters]
     backend: AnyBackend
     running: RunningPass
-    on_load: Callable[[LoadedLadder], None]
+    on_load: Callable[[Held], None]
     """Called with each ladder that was copied to the device."""
     on_unload: Callable[[str], None]
     """Called with the key of each ladder that leaves the device."""
@@ -78,14 +91,20 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._static_context = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
         self._adapters_of_head: set[str] = set()
+        self.rungs: dict[int, int] | None = None
+        """The highest rung that each adapter may have on the device, by id. None: there is no budget."""
+        if settings.of_server(vllm_config.additional_config).adapter_memory is not None:
+            self.rungs = {}
         self.on_load = lambda _: None
         self.on_unload = lambda _: None
         super().__init__(model, *arguments, vllm_config=vllm_config, **options)
 
     @property
     def lora_slots(self) -> int:
-        """Number of adapters that one pass may mix; 0 while layers are wrapped, so that vLLM allocates no slots."""
-        return self.lora_config.max_loras if self._has_slots else 0
+        """Number of adapters that the device may hold; 0 while layers are wrapped, so that vLLM allocates no slots."""
+        if not self._has_slots:
+            return 0
+        return self.lora_config.max_loras if self.rungs is None else self.lora_config.max_cpu_loras
 
     def _create_lora_modules(self) -> None:
         # Only linear layers and the output head: vLLM would wrap embeddings and routed experts as well.
@@ -191,11 +210,15 @@ class LadderManager(LRUCacheLoRAModelManager):
         if len(self._active_adapters) >= self.lora_slots:
             self._active_adapters.remove_oldest()
         ladder = self._registered_adapters[lora_id]
-        self.backend.load(str(lora_id), ladder.modules)
+        rung = WHOLE if self.rungs is None else self.rungs.get(lora_id, WHOLE)
+        modules = ladder.modules if self.rungs is None else ladder.up_to(rung)
+        self.backend.load(str(lora_id), modules)
         self._active_adapters[lora_id] = None
         if any(isinstance(self.layers[name], HeadAdapters) for name in ladder.modules):
             self._adapters_of_head.add(ladder.info.key)
-        self.on_load(ladder)
+        if modules:  # those of vLLM's warm-up have none
+            ranks = ladder.info.rung_ranks
+            self.on_load(Held(ladder.info, _nbytes(modules), float(ranks[min(rung, len(ranks) - 1)])))
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
@@ -215,6 +238,11 @@ class LadderManager(LRUCacheLoRAModelManager):
     def set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         """Start a new pass. No adapter runs until the pass is planned."""
         self.running.begin(len(mapping.index_mapping))
+
+
+def _nbytes(modules: dict[str, list[LadderModule | None]]) -> int:
+    found = (module for of_layer in modules.values() for module in of_layer if module is not None)
+    return sum(module.up.nbytes + module.down.nbytes for module in found)
 
 
 class LadderWorkerManager(LRUCacheWorkerLoRAManager):
@@ -260,26 +288,47 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
         Raises:
             LadderError: The adapter cannot be loaded. The message begins with `reports.SAYS`.
         """
+        self._load(lora_request)
+        if self.ladders.rungs is None:  # with a budget, the adapter's first request brings it to the device
+            self._activate(lora_request.lora_int_id, lora_request.lora_path)
+        return True
+
+    def _load(self, lora_request: LoRARequest) -> None:
+        """Load an adapter into memory, unless it is there."""
         ladders, lora_id = self.ladders, lora_request.lora_int_id
         if lora_id not in self.list_adapters() or lora_request.load_inplace:
-            with _all_ranks_or_none(lora_request):
+            with _all_ranks_or_none(lora_request.lora_path):
                 ladder = self._load_adapter(lora_request)  # before another one is removed
             ladders.remove_adapter(lora_id)
             if len(ladders) >= ladders.capacity:
                 ladders.remove_oldest_adapter()
             ladders.add_adapter(ladder)
         ladders.get_adapter(lora_id)  # marks it as used
+
+    def _activate(self, lora_id: int, path: str) -> None:
+        """Copy a loaded adapter to the device, unless it is there."""
+        ladders = self.ladders
         if lora_id in ladders._active_adapters:
             ladders.activate_adapter(lora_id)
-            return True
+            return
         try:
-            with _all_ranks_or_none(lora_request):
+            with _all_ranks_or_none(path):
                 ladders.activate_adapter(lora_id)
         except LadderError:
             ladders._deactivate_adapter(lora_id)  # frees what was copied until then
             ladders.remove_adapter(lora_id)
             raise
-        return True
+
+    def hold(self, rungs: Mapping[int, int]) -> None:
+        """Change the highest rung of adapters on the device. Those that are not there get it when they are needed."""
+        if self.ladders.rungs is None:
+            return
+        self.ladders.rungs.update(rungs)
+        changed = [lora_id for lora_id in rungs if self.ladders.deactivate_adapter(lora_id)]  # first, to make room
+        for lora_id in changed:
+            if rungs[lora_id] != ABSENT:
+                with suppress(LadderError):  # its next request loads it again, and reports the error
+                    self._activate(lora_id, self.loaded(lora_id).info.name)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         """Make the adapters of a pass ready. `failed` then names those that could not be loaded."""
@@ -290,7 +339,8 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
             lora_id = request.lora_int_id
             is_again = request.load_inplace and lora_id in loaded and lora_id not in self.reload
             try:
-                self.add_adapter(replace_fields(request, load_inplace=False) if is_again else request)
+                self._load(replace_fields(request, load_inplace=False) if is_again else request)
+                self._activate(lora_id, request.lora_path)
             except LadderError as error:
                 self.failed[lora_id] = str(error)
 
@@ -301,11 +351,24 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
             str(lora_request.lora_int_id), ladder, self.lora_config.lora_dtype.itemsize, lora_request.lora_name
         )
         config = loading.config_of(ladder, self._server, path)
-        return LoadedLadder(lora_request.lora_int_id, info, config, self.ladders.share_of(ladder, path))
+        modules = self.ladders.share_of(ladder, path)
+        if self.ladders.rungs is not None and self.device.type == "cpu":  # here, the device's memory is all there is
+            modules = loading.off_memory(modules)
+        return LoadedLadder(lora_request.lora_int_id, info, config, modules)
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Pin an adapter, as vLLM does.
+
+        Raises:
+            EngineError: There is a budget, by which the scheduler decides what stays.
+        """
+        if self.ladders.rungs is not None:
+            raise EngineError("an adapter cannot be pinned on a server with adapter_memory; remove one of both")
+        return super().pin_adapter(adapter_id)
 
 
 @contextmanager
-def _all_ranks_or_none(lora_request: LoRARequest) -> Iterator[None]:
+def _all_ranks_or_none(adapter: str) -> Iterator[None]:
     """Raise the same `LadderError` on all tensor-parallel ranks if the block fails on one of them."""
     message = None
     try:
@@ -313,8 +376,8 @@ def _all_ranks_or_none(lora_request: LoRARequest) -> Iterator[None]:
     except ChunkWiseError as error:
         message = str(error)
     except Exception as error:  # any failure must stay with the requests for this adapter
-        logger.exception("ChunkWise LoRA: %s: could not be loaded", shown(lora_request.lora_path))
-        message = f"{shown(lora_request.lora_path)}: could not be loaded: {error}"
+        logger.exception("ChunkWise LoRA: %s: could not be loaded", shown(adapter))
+        message = f"{shown(adapter)}: could not be loaded: {error}"
     if get_tensor_model_parallel_world_size() > 1:
         group = get_tp_group()
         messages: list[str | None] = [None] * group.world_size

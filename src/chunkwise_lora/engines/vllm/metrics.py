@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 from chunkwise_lora.method.batch import Usage
 
 if TYPE_CHECKING:
-    from chunkwise_lora.engines.vllm.manager import LoadedLadder
+    from chunkwise_lora.engines.vllm.manager import Held
 
 FOLDER = "CHUNKWISE_METRICS_DIR"
 """Environment variable: the folder where the workers of this machine keep their numbers."""
@@ -36,9 +36,11 @@ COUNTERS = {
     "chunkwise:rank": ("Sum of the ranks of these tokens.", ("adapter",)),
     "chunkwise:scheduler_seconds": ("Time spent in planning.", ("adapter",)),
 }
+RANK = "chunkwise:adapter_rank"
 GAUGES = {
     "chunkwise:mean_rank": ("Mean rank of all tokens run with the adapter.", ("adapter",)),
     "chunkwise:adapter_bytes": ("Bytes of the adapter's factors on this rank's device.", ("adapter",)),
+    RANK: ("Rank of the adapter's highest rung on the device.", ("adapter",)),
     "chunkwise:schedulers": ("Requests that are being planned.", ()),
 }
 
@@ -66,8 +68,8 @@ class Recorder:
         self._values = MmapedDict(str(Path(folder) / f"{os.getpid()}.db"))
         self._names: dict[str, str] = {}
         """Names of the adapters that have numbers, by key."""
-        self._bytes: dict[str, int] = {}
-        """Bytes of the adapters on the device, by key."""
+        self._held: dict[str, Held] = {}
+        """The adapters on the device, by key."""
         self._keys: dict[str, set[str]] = defaultdict(set)
         """Keys of the numbers of all adapters of a name."""
 
@@ -83,33 +85,34 @@ class Recorder:
         """Record how many requests are being planned."""
         self._values.write_value(_key("chunkwise:schedulers"), float(count), 0.0)
 
-    def loaded(self, ladder: LoadedLadder) -> None:
-        """Record the bytes of an adapter's factors on the device."""
-        if ladder.modules:  # those of vLLM's warm-up have none
-            self._names[ladder.info.key], self._bytes[ladder.info.key] = ladder.info.name, ladder.nbytes
-            self._record_bytes(ladder.info.name)
+    def loaded(self, held: Held) -> None:
+        """Record what an adapter has on the device."""
+        self._names[held.info.key], self._held[held.info.key] = held.info.name, held
+        self._record_held(held.info.name)
 
     def unloaded(self, adapter: str) -> None:
         """Record that an adapter is no longer on the device. It may come back, so its counters stay."""
-        if self._bytes.pop(adapter, None) is not None:
-            self._record_bytes(self._names[adapter])
+        if self._held.pop(adapter, None) is not None:
+            self._record_held(self._names[adapter])
 
     def removed(self, adapter: str) -> None:
         """Remove the numbers of an adapter, unless another one has its name."""
-        self._bytes.pop(adapter, None)
+        self._held.pop(adapter, None)
         name = self._names.pop(adapter, None)
         if name is None:
             return
         if name in self._names.values():
-            self._record_bytes(name)
+            self._record_held(name)
             return
         for key in self._keys.pop(name, ()):
             self._values.write_value(key, math.nan, 0.0)
 
-    def _record_bytes(self, name: str) -> None:
-        """Record the bytes of all adapters of a name."""
-        found = [nbytes for adapter, nbytes in self._bytes.items() if self._names[adapter] == name]
-        self._write(_key("chunkwise:adapter_bytes", name), float(sum(found)) if found else math.nan, name)
+    def _record_held(self, name: str) -> None:
+        """Record the bytes of all adapters of a name, and their highest rank."""
+        found = [held for held in self._held.values() if held.info.name == name]
+        nbytes = float(sum(held.nbytes for held in found)) if found else math.nan
+        self._write(_key("chunkwise:adapter_bytes", name), nbytes, name)
+        self._write(_key(RANK, name), max((held.rank for held in found), default=math.nan), name)
 
     def _add(self, metric: str, amount: float, name: str, *labels: str) -> None:
         key = _key(metric, name, *labels)
@@ -126,7 +129,7 @@ def _key(name: str, *labels: str) -> str:
 
 
 class WorkerCollector(Collector):
-    """Sums up the numbers of all workers. NaN stands for a number that was removed."""
+    """Sums up the numbers of all workers, and takes the highest rank. NaN stands for a number that was removed."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -138,7 +141,8 @@ class WorkerCollector(Collector):
             for key, value, *_ in MmapedDict.read_all_values_from_file(str(file)):
                 name, *labels = json.loads(key)
                 if not math.isnan(value) and not unloaded.intersection(labels[:1]):
-                    values[name][tuple(labels)] += value
+                    before = values[name][tuple(labels)]
+                    values[name][tuple(labels)] = max(before, value) if name == RANK else before + value
         tokens: dict[tuple[str, ...], float] = defaultdict(float)
         for (adapter, _rank), count in values["chunkwise:tokens"].items():
             tokens[(adapter,)] += count

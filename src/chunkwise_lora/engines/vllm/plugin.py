@@ -56,7 +56,7 @@ def _wrappers() -> dict[str, Callable[..., Any]]:
     from vllm.model_executor.models import supports_lora
     from vllm.platforms import current_platform
 
-    from chunkwise_lora.engines.vllm import frontend, metrics, reports
+    from chunkwise_lora.engines.vllm import admission, frontend, metrics, reports
 
     def load_lora_model(original: Callable[..., Any], runner: Any, model: Any, *rest: Any) -> Any:
         if not supports_lora(model):
@@ -100,6 +100,9 @@ def _wrappers() -> dict[str, Callable[..., Any]]:
         "unsupported_by_v2": unsupported_by_v2,
         "process_inputs": process_inputs,
         "extra_hash_keys": extra_hash_keys,
+        "schedule": admission.schedule,
+        "may_start": admission.may_start,
+        "remove_lora": admission.remove_lora,
         "update_from_output": reports.update_from_output,
         "make_request_output": reports.make_request_output,
         "metrics": get_prometheus_registry,

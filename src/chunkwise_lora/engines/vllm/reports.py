@@ -12,7 +12,7 @@ response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,8 @@ class PassReport:
     failed: dict[str, str] = field(default_factory=dict)
     """The message for each request whose adapter could not be loaded."""
     ranks: dict[str, dict[str, float]] = field(default_factory=dict)
-    """For each request with an adapter: the mean rank of its tokens so far (`mean_rank`), and the `full_rank`."""
+    """For each request with an adapter: the mean rank of its tokens so far (`mean_rank`), and the `full_rank`. If there
+    is a budget for adapters, the rank of the highest rung that the request may use, too (`available_rank`)."""
 
     def add_to(self, runner_output: Any) -> None:
         """Add the report to the output of a runner's pass."""
@@ -114,8 +115,22 @@ def make_request_output(
 
 
 def completion_response(original: Callable[..., Any], serving: Any, outputs: Any, *rest: Any, **options: Any) -> Any:
-    """Make the response to a completion request. Its usage also tells the mean rank."""
-    return _with_ranks(original(serving, outputs, *rest, **options))
+    """Make the response to a completion request. Its usage also tells the mean rank over the tokens of all prompts."""
+    response = original(serving, outputs, *rest, **options)
+    ranks: list[Any] = [(output.kv_transfer_params or {}).get(KEY) for output in outputs]
+    if len(ranks) > 1 and all(ranks):
+        response.kv_transfer_params = {**(response.kv_transfer_params or {}), KEY: _mean(outputs, ranks)}
+    return _with_ranks(response)
+
+
+def _mean(outputs: Sequence[Any], ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean rank over the tokens of several prompts and their answers, and the least available rank."""
+    tokens = [
+        len(output.prompt_token_ids or ()) + sum(len(choice.token_ids) for choice in output.outputs)
+        for output in outputs
+    ]
+    mean = sum(one["mean_rank"] * count for one, count in zip(ranks, tokens, strict=True)) / sum(tokens)
+    return {name: min(one[name] for one in ranks) for name in ranks[0]} | {"mean_rank": mean}
 
 
 async def chat_response(original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

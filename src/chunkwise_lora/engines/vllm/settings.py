@@ -11,17 +11,31 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from pydantic import ByteSize, Field
+
 from chunkwise_lora.engines.requested_config import KEY, Choice
+from chunkwise_lora.engines.vllm.budget import Ask
 from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 SALT = f"{KEY}:"
 PRIVATE = ":private"
 """End of the salt of requests whose plan reads entropies, so that no other request has the same plan."""
+ASK = f"{KEY}_ask"
+"""Key of what a request needs of the adapters' budget, in its extra arguments."""
 
 
-def of_server(additional_config: Any) -> Choice:
-    """Return the server's choice, from its `--additional-config`, or else from CHUNKWISE_PRESET or CHUNKWISE_MEAN_RANK.
+class ServerSettings(Choice):
+    """The settings of a server: the config of its requests, and the memory for adapters."""
+
+    adapter_memory: ByteSize | None = Field(
+        None, gt=0, description='Bytes that adapters may take on the device, such as "512MiB"; by default no limit.'
+    )
+
+
+def of_server(additional_config: Any) -> ServerSettings:
+    """Return the settings in a server's `--additional-config`, or else in the variables CHUNKWISE_PRESET,
+    CHUNKWISE_MEAN_RANK and CHUNKWISE_ADAPTER_MEMORY.
 
     Raises:
         ConfigError: A value is impossible. The error names the place.
@@ -32,11 +46,11 @@ def of_server(additional_config: Any) -> Choice:
         where = "environment"
         given = {
             name: os.environ[variable]
-            for name in ("preset", "mean_rank")
+            for name in ("preset", "mean_rank", "adapter_memory")
             if os.environ.get(variable := f"CHUNKWISE_{name.upper()}")
         }
     try:
-        return Choice.model_validate(given)
+        return ServerSettings.model_validate(given)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -49,6 +63,16 @@ def with_config(config: ChunkWiseConfig, extra_args: Mapping[str, Any] | None) -
 def config_in(extra_args: Mapping[str, Any] | None) -> ChunkWiseConfig | None:
     """Return the config that `with_config` added to a request's extra arguments, or None."""
     return _parsed(extra_args[KEY]) if extra_args and KEY in extra_args else None
+
+
+def with_ask(ask: Ask, extra_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request's extra arguments, with what it needs of the adapters' budget added."""
+    return {**extra_args, ASK: [ask.adapter, list(ask.rung_bytes), ask.highest, ask.insists]}
+
+
+def ask_in(extra_args: Mapping[str, Any] | None) -> Ask | None:
+    """Return what `with_ask` added to a request's extra arguments, or None."""
+    return Ask(*extra_args[ASK]) if extra_args and ASK in extra_args else None
 
 
 @lru_cache(maxsize=256)
@@ -68,3 +92,12 @@ def salt(config: ChunkWiseConfig, given: str | None = None) -> str | None:
         return given
     digest = hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
     return f"{given or ''}{SALT}{digest}{PRIVATE if config.reads_entropy else ''}"
+
+
+def limited_salt(salt: str | None, rung: int) -> str:
+    """Return the salt of a request whose plan would use higher rungs than `rung`, but gets none of them.
+
+    It differs from every salt that `salt` returns.
+    """
+    is_private = (salt or "").endswith(PRIVATE)
+    return f"{(salt or '').removesuffix(PRIVATE)}{SALT}up to {rung}{PRIVATE if is_private else ''}"

@@ -19,6 +19,20 @@ def is_tested(version: str) -> bool:
     return ".".join(version.split(".")[:2]) in TESTED
 
 
+def is_at_least(wanted: str, version: str | None = None) -> bool:
+    """Return whether a version, by default that of the installed vLLM, is of the minor version `wanted` or newer."""
+    from vllm import __version__
+
+    return _minor(version or __version__) >= _minor(wanted)
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+MEMORY_SINCE = "0.31"
+"""The first version in which a request can wait for the adapters' budget."""
+
 _SERVING = "vllm.entrypoints.openai"
 _MODELS = f"{_SERVING}.models.serving"
 
@@ -34,6 +48,8 @@ class Hook(NamedTuple):
     """The function's first parameters: those that the plug-in reads, and those before them."""
     in_server: bool = False
     """The function belongs to the API server. In a process without one, it is not replaced."""
+    since: str = TESTED[0]
+    """The first version that has the function. In earlier ones, what needs it is refused."""
 
     def owners(self) -> list[Any]:
         """Return the object that has the function as an attribute: none, if the function need not be replaced.
@@ -41,7 +57,7 @@ class Hook(NamedTuple):
         Raises:
             ImportError, AttributeError: This vLLM has no such function.
         """
-        if self.in_server and _MODELS not in sys.modules:
+        if (self.in_server and _MODELS not in sys.modules) or not is_at_least(self.since):
             return []
         module = import_module(self.module)
         owner = getattr(module, self.owner) if self.owner else module
@@ -76,6 +92,15 @@ HOOKS = {
         "update_from_output",
         ("self", "scheduler_output", "model_runner_output"),
     ),
+    "schedule": Hook("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", ("self",)),
+    "may_start": Hook(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "_handle_blocked_waiting_request",
+        ("self", "request"),
+        since=MEMORY_SINCE,
+    ),
+    "remove_lora": Hook("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id")),
     "make_request_output": Hook(
         "vllm.v1.engine.output_processor",
         "RequestState",

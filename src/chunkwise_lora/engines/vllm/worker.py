@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
+from chunkwise_lora.engines.vllm.admission import Decisions
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
 from chunkwise_lora.engines.vllm.reports import SAYS, PassReport
 from chunkwise_lora.method.batch import BatchPlanner, Span
@@ -53,6 +54,8 @@ class RunnerPlanner:
         """Entropies that have not been read yet, with the request and position of each."""
         self._report = PassReport()
         """What the scheduler will be told about the running pass."""
+        self._limits: dict[str, int] = {}
+        """The highest rung of each request, if there is a budget for adapters."""
         self._recorder: metrics.Recorder | None = None
         folder = os.environ.get(metrics.FOLDER, "")
         if os.path.isdir(folder) and get_tensor_model_parallel_rank() == 0:
@@ -77,7 +80,12 @@ class RunnerPlanner:
     def _update_states(self, original: Callable[..., Any], scheduler_output: Any) -> Any:
         if scheduler_output.finished_req_ids:
             self.planner.close(scheduler_output.finished_req_ids)
+            for request in scheduler_output.finished_req_ids:
+                self._limits.pop(request, None)
             self._count()
+        decisions = Decisions.of(scheduler_output)
+        self._limits |= decisions.limits
+        self._manager.hold(decisions.rungs)
         adapters = (request.lora_request for request in scheduler_output.scheduled_new_reqs)
         self._manager.reload = {one.lora_int_id for one in adapters if one is not None and one.load_inplace}
         return original(scheduler_output)
@@ -100,6 +108,7 @@ class RunnerPlanner:
         running.samples = True
         self._report.ranks = {
             request: {"mean_rank": planner.mean_rank, "full_rank": planner.full_rank}
+            | ({"available_rank": planner.available_rank} if request in self._limits else {})
             for request in input_batch.req_ids
             if (planner := self.planner.get(request)) is not None
         }
@@ -176,7 +185,14 @@ class RunnerPlanner:
             self._noted.add(noted)
             loading.note_kv_policy(*noted, self._cache_dtype)
         prompt, output = request.prompt_token_ids, request.output_token_ids
-        planner = SequencePlanner(ladder.info, config, self.planner.vocab_size, [*prompt, *output], len(prompt))
+        planner = SequencePlanner(
+            ladder.info,
+            config,
+            self.planner.vocab_size,
+            [*prompt, *output],
+            len(prompt),
+            self._limits.get(request_id),
+        )
         self.planner.open(request_id, planner)
         self._count()
 
