@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import small
+from chunkwise_lora.ladder.peft_files import CONFIG_NAME
 from chunkwise_lora.method.sequence import SequencePlanner
 
 if find_spec("vllm") is None:
@@ -198,6 +199,24 @@ def own_lora(prompts: Sequence[str], adapters: Sequence[str | None], tokens: int
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def with_embedding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `wiki` adapter with LoRA on the token embedding, too."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("with_embedding")
+    adapter, config = load_file(f"{WIKI}/adapter_model.safetensors"), json.loads(Path(WIKI, CONFIG_NAME).read_text())
+    torch.manual_seed(0)
+    width, vocabulary = adapter["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape[1], 4096
+    for side, shape in (("A", (config["r"], vocabulary)), ("B", (width, config["r"]))):
+        adapter[f"base_model.model.model.embed_tokens.lora_embedding_{side}"] = 0.1 * torch.randn(shape)
+    save_file(adapter, folder / "adapter_model.safetensors")
+    changed = {**config, "target_modules": [*config["target_modules"], "embed_tokens"]}
+    (folder / CONFIG_NAME).write_text(json.dumps(changed))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import small
 from chunkwise_lora import ChunkWiseConfig, RankLadder
-from chunkwise_lora.engines.vllm import settings
+from chunkwise_lora.engines.vllm import loading, settings
 from chunkwise_lora.engines.vllm.worker import NO_PROMPT_LOGPROBS
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME as CONFIG
 from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine, own_lora
@@ -166,6 +166,41 @@ def test_an_adapter_of_the_output_head_follows_the_plan(engine: Engine, with_hea
     assert refused.outputs[0].stop_reason.endswith(NO_PROMPT_LOGPROBS)
     (plain,) = engine.llm.generate(prompt, params, lora_request=engine.adapter(WIKI), use_tqdm=False)
     assert len(plain.prompt_logprobs) == len(plain.prompt_token_ids)
+
+
+def test_an_adapter_of_the_embedding_gives_the_tokens_of_vllms_own_lora(engine: Engine, with_embedding: Path) -> None:
+    adapters = [str(with_embedding), WIKI, None, str(with_embedding)]
+    expected = own_lora(PROMPTS, adapters, 24)
+    assert engine.greedy(PROMPTS, adapters, 24) == expected
+    assert [engine.greedy([prompt], [one], 24)[0] for prompt, one in zip(PROMPTS, adapters, strict=True)] == expected
+    assert expected[0] != engine.greedy(PROMPTS[:1], [WIKI], 24)[0]
+
+
+def test_an_adapter_of_the_embedding_follows_the_plan(engine: Engine, with_embedding: Path, tmp_path: Path) -> None:
+    base = engine.greedy(PROMPTS, [None] * 4, 16)
+    assert engine.greedy(PROMPTS, [with_embedding] * 4, 16, chunkwise_mean_rank=0.0) == base
+    half = loading.load(str(with_embedding)).truncated(0.5)
+    only_embedding = {name: one for name, one in half.modules.items() if "embed_tokens" in name}
+    assert [module.rank for module in only_embedding.values()] == [8]
+    tensors = {}
+    for name, module in half.modules.items():
+        sides = (
+            ("lora_embedding_A", "lora_embedding_B") if name in only_embedding else ("lora_A.weight", "lora_B.weight")
+        )
+        for side, factor in zip(sides, (module.down, module.up), strict=True):
+            tensors[f"base_model.model.{name}.{side}"] = factor.contiguous()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = json.loads((with_embedding / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "r": 8, "lora_alpha": 8}))
+    adapters = [str(with_embedding), None, str(with_embedding), str(with_embedding)]
+    alone = engine.greedy(PROMPTS, [str(tmp_path) if one else None for one in adapters], 16)
+    assert engine.greedy(PROMPTS[:1], adapters[:1], 16, chunkwise_mean_rank=0.5) == alone[:1]
+    mixed = ("chunkwise_mean_rank", "chunkwise_preset")
+    for number, (name, value) in enumerate(zip(mixed, (0.5, "balanced"), strict=True)):
+        engine.add(f"mixed{number}", PROMPTS[2 * number], with_embedding, 16, **{name: value})
+    together = engine.run()
+    assert together["mixed0"] == alone[0]
+    assert together["mixed1"] == engine.greedy(PROMPTS[2:3], [with_embedding], 16, chunkwise_preset="balanced")[0]
 
 
 @pytest.fixture(scope="module")

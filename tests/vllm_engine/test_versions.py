@@ -46,6 +46,9 @@ FIELDS = {
         *("output_slices", "input_size", "tp_size", "slice_lora_a", "slice_lora_b", "set_mapping"),
     ),
     "vllm.lora.layers.logits_processor:LogitsProcessorWithLoRA": ("hidden_size", "vocab_size", "_get_logits"),
+    "vllm.lora.layers:": ("VocabParallelEmbeddingWithLoRA",),
+    "vllm.lora.layers.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA": ("base_layer", "forward"),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": ("embedding_dim", "org_vocab_size"),
     "vllm.lora.model_manager:LoRAModelManager": (
         *("model", "modules", "packed_modules", "supported_lora_modules", "lora_config", "device"),
         *("max_num_batched_tokens", "capacity", "lora_slots", "_registered_adapters", "_active_adapters"),
@@ -106,7 +109,7 @@ FIELDS = {
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": ("vllm_xargs",),
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest": ("vllm_xargs",),
     "vllm.distributed.parallel_state:GroupCoordinator": ("cpu_group", "world_size"),
-    "vllm.lora.utils:": ("get_adapter_absolute_path", "parse_fine_tuned_lora_name"),
+    "vllm.lora.utils:": ("get_adapter_absolute_path", "parse_fine_tuned_lora_name", "replace_submodule"),
     "vllm.utils.torch_utils:": ("direct_register_custom_op",),
     "vllm.forward_context:ForwardContext": ("no_compile_layers",),
 }

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from chunkwise_lora.backends import AnyBackend, Layer, PreparedPass
+from chunkwise_lora.backends.torch_products import TorchBackend, TorchPass
 from chunkwise_lora.method.segments import PassPlan
 
 
@@ -24,23 +26,29 @@ class RunningPass:
 
     def __init__(self, backend: AnyBackend) -> None:
         self.backend = backend
+        self.embeddings = TorchBackend(backend.device, backend.dtype)
+        """Holds what adapters add to token embeddings."""
         self.tokens = 0
         """Tokens of the pass, without padding."""
         self.samples = False
         """Whether logits are computed of the last token of each request, and not of the tokens of a prompt."""
         self._prepared: PreparedPass | None = None
+        self._embedded: TorchPass | None = None
         self._plan: PassPlan | None = None
         self._last: np.ndarray = np.empty(0, np.int64)
         """(requests,) positions of the last token of each request in the pass."""
 
     def begin(self, tokens: int) -> None:
         """Start a pass over `tokens` tokens, padding not counted."""
-        self.tokens, self._prepared, self._plan = tokens, None, None
+        self.tokens, self._prepared, self._embedded, self._plan = tokens, None, None, None
 
     def plan(self, plan: PassPlan, last: np.ndarray) -> None:
         """Set the plan that all layers follow in this pass. `last` (requests,) are the positions of each request's last
         token, of which logits are computed."""
         self._prepared = self.backend.prepare(plan) if plan.segments else None
+        self._embedded = None
+        if not self.embeddings.adapters.isdisjoint(plan.adapters):
+            self._embedded = self.embeddings.prepare(plan)
         self._plan, self._last = plan, last
 
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
@@ -50,6 +58,27 @@ class RunningPass:
             if len(x) > self.tokens:
                 y, x = y[: self.tokens], x[: self.tokens]
             self.backend.apply(layer, y, x, self._prepared)
+
+    def add_to_embeddings(self, layer: Layer, y: Tensor, ids: Tensor) -> None:
+        """Add the adapter product to the embeddings y (tokens, width) of the token ids (tokens,), in place.
+
+        An embedding is a product with the one-hot vector of a token, so `down x` is a column of `down`.
+        """
+        if self._embedded is None:
+            return
+        y, ids = y[: self.tokens], ids[: self.tokens]
+        for segment in self._embedded.segments:
+            of_segment = ids if segment.rows is None else ids[segment.rows]
+            for factors in segment.adapter.get(layer.name, ()):
+                down, up = factors.slices[segment.rung]
+                hidden, gates = down[:, of_segment].T, segment.gates(factors)
+                if gates is not None:
+                    hidden = (hidden * gates).to(up.dtype)
+                added = (hidden @ up).to(y.dtype)
+                if segment.rows is None:
+                    y += added
+                else:
+                    y.index_add_(0, segment.rows, added)
 
     def add_to_logits(self, layer: Layer, y: Tensor, x: Tensor, adapters: Container[str]) -> None:
         """Add the product of those of `adapters` that run in this pass to logits y (requests, vocabulary), in place."""
@@ -77,6 +106,37 @@ class LayerAdapters:
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add the adapter product by the plan of the running pass."""
         self._running.add(self.layer, y, x)
+
+
+class EmbeddingAdapters:
+    """All adapters of a token embedding."""
+
+    def __init__(self, layer: Layer, running: RunningPass) -> None:
+        self.layer = layer
+        self.key = f"{layer.name}.chunkwise"
+        """Key of this object in vLLM's forward context."""
+        self._running = running
+
+    def add(self, y: Tensor, ids: Tensor) -> None:
+        """Add to the embeddings y (tokens, width) of the token ids (tokens,), by the plan of the running pass."""
+        self._running.add_to_embeddings(self.layer, y, ids)
+
+
+class EmbeddingWithLadders(VocabParallelEmbeddingWithLoRA):
+    """A token embedding of vLLM, with adapters."""
+
+    def __init__(self, base_layer: nn.Module, adapters: EmbeddingAdapters) -> None:
+        super().__init__(base_layer)
+        self._adapters = adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the embeddings (tokens, width) of token ids x (tokens,)."""
+        y = self.base_layer.forward(x)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.chunkwise_add_adapters(y, x, self._adapters.key)
+        else:
+            self._adapters.add(y, x)
+        return y
 
 
 class HeadAdapters:

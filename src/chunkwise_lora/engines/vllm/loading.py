@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,10 @@ from chunkwise_lora.engines.base import adapter_info, config_for, refuse_non_fin
 from chunkwise_lora.engines.requested_config import Choice
 from chunkwise_lora.errors import ConfigError, LadderError
 from chunkwise_lora.ladder import LadderModule, RankLadder, is_ladder
+from chunkwise_lora.ladder.adapter_files import AdapterFiles
+from chunkwise_lora.ladder.format_v1 import read_policy
 from chunkwise_lora.ladder.peft_adapter import PeftAdapter
+from chunkwise_lora.ladder.rank_ladder import ladder_or_adapter
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.scheduler import NOTHING_LEARNED
 
@@ -31,10 +35,27 @@ def load(path: str) -> RankLadder:
         LadderError: The folder cannot be read, is not plain LoRA, or replaces whole modules, which vLLM cannot do for a
             single request.
     """
-    ladder = RankLadder.load(path)
+    found = ladder_or_adapter(path, None, None)
+    if isinstance(found, RankLadder):
+        ladder = found
+    else:
+        policy = read_policy(found.config_path.parent)
+        ladder = replace(RankLadder.of_adapter(_factors_of(found)), policy=policy)
     _refuse_saved(ladder.saved_modules, path)
     refuse_non_finite(path, ladder)
     return ladder
+
+
+def _factors_of(files: AdapterFiles) -> PeftAdapter:
+    """Return the factors of a plain adapter.
+
+    LoRA on an embedding has the shapes of LoRA on a linear layer with one input for each token id, and becomes that.
+
+    Raises:
+        LadderError: The adapter is not plain LoRA.
+    """
+    tensors = {re.sub(r"\.lora_embedding_([AB])$", r".lora_\1.weight", key): one for key, one in files.tensors.items()}
+    return PeftAdapter.of(replace(files, tensors=tensors))
 
 
 def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
@@ -83,7 +104,7 @@ def _stamps(path: str) -> Iterator[tuple[str, int, int]]:
 @lru_cache(maxsize=1024)
 def _check(path: str, server: Choice, *stamps: tuple[str, int, int]) -> Checked:
     if not is_ladder(path):
-        adapter = PeftAdapter.load(path)  # without the SVD, which only the worker needs
+        adapter = _factors_of(AdapterFiles.load(path))  # without the SVD, which only the worker needs
         if not adapter.of_ladder:
             _refuse_saved(adapter.saved_modules, path)
             return _checked(config_of(None, server, path), RankLadder.of_adapter(adapter, as_trained=True))

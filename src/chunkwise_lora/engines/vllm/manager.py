@@ -18,20 +18,27 @@ from msgspec.structs import replace as replace_fields
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
-from vllm.lora.layers import LoRAMapping
+from vllm.lora.layers import LoRAMapping, VocabParallelEmbeddingWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name, replace_submodule
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
 from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, reports, settings
 from chunkwise_lora.engines.vllm.budget import ABSENT, WHOLE
-from chunkwise_lora.engines.vllm.layers import HeadAdapters, LayerAdapters, RunningPass
+from chunkwise_lora.engines.vllm.layers import (
+    EmbeddingAdapters,
+    EmbeddingWithLadders,
+    HeadAdapters,
+    LayerAdapters,
+    RunningPass,
+)
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, shown
 from chunkwise_lora.ladder import LadderModule, RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -78,7 +85,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     """Loads ladders into the layers of a model and unloads them."""
 
     supported_lora_modules: list[str]
-    layers: dict[str, LayerAdapters | HeadAdapters]
+    layers: dict[str, LayerAdapters | HeadAdapters | EmbeddingAdapters]
     backend: AnyBackend
     running: RunningPass
     on_load: Callable[[Held], None]
@@ -107,8 +114,10 @@ class LadderManager(LRUCacheLoRAModelManager):
         return self.lora_config.max_loras if self.rungs is None else self.lora_config.max_cpu_loras
 
     def _create_lora_modules(self) -> None:
-        # Only linear layers and the output head: vLLM would wrap embeddings and routed experts as well.
-        usable = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, LinearBase)}
+        # Only linear layers, embeddings and the output head: vLLM would wrap routed experts as well.
+        kinds = (LinearBase, VocabParallelEmbedding)
+        usable = {name.rpartition(".")[2] for name, part in self.model.named_modules() if isinstance(part, kinds)}
+        usable.discard("lm_head")
         if self.vocab_size <= LARGEST_HEAD:
             usable.add("lm_head")
         self.supported_lora_modules = [name for name in self.supported_lora_modules if name in usable]
@@ -120,12 +129,15 @@ class LadderManager(LRUCacheLoRAModelManager):
         self.backend = backend_on(self.device, self._dtype, limits)
         self.running = RunningPass(self.backend)
         self.layers = {}
-        for name, module in self.modules.items():
+        for name, module in [*self.modules.items()]:
             if isinstance(module, LogitsProcessorWithLoRA):
                 columns = [Columns(0, module.vocab_size)]
                 layer = self.backend.add_layer(name, module.hidden_size, columns)
                 self.layers[name] = HeadAdapters(layer, self.running, self._adapters_of_head)
                 module.set_mapping(self.layers[name])
+                continue
+            if isinstance(module, VocabParallelEmbeddingWithLoRA):
+                self._adapt_embedding(name, module.base_layer)
                 continue
             if not isinstance(module, BaseLinearLayerWithLoRA):
                 continue
@@ -135,6 +147,14 @@ class LadderManager(LRUCacheLoRAModelManager):
             adapters = self.layers[name] = LayerAdapters(layer, self.running)
             self._static_context[adapters.key] = adapters
             module.set_mapping(adapters)
+
+    def _adapt_embedding(self, name: str, base_layer: VocabParallelEmbedding) -> None:
+        """Replace vLLM's LoRA layer of an embedding, which needs slots."""
+        columns = [Columns(0, base_layer.embedding_dim)]
+        layer = self.running.embeddings.add_layer(name, base_layer.org_vocab_size, columns)
+        adapters = self.layers[name] = EmbeddingAdapters(layer, self.running)
+        self._static_context[adapters.key] = adapters
+        self.modules[name] = replace_submodule(self.model, name, EmbeddingWithLadders(base_layer, adapters))
 
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
         """Return the part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
@@ -155,8 +175,8 @@ class LadderManager(LRUCacheLoRAModelManager):
         if left:
             raise LadderError(
                 f"{path}: adapts {', '.join(sorted(left.values())[:3])}{' and others' if len(left) > 3 else ''}, where "
-                f"{type(self.model).__name__} in vLLM has no linear layer (embeddings and routed experts are not "
-                "supported); train the adapter on linear layers of this base model"
+                f"{type(self.model).__name__} in vLLM has no linear layer (routed experts are not supported); "
+                "train the adapter on linear layers of this base model"
             )
         return shares
 
@@ -169,7 +189,7 @@ class LadderManager(LRUCacheLoRAModelManager):
             )
         downs: Any = [None if module is None else module.down for module in modules]
         ups: Any = [None if module is None else module.up for module in modules]
-        if wrapped.tp_size > 1 and isinstance(wrapped, BaseLinearLayerWithLoRA):  # all ranks have all logits
+        if isinstance(wrapped, BaseLinearLayerWithLoRA) and wrapped.tp_size > 1:  # others are whole on all ranks
             single = len(self.packed_modules.get(layer, [])) <= 1  # these layers of vLLM take tensors, not lists
             downs = [wrapped.slice_lora_a(downs[0])] if single else wrapped.slice_lora_a(downs)
             ups = [wrapped.slice_lora_b(ups[0])] if single else wrapped.slice_lora_b(ups)
@@ -212,7 +232,10 @@ class LadderManager(LRUCacheLoRAModelManager):
         ladder = self._registered_adapters[lora_id]
         rung = WHOLE if self.rungs is None else self.rungs.get(lora_id, WHOLE)
         modules = ladder.modules if self.rungs is None else ladder.up_to(rung)
-        self.backend.load(str(lora_id), modules)
+        embeddings = {name: part for name, part in modules.items() if isinstance(self.layers[name], EmbeddingAdapters)}
+        self.backend.load(str(lora_id), {name: part for name, part in modules.items() if name not in embeddings})
+        if embeddings:
+            self.running.embeddings.load(str(lora_id), embeddings)
         self._active_adapters[lora_id] = None
         if any(isinstance(self.layers[name], HeadAdapters) for name in ladder.modules):
             self._adapters_of_head.add(ladder.info.key)
@@ -226,6 +249,7 @@ class LadderManager(LRUCacheLoRAModelManager):
 
     def _unload(self, adapter: str) -> None:
         self.backend.unload(adapter)
+        self.running.embeddings.unload(adapter)
         self._adapters_of_head.discard(adapter)
         self.on_unload(adapter)
 
