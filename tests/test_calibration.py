@@ -35,8 +35,8 @@ from chunkwise_lora.calibration.log_probabilities import (
     at_full_rank,
     kl_divergence,
     log_probabilities,
+    log_probabilities_as_generated,
     log_probabilities_in_one_pass,
-    log_probabilities_token_by_token,
     next_token_losses,
     scored_losses,
 )
@@ -263,6 +263,7 @@ def test_the_work_that_is_estimated_is_the_work_that_is_done(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost_model, "MIN_STEPS", 10)
+    monkeypatch.setattr(search, "CHOICE_GAIN", 2.0)  # one rung serves all tokens
     progress: list[Progress] = []
     expected: list[Work] = []
 
@@ -291,6 +292,17 @@ def planned(config: CalibrationConfig) -> CalibrationRun:
     ladder = RankLadder.from_peft(adapter("llama"))
     split = CalibrationText.split(blocks, None, config)
     return CalibrationRun(build("llama"), ladder, split, config, Progress(lambda *report: None), Unfinished())
+
+
+def test_more_text_is_held_back_where_few_predictions_are_scored() -> None:
+    tokens = torch.zeros(200, 64, dtype=torch.int64)
+    config = CalibrationConfig(mean_rank=0.5)
+    held = {}
+    for scored in (64, 10, 1):
+        blocks = TokenBlocks(tokens, torch.arange(64).expand_as(tokens) < scored)
+        split = CalibrationText.split(blocks, None, config)
+        held[scored] = len(split.choice) + len(split.check)
+    assert held == {64: 20, 10: 200 * 64 // 32 // 10, 1: 50}, "a share of the text, enough predictions, or a quarter"
 
 
 SPEED = Speed(read=1e-3, learned=4e-3, steps=2e-2, fits=1e-4)
@@ -526,7 +538,7 @@ def test_predictions_of_scored_tokens_are_those_of_a_full_pass(kind: str) -> Non
             (log_probabilities(model, tokens, rungs), log_probabilities(model, tokens, rungs, scored=scored)),
             *(
                 (run(model, tokens, config).log_p, run(model, tokens, config, scored=scored).log_p)
-                for run in (log_probabilities_in_one_pass, log_probabilities_token_by_token)
+                for run in (log_probabilities_in_one_pass, log_probabilities_as_generated)
             ),
         ):
             assert torch.allclose(all_of_it[scored], some, atol=1e-5)

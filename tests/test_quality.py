@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
@@ -33,16 +34,17 @@ import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder
 from chunkwise_lora.calibration import CalibrationConfig, search
 from chunkwise_lora.calibration.calibrate import calibrate
-from chunkwise_lora.calibration.log_probabilities import log_probabilities_token_by_token
+from chunkwise_lora.calibration.passes import passes_as_generated
 from chunkwise_lora.cli.rendering import evaluation_table
 from chunkwise_lora.evaluation import data
 from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
 from chunkwise_lora.evaluation.answers import evaluate_answers
 from chunkwise_lora.evaluation.baselines import BASELINES, Comparison, MethodSelection, cheapest
 from chunkwise_lora.evaluation.continuation import PromptBatch, Tokens
-from chunkwise_lora.evaluation.data import Example, fitting
+from chunkwise_lora.evaluation.data import Example
 from chunkwise_lora.evaluation.methods import FULL, Generator, Label, PlainMethod, PlannedMethod, Role, Spent, Visit
 from chunkwise_lora.evaluation.metrics import Scores, bleu, exact_match_and_f1
+from chunkwise_lora.evaluation.packing import fitting, packed
 from chunkwise_lora.evaluation.plot import plot
 from chunkwise_lora.evaluation.report import markdown, page
 from chunkwise_lora.evaluation.results import Evaluation, Prediction, Result, Score, free_ranks
@@ -144,23 +146,46 @@ def test_a_beginning_of_sequence_token_comes_before_the_prompt_alone() -> None:
     assert prompt == [0, *plain[0]] and answer == plain[1] and answer[-1] == tokenizer.eos_token_id
 
 
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    eos_token_id = 1
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        one, many = ([ord(letter) for letter in text], [[ord(letter) for letter in one] for one in text])
+        return SimpleNamespace(input_ids=one if isinstance(text, str) else many)
+
+
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8), longest=st.integers(2, 40))
 def test_every_packed_block_begins_with_another_example(lengths: list[int], longest: int) -> None:
-    class Letters:
-        eos_token_id = 1
-
-        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
-            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
-
     examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x", "y")) for i, length in enumerate(lengths)]
-    ids, scored, block = data.packed(examples, Letters(), longest)
-    of_answers = {ord(" "), ord("x"), ord("y"), Letters.eos_token_id}
-    follows = [(token in of_answers) == said for token, said in zip(ids[1:], scored, strict=False)]
-    assert all(right for i, right in enumerate(follows, 1) if i % block), "only answers are scored"
+    ids, scored, block = packed(examples, Letters(), longest)
     assert 1 < block <= longest and len(ids) == block * 2 * len(lengths)
     starts = [chr(first) for first in ids[::block]]
     assert starts[::2] == starts[1::2], "examples of a topic stay together"
     assert sorted(starts) == sorted(2 * [example.prompt[0] for example in examples])
+    for start in range(0, len(ids), block):
+        text, own = ids[start : start + block], lengths[ord(chr(ids[start])) - 100] + 1
+        of_answers = {place for place in range(block) if own <= place < own + 3}  # " x" and the end
+        both = of_answers | {place + own + 3 for place in of_answers}  # the topic's other reference follows
+        assert {i for i in range(block - 1) if scored[start + i]} == {i - 1 for i in both if i - 1 < block - 1}, text
+
+
+@given(questions=st.integers(2, 9), longest=st.integers(30, 200))
+def test_the_questions_on_a_paragraph_share_it(questions: int, longest: int) -> None:
+    paragraph, end = "paragraph" * 2, chr(Letters.eos_token_id)
+    topics = [f"{number}{paragraph}" for number in range(3)]
+    examples = [Example(f"{topic}?{chr(65 + i)}:", (f"{i}",), topic) for topic in topics for i in range(questions)]
+    ids, scored, block = packed(examples, Letters(), longest)
+    texts = ["".join(map(chr, ids[start : start + block])) for start in range(0, len(ids), block)]
+    assert all(text.count(text[:19]) == 1 for text in texts), "the paragraph is not repeated"
+    for topic in topics:
+        answered = "".join(text for text in texts if text.startswith(topic))
+        assert all(f"?{chr(65 + i)}: {i}{end}" in answered for i in range(questions))
+    for text, start in zip(texts, range(0, len(ids), block), strict=True):
+        other = re.search(r"\d(p|$)", text[1:])
+        found = [place for place in range(block - 1) if scored[start + place]]
+        assert found and (other is None or max(found) < 1 + other.start()), "other topics are not scored"
 
 
 @pytest.fixture(scope="module")
@@ -500,20 +525,52 @@ def test_what_calibration_expects_is_compared_with_what_is_measured(results: dic
     assert ours.prediction.expected.asked_rank == ours.label.asked == 4
 
 
-def test_a_plan_that_depends_on_tokens_alone_scores_text_in_one_pass_as_token_by_token() -> None:
-    unaware = ChunkWiseConfig(
-        complexity=ComplexityConfig(entropy=0, novelty=0, attention=0, position=1, half_life=8),
-        chunking=ChunkingConfig(hard_share=1.0),
-        kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3),
-    )
+UNAWARE = ChunkWiseConfig(
+    complexity=ComplexityConfig(entropy=0, novelty=0, attention=0, position=1, half_life=8),
+    chunking=ChunkingConfig(hard_share=1.0),
+    kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3),
+)
+INT8 = ChunkWiseConfig.uniform(0.5).model_copy(
+    update={
+        "chunking": ChunkingConfig(thresholds=(), min_length=1, max_length=5),
+        "kv_cache": KVCacheConfig(levels=(LevelKVPolicy(precision="int8"),), sinks=2),
+    }
+)
+AGED = INT8.model_copy(update={"kv_cache": KVCacheConfig(levels=(LevelKVPolicy(max_age=7),))})
+
+
+@pytest.mark.parametrize(
+    ("config", "lengths"),
+    [(UNAWARE, [24]), (INT8, [6, 5, 5, 5, 3]), (AGED, [1] * 24), (ChunkWiseConfig.preset("balanced"), [1] * 24)],
+    ids=["tokens alone", "INT8", "dropped", "entropy"],
+)
+def test_text_is_scored_in_few_passes_as_token_by_token(config: ChunkWiseConfig, lengths: list[int]) -> None:
     comparison = Comparison(build("llama"), adapter("llama"))
-    (*_, method) = comparison.methods(MethodSelection([], configs={"unaware": unaware}), WINDOWS[:48].view(2, 24))
-    assert isinstance(method, PlannedMethod) and not method.reads_by_token
     windows, found = WINDOWS[:48].view(2, 24), []
+    (*_, method) = comparison.methods(MethodSelection([], configs={"own": config}), windows)
+    assert isinstance(method, PlannedMethod) and method.passes(24) == lengths
     spent = method.score(windows, lambda rows, columns, log_p: found.append(log_p))
-    by_token = log_probabilities_token_by_token(comparison.chunkwise, windows, unaware, method.ladder)
-    assert np.ptp(spent.ranks) > 0 and np.array_equal(spent.ranks, by_token.ranks)
-    assert torch.allclose(torch.cat(found), by_token.log_p, atol=1e-4)
+    log_p = torch.cat(found, dim=0 if len(lengths) == 1 else 1)
+    with method.open(2, 1) as opened, torch.no_grad():
+        steps = [method.read(opened, column) for column in windows.split(1, dim=1)]
+        assert opened.trace is not None
+        trace = opened.trace()
+    assert torch.allclose(log_p, torch.cat(steps, dim=1).log_softmax(-1), atol=1e-4)
+    assert np.array_equal(spent.ranks, [sequence.ranks for sequence in trace.sequences])
+    assert spent.kv_share == pytest.approx(trace.kv_bytes / trace.kv_bytes_full)
+    if config is INT8:
+        with method.open(2, 24) as opened, torch.no_grad():
+            in_one = method.read(opened, windows).log_softmax(-1)
+        assert not torch.allclose(log_p, in_one, atol=1e-4), "one pass would not see INT8"
+
+
+@given(columns=st.integers(0, 40), read=st.lists(st.integers(0, 30), min_size=1, max_size=4))
+def test_passes_end_where_any_sequence_closes_a_chunk(columns: int, read: list[int]) -> None:
+    lengths = passes_as_generated(INT8, columns, read)
+    assert sum(lengths) == columns and all(lengths)
+    ends, longest = set(np.cumsum(lengths).tolist()), INT8.chunking.max_length
+    closing = {i + 1 for i in range(columns) for before in read if before + i and not (before + i) % longest}
+    assert closing <= ends <= closing | {columns}
 
 
 # Answers
@@ -534,6 +591,7 @@ GENERATORS = (
     "ChunkWise balanced",
     "ChunkWise compact",
     "ChunkWise entropy",
+    "ChunkWise int8",
 )
 
 
@@ -541,7 +599,9 @@ GENERATORS = (
 def generators() -> dict[str, Generator]:
     comparison = Comparison(build("llama"), adapter("llama"))
     entropy = ChunkWiseConfig(kv_cache=KVCacheConfig(levels=(LevelKVPolicy(),) * 3))
-    selection = MethodSelection(["lossless", "balanced", "compact"], ["svd"], [0.5], configs={"entropy": entropy})
+    selection = MethodSelection(
+        ["lossless", "balanced", "compact"], ["svd"], [0.5], configs={"entropy": entropy, "int8": INT8}
+    )
     return {one.name: one for one in comparison.methods(selection, WINDOWS[None, :24]) if isinstance(one, Generator)}
 
 

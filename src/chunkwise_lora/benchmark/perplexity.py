@@ -6,28 +6,23 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.benchmark.methods import Method
-from chunkwise_lora.engines.transformers.versions import CACHE
+from chunkwise_lora.calibration.log_probabilities import log_probabilities_as_generated, next_token_losses
 
 
 @torch.no_grad()
 def perplexity(method: Method, tokens: Tensor) -> float:
     """Perplexity per token of windows of text, without the first token of each.
 
-    ChunkWise runs token by token with its plan, cross-fades and KV policy in force, as in generation. A baseline gives
-    the same result in one pass.
+    ChunkWise runs as in generation, with its plan, cross-fades and KV policy in force. A baseline gives the same result
+    in one pass.
 
     Args:
         method: The method that runs the text.
         tokens: (windows, tokens) token ids, which run in one batch.
     """
     if method.chunkwise is None:
-        logits = method.model(input_ids=tokens).logits[:, :-1]
+        log_p = method.model(input_ids=tokens).logits.float().log_softmax(-1)
     else:
-        steps = []
-        with method.chunkwise.stream(batch=len(tokens), chunkwise_config=method.config) as call:
-            for column in range(tokens.shape[1] - 1):
-                ids = tokens[:, column : column + 1]
-                steps.append(method.model(input_ids=ids, **{CACHE: call.cache}, use_cache=True).logits[:, -1])
-        logits = torch.stack(steps, dim=1)
-    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-    return float(loss.exp())
+        assert method.config is not None
+        log_p = log_probabilities_as_generated(method.chunkwise, tokens, method.config).log_p
+    return float(next_token_losses(log_p, tokens).mean().exp())

@@ -11,7 +11,7 @@ import torch
 from chunkwise_lora.calibration.log_probabilities import (
     ChunkWiseModel,
     kl_divergence,
-    log_probabilities_token_by_token,
+    log_probabilities_as_generated,
     scored_losses,
 )
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
@@ -26,7 +26,7 @@ MIN_SEGMENTS = 8
 
 @dataclass(frozen=True)
 class Check:
-    """What the policy costs on the check text, run token by token as in generation.
+    """What the policy costs on the check text, run as in generation.
 
     "Full rank" is that of the adapter as it was given.
     """
@@ -69,7 +69,7 @@ def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCo
     full_losses, increases, kl, ranks, kv_shares = [], [], [], [], []
     for batch in run.batches_by_step(run.text.check, "checking on unseen text"):
         full = given_full_rank(model, batch)
-        done = log_probabilities_token_by_token(model, batch.tokens, config, scored=batch.scored)
+        done = log_probabilities_as_generated(model, batch.tokens, config, scored=batch.scored)
         full_losses.append(scored_losses(full, batch))
         increases.append(scored_losses(done.log_p, batch) - full_losses[-1])
         kl.append(kl_divergence(full, done.log_p))

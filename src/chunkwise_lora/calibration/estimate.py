@@ -15,12 +15,11 @@ from chunkwise_lora.calibration.fisher import sensitivities
 from chunkwise_lora.calibration.log_probabilities import (
     ChunkWiseModel,
     at_full_rank,
-    log_probabilities_token_by_token,
+    log_probabilities_as_generated,
 )
 from chunkwise_lora.calibration.run import CalibrationRun
-from chunkwise_lora.calibration.search import MIN_LENGTHS, SCALES, SHARES
+from chunkwise_lora.calibration.search import SCALES, SHARES
 from chunkwise_lora.calibration.self_generated import BATCH, prefix_tokens
-from chunkwise_lora.calibration.text import TokenBlocks
 from chunkwise_lora.calibration.work import Speed, Work, seconds_of
 from chunkwise_lora.method.complexity import SIGNALS
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -34,7 +33,8 @@ BISECTIONS = 12
 
 
 def planned_work(run: CalibrationRun) -> Work:
-    """The passes that a calibration will make."""
+    """The passes that a calibration will make if one rung serves all tokens, as it mostly does. Otherwise it also tries
+    chunk lengths, and runs the choice and check text token by token."""
     config, text = run.config, run.text
     length, learning, choice = text.learning.length, text.learning.tokens.numel(), text.choice.tokens.numel()
     generated = config.self_generated_tokens // length
@@ -43,9 +43,6 @@ def planned_work(run: CalibrationRun) -> Work:
     def descent(steps: int, tokens: int) -> Work:
         seen = steps * max(1, tokens // length) * length
         return Work(read=seen, learned=seen)
-
-    def by_step(blocks: TokenBlocks) -> Work:
-        return Work(steps=len(blocks.split(run.step_batch)) * length)
 
     observed = int(text.learning.scored.sum()) * config.explorations
     fit = Work(read=(learning + choice) * (1 + config.explorations), fits=(len(VARIANTS) + 1) * steps_of_fit(observed))
@@ -61,12 +58,10 @@ def planned_work(run: CalibrationRun) -> Work:
         work += rotation + (rotation + fit + share) * (config.rounds if config.refinements else 0)
     if config.distillations:
         work += descent(config.distillations, DISTILLATION_TOKENS) + fit + share
-    work += Work(read=choice * (3 + len(MIN_LENGTHS) + len(SCALES)))
-    if config.int8:
-        work += by_step(text.choice) * 2
+    work += Work(read=choice * (3 + len(SCALES) + 2 * config.int8))
     measured = min(len(text.choice), max(1, config.divergence_tokens // length)) * length
     work += Work(read=measured * (1 + rungs - (not config.distillations)))
-    return work + Work(read=text.check.tokens.numel()) + by_step(text.check)
+    return work + Work(read=2 * text.check.tokens.numel())
 
 
 def measured_speed(run: CalibrationRun) -> Speed:
@@ -78,7 +73,7 @@ def measured_speed(run: CalibrationRun) -> Speed:
     with torch.no_grad(), ChunkWiseModel(run.base, run.given) as model:
         read = seconds_of(lambda: at_full_rank(model, batch.tokens, scored=batch.scored))
         learned = seconds_of(lambda: sensitivities(model, [batch]))
-        step = seconds_of(lambda: log_probabilities_token_by_token(model, few, config))
+        step = seconds_of(lambda: log_probabilities_as_generated(model, few, config))
     tokens, observations = batch.tokens.numel(), _any_observations(few.flatten())
     fit = seconds_of(lambda: fit_costs(observations, run.vocab_size, run.config.rungs + 1), warm_up=False)
     return Speed(read / tokens, learned / tokens, step / few.shape[1], fit / steps_of_fit(len(observations)))

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chunkwise_lora.calibration.passes import passes_as_generated
 from chunkwise_lora.calibration.text import TokenBlocks
 from chunkwise_lora.engines.transformers.model import DEFAULT, ChunkWiseModel
 from chunkwise_lora.engines.transformers.versions import CACHE
@@ -29,7 +30,7 @@ __all__ = [
     "kl_divergence",
     "log_probabilities",
     "log_probabilities_in_one_pass",
-    "log_probabilities_token_by_token",
+    "log_probabilities_as_generated",
     "next_token_losses",
     "scored_losses",
 ]
@@ -59,7 +60,7 @@ def at_full_rank(
     """
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless):
-        return _one_pass(model, tokens, scored)
+        return _log_p(model, tokens, scored)
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def log_probabilities(
     lossless = ChunkWiseConfig.preset("lossless")
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=lossless) as call:
         call.follow([FixedScheduler(row, count, scale) for row in plan])
-        return _one_pass(model, tokens, scored)
+        return _log_p(model, tokens, scored)
 
 
 @torch.no_grad()
@@ -109,50 +110,51 @@ def log_probabilities_in_one_pass(
     """
     options: dict[str, Any] = {"adapter_names": adapter, "chunkwise_config": config}
     with model.stream(batch=len(tokens), prompt_columns=tokens.shape[1], **options) as call:
-        log_p = _one_pass(model, tokens, scored)
+        log_p = _log_p(model, tokens, scored)
     return ScoredPass(log_p, np.array([sequence.ranks for sequence in call.trace().sequences]))
 
 
 @torch.no_grad()
-def log_probabilities_token_by_token(
+def log_probabilities_as_generated(
     model: ChunkWiseModel,
     tokens: Tensor,
     config: ChunkWiseConfig,
     adapter: str | None = None,
     scored: Tensor | None = None,
 ) -> ScoredPass:
-    """Run token ids (batch, tokens) under the policy `config` one after the other, as generation runs.
+    """Run token ids (batch, tokens) under the policy `config` as generation runs: as if they came one by one.
 
     The plan, the cross-fades and the KV policy of `config` are all in force. With `scored` (batch, tokens) bool, only
     the predictions after scored tokens are kept.
     """
     wanted = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
-    steps = []
+    places = torch.arange(tokens.numel()).view(tokens.shape)
+    steps, order = [], []
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as call:
-        for column, kept in zip(tokens.split(1, dim=1), wanted.T, strict=True):
-            logits = model.base(input_ids=column, **{CACHE: call.cache}, use_cache=True).logits
-            steps.append(logits[kept, -1].float().log_softmax(-1))
+        options = {CACHE: call.cache, "use_cache": True}
+        lengths = passes_as_generated(config, tokens.shape[1])
+        parts = [one.split(lengths, dim=1) for one in (tokens, wanted, places)]
+        for ids, kept, place in zip(*parts, strict=True):
+            if config.reads_entropy:  # of all sequences
+                steps.append(_log_p(model, ids, None, **options)[kept])
+            else:
+                steps.append(_log_p(model, ids, kept, **options))
+            order.append(place[kept])
     trace = call.trace()
     ranks = np.array([sequence.ranks for sequence in trace.sequences])
-    log_p = torch.cat(steps)[_by_sequence(wanted)]
+    log_p = torch.cat(steps)[torch.cat(order).argsort()]
     kv_share = trace.kv_bytes / max(trace.kv_bytes_full, 1)
     return ScoredPass(log_p.unflatten(0, tuple(tokens.shape)) if scored is None else log_p, ranks, kv_share)
 
 
-def _by_sequence(wanted: Tensor) -> Tensor:
-    """(predictions,) where each prediction after a wanted token (batch, tokens) stands if columns come one by one."""
-    of_columns = wanted.T.flatten().cumsum(0).view(wanted.T.shape).T - 1
-    return of_columns[wanted]
-
-
-def _one_pass(model: ChunkWiseModel, tokens: Tensor, scored: Tensor | None) -> Tensor:
-    """Run token ids (batch, tokens) in the open call.
+def _log_p(model: ChunkWiseModel, tokens: Tensor, scored: Tensor | None, **options: Any) -> Tensor:
+    """Run token ids (batch, tokens) in one pass of the open call.
 
     Returns:
         (batch, tokens, vocabulary) log-probabilities; (predictions, vocabulary) with `scored` (batch, tokens).
     """
     with _head_reads(model.base, scored):
-        logits: Tensor = model.base(input_ids=tokens, use_cache=False).logits
+        logits: Tensor = model.base(input_ids=tokens, **({"use_cache": False} | options)).logits
     if scored is not None:
         logits = logits[scored] if logits.shape[:2] == scored.shape else logits[0]
     return logits.float().log_softmax(-1)

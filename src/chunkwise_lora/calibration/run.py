@@ -20,8 +20,8 @@ GIVEN = "given"
 PASS_ELEMENTS = 2**24
 """Largest number of log-probabilities (scored tokens times vocabulary) of one pass: 64 MB in float32."""
 STEP_ELEMENTS = 2**26
-"""The same for all steps of sequences that run token by token. Longer batches are faster, because each step reads all
-weights of the model."""
+"""The same for all passes of sequences that run as in generation. Longer batches are faster, because each pass reads
+all weights of the model."""
 PASS_TOKENS = 2048
 """Largest number of tokens of one pass, of which the model keeps activations."""
 
@@ -50,7 +50,7 @@ class CalibrationRun:
 
     @property
     def step_batch(self) -> int:
-        """Blocks that run together token by token."""
+        """Blocks that run together as in generation."""
         return self._blocks(STEP_ELEMENTS)
 
     def _blocks(self, elements: int) -> int:
@@ -69,7 +69,7 @@ class CalibrationRun:
         return blocks.split(self.batch)
 
     def batches_by_step(self, blocks: TokenBlocks, stage: str) -> list[TokenBlocks]:
-        """Begin a stage, and return batches of `blocks` that run token by token."""
+        """Begin a stage, and return batches of `blocks` that run as in generation."""
         self.progress.begin(stage)
         return blocks.split(self.step_batch)
 

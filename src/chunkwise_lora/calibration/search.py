@@ -12,8 +12,8 @@ from chunkwise_lora.calibration.fitted_ladder import FittedLadder
 from chunkwise_lora.calibration.log_probabilities import (
     ChunkWiseModel,
     kl_divergence,
+    log_probabilities_as_generated,
     log_probabilities_in_one_pass,
-    log_probabilities_token_by_token,
     scored_losses,
 )
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
@@ -111,6 +111,8 @@ def choose_chunks_and_scale(
 ) -> tuple[ChunkWiseConfig, dict[str, float]]:
     """Choose the shortest chunk length, then the scale, that cost least on the choice text.
 
+    One rung for all tokens is the same with every chunk length, so no other is tried.
+
     The cost is the loss per scored token plus `multiplier` times the mean rank, in nats.
 
     Args:
@@ -122,22 +124,26 @@ def choose_chunks_and_scale(
     Returns:
         The policy with both settings, and the cost of every setting that was tried.
     """
-    chunking, selection = config.chunking, config.selection
-    with_length = {
-        n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})}) for n in MIN_LENGTHS
-    }
-    length_costs = _costs(run, model, with_length, multiplier)
-    config = with_length[_simplest_good(length_costs)]
+    tried: dict[str, float] = {}
+    if config.levels > 1:
+        chunking = config.chunking
+        with_length = {
+            n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})})
+            for n in MIN_LENGTHS
+        }
+        costs = _costs(run, model, with_length, multiplier)
+        config = with_length[_simplest_good(costs)]
+        tried |= {f"chunks of at least {length}": cost for length, cost in costs.items()}
+    selection = config.selection
     with_scale = {
         scale: config.model_copy(
             update={"selection": selection.model_copy(update={"scales": (scale,) * config.levels})}
         )
         for scale in SCALES
     }
-    scale_costs = _costs(run, model, with_scale, multiplier)
-    tried = {f"chunks of at least {length}": cost for length, cost in length_costs.items()}
-    tried |= {f"scale {scale:g}": cost for scale, cost in scale_costs.items()}
-    return with_scale[_simplest_good(scale_costs)], tried
+    of_scales = _costs(run, model, with_scale, multiplier)
+    tried |= {f"scale {scale:g}": cost for scale, cost in of_scales.items()}
+    return with_scale[_simplest_good(of_scales)], tried
 
 
 def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> ChunkWiseConfig:
@@ -153,7 +159,7 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
     increase = total = 0.0
     for batch in run.batches_by_step(run.text.choice, "trying INT8 keys and values"):
         before, after = (
-            scored_losses(log_probabilities_token_by_token(model, batch.tokens, one, scored=batch.scored).log_p, batch)
+            scored_losses(log_probabilities_as_generated(model, batch.tokens, one, scored=batch.scored).log_p, batch)
             for one in (config, with_int8)
         )
         total += float(before.sum())

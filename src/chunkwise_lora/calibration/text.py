@@ -18,6 +18,10 @@ MIN_BLOCKS = 24
 """Fewest blocks of text that calibration accepts. Fewer would be too little to learn from and to check on."""
 MIN_HELD_BLOCKS = 4
 """Fewest held-back blocks, for choice and check together."""
+HELD_PREDICTIONS = 1 / 32
+"""Scored predictions of the held-back text, as a share of the tokens to learn from. Where few predictions are scored,
+more text is held back for this, but at most `MOST_HELD` of it."""
+MOST_HELD = 0.25
 
 
 def block_length(model: PreTrainedModel, longest: int) -> int:
@@ -127,6 +131,10 @@ class CalibrationText:
             )
         if held is None:
             count = max(MIN_HELD_BLOCKS, min(round(len(text) * config.held_share), most))
+            from_the_end = text.scored_predictions.sum(1).flip(0).cumsum(0)
+            wanted = HELD_PREDICTIONS * min(config.tokens, len(text) * length)
+            enough = int((from_the_end < wanted).sum()) + 1
+            count = max(count, min(enough, int(len(text) * MOST_HELD)))
             learning, held = text[:-count], text[-count:]
         else:
             learning, held = text, held[: max(MIN_HELD_BLOCKS, most)]

@@ -117,7 +117,7 @@ def by_topic(examples: Sequence[Example]) -> list[int]:
     """Indices of the examples in an order in which topics stay together, and neighbours have similar lengths."""
     topics: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        topics.setdefault(example.topic or example.prompt, []).append(index)
+        topics.setdefault(example.topic, []).append(index)
     by_length = sorted(topics.values(), key=lambda group: len(examples[group[0]].prompt))
     return [index for group in by_length for index in group]
 
@@ -125,7 +125,7 @@ def by_topic(examples: Sequence[Example]) -> list[int]:
 def prompts_of(examples: Sequence[Example], tokenizer: Any) -> PromptBatch:
     """The prompts of examples as token ids."""
     ids = tokenizer([example.prompt for example in examples]).input_ids
-    return PromptBatch(ids, [example.topic or example.prompt for example in examples])
+    return PromptBatch(ids, [example.topic for example in examples])
 
 
 @dataclass

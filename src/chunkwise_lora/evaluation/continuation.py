@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import accumulate, groupby
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from chunkwise_lora.evaluation.methods import Generator
+from chunkwise_lora.evaluation.packing import common_beginning
 
 NO_TOKEN = 0
 """Token id where the mask is 0."""
@@ -68,9 +69,7 @@ class PromptBatch:
         for _, group in groupby(zip(self.topics, self.prompts, strict=True), key=lambda pair: pair[0]):
             prompts = [prompt for _, prompt in group]
             of_prompt += [len(beginnings)] * len(prompts)
-            columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-            alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-            beginnings.append(prompts[0][:alike])
+            beginnings.append(prompts[0][: common_beginning(prompts)])
         return beginnings, of_prompt
 
 
@@ -131,9 +130,9 @@ class Continuation:
             (prompts, 1 + columns, vocabulary) log-probabilities of the next token, after the prompt and after each
             token.
         """
-        by_token = self.method.reads_by_token
-        columns = range(answers.ids.shape[1])
-        parts = [answers[:, column : column + 1] for column in columns] if by_token else [answers] if columns else []
+        passes = self.method.passes(answers.ids.shape[1], self._mask.sum(1).tolist())
+        ends = accumulate(passes)
+        parts = [answers[:, end - columns : end] for columns, end in zip(passes, ends, strict=True)]
         return torch.cat([self.log_p[:, None], *(self._read(part) for part in parts)], dim=1)
 
     def generate(self, new_tokens: int, ends: Callable[[int], bool]) -> tuple[list[list[int]], Tensor]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import random
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,11 @@ class Example:
     references: tuple[str, ...]
     """The reference answers; empty if none is known."""
     topic: str = ""
-    """Examples with the same topic are related, and stay together when data is split. If empty, the prompt is
-    the topic."""
+    """What the prompt is about, such as a paragraph. Examples of one topic stay together when data is split. By
+    default it is the prompt itself."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "topic", self.topic or self.prompt)
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -40,81 +40,6 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
     """
     said = tokenizer(f" {answer}", add_special_tokens=False).input_ids
     return tokenizer(prompt).input_ids, [*said, tokenizer.eos_token_id]
-
-
-def fitting(
-    examples: Sequence[Example], tokenizer: Any, longest: int, tokens: int | None, say: Callable[[str], object]
-) -> list[Example]:
-    """The examples that `packed` needs: those that fit into a block, and not more of them than `tokens` ask for.
-
-    Args:
-        examples: Examples, in the order of their file.
-        tokenizer: The base model's tokenizer.
-        longest: Largest length of a block, in tokens. A prompt needs room for its answer.
-        tokens: Largest number of tokens of all examples that are kept, which are evenly spread; None keeps all.
-        say: Is told which examples are left out because of their length.
-
-    Raises:
-        ChunkWiseError: No example fits.
-    """
-    lengths = [len(ids) for ids in tokenizer([one.prompt for one in examples], verbose=False).input_ids]
-    rooms = [longest - (1 if one.references else NEW_TOKENS) for one in examples]
-    fits = [length <= room for length, room in zip(lengths, rooms, strict=True)]
-    long = [i for i, one in enumerate(fits) if not one]
-    if long:
-        shown = [f"number {i + 1} ({lengths[i]:,} tokens, {_beginning(examples[i].prompt)})" for i in long[:3]]
-        more = [f"{len(long) - 3} more"] if len(long) > 3 else []
-        note = (
-            f"{len(long)} of {len(examples)} prompts do not fit into a block of {longest} tokens with their answers: "
-            f"{', '.join(shown + more)}"
-        )
-        if len(long) == len(examples):
-            raise ChunkWiseError(f"{note}; give longer blocks")
-        say(f"{note}. They are left out.")
-    kept = [i for i, one in enumerate(fits) if one]
-    total = sum(lengths[i] * max(1, len(examples[i].references)) for i in kept)
-    if tokens is not None and total > tokens:
-        count = max(1, len(kept) * tokens // total)
-        kept = [kept[i * len(kept) // count] for i in range(count)]
-    return [examples[i] for i in kept]
-
-
-def _beginning(prompt: str) -> str:
-    return repr(textwrap.shorten(prompt, 40, placeholder="..."))
-
-
-def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:
-    """Pack all prompts and answers into blocks of equal length, for calibration.
-
-    Each block begins with one prompt and its answer, so that every answer follows its own prompt alone, as in
-    generation. The examples that come next fill the rest of the block; at the end of the data, the preceding examples
-    fill it. Four of five examples fit into a block, unless `longest` is too low for this. Topics are shuffled, and the
-    examples of a topic stay together, so that the last blocks have other topics than the first ones.
-
-    Args:
-        examples: Examples; at least one of them must have an answer.
-        tokenizer: The base model's tokenizer.
-        longest: Largest length of a block, in tokens.
-
-    Returns:
-        Token ids of all blocks; for each token whether the next token belongs to an answer; the length of a block.
-    """
-    topics: dict[str, list[list[tuple[int, bool]]]] = {}
-    for one in examples:
-        for reference in one.references:
-            prompt, answer = encode(tokenizer, one.prompt, reference)
-            follows = [i >= len(prompt) for i in range(1, len(prompt) + len(answer))]
-            sequence = list(zip(prompt + answer, [*follows, False], strict=True))
-            topics.setdefault(one.topic or one.prompt, []).append(sequence)
-    shuffled = list(topics.values())
-    random.Random(0).shuffle(shuffled)
-    sequences = list(chain(*shuffled))
-    length = min(longest, sorted(map(len, sequences))[len(sequences) * 4 // 5])
-    blocks: list[tuple[int, bool]] = []
-    for i in range(len(sequences)):
-        around = chain(sequences[i:], reversed(sequences[:i]))
-        blocks += islice(chain.from_iterable(around), length)
-    return [token for token, _ in blocks], [scored for _, scored in blocks], length
 
 
 def wikitext(source: str) -> str:

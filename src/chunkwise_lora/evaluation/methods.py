@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel, log_probabilities
+from chunkwise_lora.calibration.passes import passes_as_generated
 from chunkwise_lora.engines.transformers.versions import CACHE
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.trace import Trace
@@ -87,10 +88,9 @@ class Generator(Method):
     def rank(self) -> float | None:
         """The rank of all tokens; None if it differs between tokens."""
 
-    @property
-    def reads_by_token(self) -> bool:
-        """Whether tokens after the prompt must run one by one, because what runs depends on the passes before."""
-        return False
+    def passes(self, columns: int, read: Sequence[int] = (0,)) -> list[int]:
+        """The passes in which known tokens run with the same predictions as one by one; see `passes_as_generated`."""
+        return [columns] if columns else []
 
     @property
     def cache_changes(self) -> bool:
@@ -148,9 +148,8 @@ class PlannedMethod(Generator):
     def cache_changes(self) -> bool:
         return self.config.kv_cache.acts
 
-    @property
-    def reads_by_token(self) -> bool:
-        return self.config.reads_entropy or self.config.kv_cache.acts
+    def passes(self, columns: int, read: Sequence[int] = (0,)) -> list[int]:
+        return passes_as_generated(self.config, columns, read)
 
     @contextmanager
     def open(self, batch: int, prompt_columns: int) -> Iterator[Opened]:
@@ -160,11 +159,14 @@ class PlannedMethod(Generator):
 
     @torch.no_grad()
     def score(self, windows: Tensor, visit: Visit) -> Spent:
-        """Run the windows token by token where the plan or the cache depends on it, and otherwise in one pass."""
-        if self.reads_by_token:
+        """Run the windows in one pass each, or together where the plan or the cache needs several passes."""
+        passes = self.passes(windows.shape[1])
+        if len(passes) > 1:
             with self.open(len(windows), 1) as opened:
-                for column, tokens in enumerate(windows.split(1, dim=1)):
-                    visit(slice(None), slice(column, column + 1), _log_p(self.read(opened, tokens)))
+                end = 0
+                for tokens in windows.split(passes, dim=1):
+                    start, end = end, end + tokens.shape[1]
+                    visit(slice(None), slice(start, end), _log_p(self.read(opened, tokens)))
                 assert opened.trace is not None
                 trace = opened.trace()
             kv_share = trace.kv_bytes / max(trace.kv_bytes_full, 1)

@@ -20,6 +20,7 @@ from chunkwise_lora.evaluation.baselines import CALIBRATED, Comparison, MethodSe
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
 from chunkwise_lora.evaluation.methods import Generator
 from chunkwise_lora.evaluation.metrics import Metric, bleu, exact_match_and_f1
+from chunkwise_lora.evaluation.packing import fitting, packed
 from chunkwise_lora.evaluation.results import Evaluation, Score
 from chunkwise_lora.evaluation.settings import EvaluationSettings
 from chunkwise_lora.evaluation.text import PERPLEXITY, evaluate_text, windows_of
@@ -111,7 +112,7 @@ def calibration_tokens(
     """
     if task == "wikitext":
         return tokenizer(data_sets.wikitext(data)).input_ids, None, block
-    examples = data_sets.fitting(_examples(task, data), tokenizer, block, tokens, lambda note: say(f"{data}: {note}"))
+    examples = fitting(_examples(task, data), tokenizer, block, tokens, lambda note: say(f"{data}: {note}"))
     answered = [one for one in examples if one.references]
     if len(answered) < len(examples):
         answered += answer([one for one in examples if not one.references])
@@ -120,7 +121,7 @@ def calibration_tokens(
             f"{data}: holds no answers, and the adapter generates none that ends within {NEW_TOKENS} tokens; give an "
             f"adapter for {task}, or data with answers"
         )
-    return data_sets.packed(answered, tokenizer, block)
+    return packed(answered, tokenizer, block)
 
 
 def run_task(

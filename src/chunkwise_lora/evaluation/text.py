@@ -84,8 +84,8 @@ def evaluate_text(
     """Run every method on windows of text and compare it with full rank.
 
     Every window starts with an empty context, and its last `stride` tokens are scored. If windows do not overlap, all
-    tokens except the first are scored. ChunkWise runs token by token with its plan, cross-fades and KV policy in force.
-    Methods without these run in one pass, which gives the same result.
+    tokens except the first are scored. ChunkWise runs as in generation, with its plan, cross-fades and KV policy in
+    force. Methods without these run in one pass, which gives the same result.
 
     Args:
         methods: The methods; one of them must be the full rank.
