@@ -14,6 +14,7 @@ all rows take turns. It needs a quiet machine.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ ROWS = {
     "lowest": "ChunkWise calibrated, lowest free rank",
 }
 """The rows of the table by name."""
+CALIBRATED = ("half", "quarter", "lowest")
+"""The rows of calibrated ladders."""
 COLUMNS = {
     "latency": "latency, ms/token",
     "kv": "KV cache in use, MB",
@@ -76,7 +79,18 @@ class Inputs:
         paths = {name: self.folders[name].get(task) for name in sorted(needed)}
         if task not in self.data or None in paths.values():
             return None
-        return {"model": self.model, "data": self.data[task], **paths, "limit": self.limit, "dtype": self.dtype}
+        files = {"data": self.data[task], **paths}
+        return {"model": self.model, **with_contents(files), "limit": self.limit, "dtype": self.dtype}
+
+
+def with_contents(paths: Mapping[str, str | None]) -> dict[str, Any]:
+    """The paths, each with a checksum of its files, so that a changed file is measured again."""
+    found: dict[str, Any] = {}
+    for name, path in paths.items():
+        files = [one for one in sorted([Path(path or ""), *Path(path or "").glob("*")]) if one.is_file()]
+        contents = [hashlib.file_digest(one.open("rb"), "sha256").hexdigest() for one in files]
+        found[name] = [path, *contents]
+    return found
 
 
 def quality(row: str, task: str, inputs: Inputs, report: Any) -> dict[str, Any]:
@@ -87,7 +101,7 @@ def quality(row: str, task: str, inputs: Inputs, report: Any) -> dict[str, Any]:
     from chunkwise_lora.evaluation.tasks import calibrated_ladder, run_task
 
     folder = inputs.folders.get(row, {}).get(task, "")
-    ladders = {row: calibrated_ladder(folder)} if row in ("half", "quarter", "lowest") else {}
+    ladders = {row: calibrated_ladder(folder)} if row in CALIBRATED else {}
     selection = MethodSelection(
         ["calibrated"] if ladders else [],
         ["base"] if row == "base" else [],
@@ -120,7 +134,7 @@ def latency(task: str, inputs: Inputs, sizes: Mapping[str, int], report: Any) ->
         if task not in folders:
             continue
         ladder = RankLadder.load(folders[task])
-        presets = {"paper": rule} if row == "r16" else {row: ladder.policy} if ladder.policy else {}
+        presets = {"paper": rule} if row == "r16" else {row: ladder.policy} if row in CALIBRATED else {}
         made = {one.name: one for one in methods(base, {row: folders[task]}, presets, ladders={row: ladder})}
         if row == "r16":
             of_rows |= {"base": made[BASE], "r16": made[UNMERGED], "paper": made["ChunkWise paper"]}
@@ -283,8 +297,9 @@ def main(
                 how[task] = f"{task}: {measured['how']}"
         if rounds and speed in folders["r16"] and speed in inputs.data:
             sizes = {"context": context, "new_tokens": new_tokens, "rounds": rounds}
-            needed = {"model": model, "dtype": dtype, "task": speed, "data": inputs.data[speed], **sizes}
-            needed |= {"folders": {row: paths[speed] for row, paths in folders.items() if speed in paths}}
+            files = {row: paths[speed] for row, paths in folders.items() if speed in paths}
+            needed = {"model": model, "dtype": dtype, "task": speed, **sizes}
+            needed |= with_contents({"data": inputs.data[speed], **files})
             path = out / "cells" / "latency.json"
             measured = kept(path, needed) or keep(
                 path, needed, latency(speed, inputs, sizes, lambda pieces: reports.steps("latency", pieces))

@@ -40,6 +40,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     next_token_losses,
     scored_losses,
 )
+from chunkwise_lora.calibration.noise import standard_error
 from chunkwise_lora.calibration.run import CalibrationRun
 from chunkwise_lora.calibration.rung_policy import choose_rungs
 from chunkwise_lora.calibration.rung_sampler import PlannedRungs, RandomRungs, RungSampler
@@ -253,7 +254,7 @@ def test_self_generated_text_has_the_asked_size_continues_the_text_and_is_reprod
     "changes",
     [
         {"rounds": 1},
-        {"keep_directions": True, "int8": False},
+        {"keep_directions": True, "int8": False, "dtype": "bfloat16"},
         {"self_generated_tokens": 5 * BLOCK, "distillations": 2},
         {"mean_rank": None, "max_loss_increase": 0.1, "rounds": 1, "distillations": 2, "tokens": 20 * BLOCK},
     ],
@@ -391,6 +392,27 @@ def test_a_calibrated_ladder_holds_its_policy_and_the_divergence_of_every_rung(c
         full, half = (log_probabilities(model, held.tokens, rung) for rung in (None, ladder.rungs // 2))
     assert divergence[ladder.rungs // 2] == pytest.approx(float(kl_divergence(full, half).mean()), rel=1e-3)
     assert divergence[0] > divergence[ladder.rungs // 2] > 0
+
+
+def test_what_to_expect_is_measured_in_the_ladders_own_number_format() -> None:
+    config = CONFIG.model_copy(update={"dtype": "bfloat16", "refinements": 0})
+    found = calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), config)
+    ladder = found.ladder
+    assert {module.up.dtype for module in ladder.modules.values()} == {torch.bfloat16}
+    assert ladder.rung_divergence is not None and ladder.rung_divergence[-1] > 0, "rounding has a divergence"
+    checked = TokenBlocks.cut(text(), BLOCK)[-2:].tokens
+    with ChunkWiseModel(build("llama"), ladder) as model:
+        log_p = log_probabilities_as_generated(model, checked, found.policy).log_p
+    loss = float(next_token_losses(log_p, checked).mean())
+    assert found.check.loss_full * (1 + found.check.loss_increase) == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_standard_error_counts_alike_neighbours_once() -> None:
+    independent = torch.randn(64 * 64, generator=torch.Generator().manual_seed(0))
+    assert standard_error(independent) == pytest.approx(1 / 64, rel=0.2)
+    alike = independent[::64].repeat_interleave(64)
+    assert standard_error(alike) == pytest.approx(1 / 8, rel=0.2)
+    assert standard_error(torch.ones(3)) == 0
 
 
 def test_a_tighter_loss_budget_spends_more_rank_and_loses_less() -> None:
@@ -637,6 +659,16 @@ def test_unfinished_work_of_another_calibration_is_removed_and_damaged_work_runs
     found = run(Stopped(0), unfinished)
     assert [line.partition(": ")[2] for line in said[2:]] == ["is damaged; this stage runs again"] * 4
     assert found.policy == expected.policy and found.check == expected.check
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_removed(tmp_path: Path) -> None:
+    said: list[str] = []
+    unfinished = Unfinished.beside(tmp_path / "out", said.append)
+    folder = tmp_path / "out.unfinished"
+    folder.mkdir()
+    (folder / "01-directions.json").write_text("[]")
+    unfinished.bind("fingerprint", Progress(lambda *report: None))
+    assert not folder.exists() and "nothing can be read, and is removed" in said[0]
 
 
 @pytest.mark.parametrize(

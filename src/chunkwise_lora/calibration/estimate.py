@@ -60,7 +60,7 @@ def planned_work(run: CalibrationRun) -> Work:
         work += descent(config.distillations, DISTILLATION_TOKENS) + fit + share
     work += Work(read=choice * (3 + len(SCALES) + 2 * config.int8))
     measured = min(len(text.choice), max(1, config.divergence_tokens // length)) * length
-    work += Work(read=measured * (1 + rungs - (not config.distillations)))
+    work += Work(read=measured * (1 + rungs - config.keeps_full_rank))
     return work + Work(read=2 * text.check.tokens.numel())
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from chunkwise_lora.calibration.fitted_ladder import FittedLadder
 from chunkwise_lora.calibration.log_probabilities import (
@@ -16,6 +18,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     log_probabilities_in_one_pass,
     scored_losses,
 )
+from chunkwise_lora.calibration.noise import standard_error
 from chunkwise_lora.calibration.run import CalibrationRun, given_full_rank
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig, LevelKVPolicy
 
@@ -28,9 +31,10 @@ SCALES = (1.0, 0.95, 0.9)
 SEARCH_TOLERANCE = 1e-3
 """A simpler setting is kept if its cost is within this share of the best cost; smaller differences are noise."""
 CHOICE_GAIN = 0.1
-"""Share of the divergence that a rung for each token must save over one rung for all tokens, to be worth planning."""
+"""Share of the divergence that a rung for each token must save over one rung for all tokens, to be worth planning. The
+saving must also be above 0 by `STANDARD_ERRORS`."""
 STANDARD_ERRORS = 2.0
-"""The saving must also be this many standard errors above 0: with few scored tokens, a small one is noise."""
+"""What is measured may be wrong by this many standard errors: with few scored tokens, small differences are noise."""
 INT8_TOLERANCE = 1e-3
 """INT8 keys and values are kept if they raise the loss by at most this share."""
 
@@ -42,25 +46,30 @@ def share_for_loss_budget(run: CalibrationRun, fitted: FittedLadder, budget: flo
 
     The loss increase of one share is noisy, because losses vary much more from token to token than divergences. So one
     factor from divergence to loss is fitted to all shares together, and it predicts the loss increase of each share.
+    The factor is taken at the upper end of its interval: with little text, more rank is spent.
 
     Args:
         run: The calibration.
         fitted: Gives the policy of each share.
         budget: Largest loss increase, as a share of the loss at full rank.
     """
-    full_loss, kl, increase = 0.0, np.zeros(len(SHARES)), np.zeros(len(SHARES))
+    losses: list[Tensor] = []
+    divergences: list[list[Tensor]] = [[] for _ in SHARES]
+    increases: list[list[Tensor]] = [[] for _ in SHARES]
     configs = [fitted.config(fitted.rung_policy(share)) for share in SHARES]
     with run.attach(fitted.ladder) as model:
         for batch in run.batches(run.text.choice, "finding the mean rank"):
             full = given_full_rank(model, batch)
-            full_losses = scored_losses(full, batch)
-            full_loss += float(full_losses.sum())
+            losses.append(scored_losses(full, batch))
             for i, config in enumerate(configs):
                 log_p = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored).log_p
-                kl[i] += float(kl_divergence(full, log_p)[batch.has_next].sum())
-                increase[i] += float((scored_losses(log_p, batch) - full_losses).sum())
-    loss_per_kl = float(increase @ kl) / max(float(kl @ kl), 1e-12)
-    predicted = loss_per_kl * kl / full_loss
+                divergences[i].append(kl_divergence(full, log_p)[batch.has_next])
+                increases[i].append(scored_losses(log_p, batch) - losses[-1])
+    kl = torch.stack([torch.cat(one).mean() for one in divergences])
+    of_tokens = kl @ torch.stack([torch.cat(one) for one in increases]) / (kl @ kl).clamp_min(1e-12)
+    # The mean of `of_tokens` is the factor of the least squares.
+    loss_per_kl = float(of_tokens.mean()) + STANDARD_ERRORS * standard_error(of_tokens)
+    predicted = loss_per_kl * kl / torch.cat(losses).mean()
     return min((share for share, one in zip(SHARES, predicted, strict=True) if one <= budget), default=1.0)
 
 
@@ -91,18 +100,18 @@ def choose_tokens(
         alike: The policy with one rung for all tokens.
         multiplier: The Lagrange multiplier that `planned` was chosen with, in nats per unit of rank.
     """
-    divergences: list[list[np.ndarray]] = [[], []]
+    divergences: list[list[Tensor]] = [[], []]
     ranks = np.zeros(2)
     for batch in run.batches(run.text.choice, "rungs for tokens"):
         full = given_full_rank(model, batch)
         for i, config in enumerate((planned, alike)):
             done = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored)
-            divergences[i].append(kl_divergence(full, done.log_p).clamp_min(0).numpy())
+            divergences[i].append(kl_divergence(full, done.log_p).clamp_min(0))
             ranks[i] += done.ranks.sum() / run.text.choice.tokens.numel()
-    of_planned, of_alike = (np.concatenate(one) for one in divergences)
-    saved = of_alike - of_planned + multiplier * (ranks[1] - ranks[0])
-    least = max(CHOICE_GAIN * of_alike.mean(), STANDARD_ERRORS * saved.std() / len(saved) ** 0.5)
-    choice = TokenChoice(bool(saved.mean() > least), float(of_planned.mean()), float((of_planned + saved).mean()))
+    of_planned, of_alike = (torch.cat(one) for one in divergences)
+    saved = of_alike - of_planned + multiplier * float(ranks[1] - ranks[0])
+    least = max(CHOICE_GAIN * float(of_alike.mean()), STANDARD_ERRORS * standard_error(saved))
+    choice = TokenChoice(float(saved.mean()) > least, float(of_planned.mean()), float((of_planned + saved).mean()))
     return (planned if choice.pays else alike), choice
 
 

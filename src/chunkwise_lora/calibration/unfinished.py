@@ -80,10 +80,11 @@ class Unfinished:
         if self.folder is None:
             return
         found = [self._record(path) for path in sorted(self.folder.glob("*.json"))]
-        if any(record and record["fingerprint"] != fingerprint for record in found):
-            self._say(
-                f"{self.folder}: is left from a calibration with other settings, text, adapter or model, and is removed"
-            )
+        ours = [record is not None and record["fingerprint"] == fingerprint for record in found]
+        others = [record is not None and record["fingerprint"] != fingerprint for record in found]
+        if any(others) or (found and not any(ours)):
+            why = "with other settings, text, adapter or model" if any(others) else "of which nothing can be read"
+            self._say(f"{self.folder}: is left from a calibration {why}, and is removed")
             self.remove()
         elif found:
             self._say(f"{self.folder}: is left from this calibration, which goes on where it stopped")

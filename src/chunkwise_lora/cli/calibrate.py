@@ -126,6 +126,7 @@ def calibrate(
         max_loss_increase=share("--max-loss-increase", max_loss_increase, AMBIGUOUS_LOSS),
         mean_rank=share("--mean-rank", mean_rank),
         keep_directions=keep_directions,
+        dtype=str(dtype_named(dtype)).removeprefix("torch."),
         seed=seed,
         **(QUICK if quick else {})
         | given(
@@ -157,7 +158,6 @@ def calibrate(
     from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
     from chunkwise_lora.ladder import RankLadder
 
-    storage = dtype_named(dtype)
     unfinished = Unfinished.beside(output, print_plain)
     with _ends_cleanly(unfinished), progress() as reports:
         ladder = RankLadder.load(adapter_of(task, adapter))
@@ -177,7 +177,7 @@ def calibrate(
         held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, length, answer)[0]
         settings = settings.model_copy(update={"block": length})
         result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held, unfinished)
-        result.ladder.to(storage).save_pretrained(output)
+        result.ladder.save_pretrained(output)
     unfinished.remove()
     _print_result(result, output)
     policy = result.policy.model_dump(mode="json")

@@ -55,21 +55,26 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which decoding is timed.")] = 3,
     dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16 or float16, in which rounding changes some answers.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="float32, or bfloat16 or float16, in which rounding changes some answers; for transformers only.",
+            show_default="float32",
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show the method on the example model: texts coloured by rank, and a comparison with PEFT or llama.cpp."""
     if engine not in ("transformers", "llama-cpp"):
         raise ChunkWiseError(f"--engine {engine}: choose transformers or llama-cpp")
-    if folder is not None and engine == "llama-cpp":
-        raise ChunkWiseError("--folder is only for --engine transformers; leave it out")
+    for option, value in {"--folder": folder, "--dtype": dtype}.items():
+        if value is not None and engine == "llama-cpp":
+            raise ChunkWiseError(f"{option} is only for --engine transformers; leave it out")
     adapters = _adapters(folder)
     if engine == "llama-cpp":
         content = _in_llama_cpp(adapters, new_tokens, rounds)
     else:
         model = str(folder / "base") if folder else examples.BASE
-        content = _in_transformers(model, dtype_named(dtype), adapters, new_tokens, rounds)
+        content = _in_transformers(model, dtype_named(dtype or "float32"), adapters, new_tokens, rounds)
     write_json(json_file, {"engine": engine, **content})
 
 

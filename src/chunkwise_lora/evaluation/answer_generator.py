@@ -1,13 +1,12 @@
-"""Answers that adapters generate themselves, to calibrate on or to train other adapters on."""
+"""Answers that an adapter generates itself, to calibrate on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from chunkwise_lora.calibration.log_probabilities import ChunkWiseModel
 from chunkwise_lora.evaluation.data import NEW_TOKENS, Example
@@ -16,31 +15,13 @@ from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
 
 
-class _MeanOfAdapters(LogitsProcessor):
-    """Replaces the distributions of all adapters by their mean, so that all of them generate the same tokens."""
-
-    def __init__(self, adapters: int) -> None:
-        self.adapters = adapters
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Average over adapters. scores (adapters * sequences, vocabulary) are ordered by adapter.
-
-        The result is log-probabilities plus a constant, which generation ignores.
-        """
-        log_p = scores.log_softmax(-1).unflatten(0, (self.adapters, -1))
-        return log_p.logsumexp(0).repeat(self.adapters, 1)
-
-
 @dataclass(frozen=True)
 class AnswerGenerator:
-    """Generates answers greedily with one adapter, or with the mean of several adapters' distributions."""
+    """Generates answers greedily with an adapter at full rank."""
 
     base: PreTrainedModel
-    ladders: RankLadder | Mapping[str, RankLadder]
-    """The ladder, or several ladders by name."""
+    ladder: RankLadder
     tokenizer: Any
-    config: ChunkWiseConfig | None = None
-    """Settings of the method; by default full rank."""
     new_tokens: int = NEW_TOKENS
     """Largest number of tokens of an answer."""
     batch: int = 64
@@ -69,16 +50,10 @@ class AnswerGenerator:
         eos = self.tokenizer.eos_token_id
         options: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False}
         options |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": eos}
-        with ChunkWiseModel(self.base, self.ladders, self.config or ChunkWiseConfig.preset("lossless")) as model:
-            names = list(model.ladders)
-            options["logits_processor"] = [_MeanOfAdapters(len(names))]
+        with ChunkWiseModel(self.base, self.ladder, ChunkWiseConfig.preset("lossless")) as model:
             for batch in track(batches_of(by_length, self.batch)):
-                inputs: dict[str, Any] = {
-                    name: ids.repeat(len(names), 1) for name, ids in prompt_inputs(batch, self.tokenizer).items()
-                }
-                adapters = [name for name in names for _ in batch]
-                done = model.generate(**inputs, **options, adapter_names=adapters)
-                new = done[: len(batch), inputs["input_ids"].shape[1] :]
+                inputs: dict[str, Any] = prompt_inputs(batch, self.tokenizer)
+                new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
                 answers = zip(batch, first_lines(new, self.tokenizer), (new == eos).any(1), strict=True)
                 answered += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
         return answered
