@@ -15,7 +15,7 @@ import typer
 from chunkwise_lora import examples
 from chunkwise_lora.calibration.config import QUICK, CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, LadderDTypeOption, ModelOption, dtype_named, given, path_given, share
+from chunkwise_lora.cli.options import JsonOption, LadderDTypeOption, ModelOption, given, path_given, share
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import in_words, progress
 from chunkwise_lora.cli.rendering import calibration_table
@@ -126,7 +126,7 @@ def calibrate(
         max_loss_increase=share("--max-loss-increase", max_loss_increase, AMBIGUOUS_LOSS),
         mean_rank=share("--mean-rank", mean_rank),
         keep_directions=keep_directions,
-        dtype=str(dtype_named(dtype)).removeprefix("torch."),
+        dtype=dtype,
         seed=seed,
         **(QUICK if quick else {})
         | given(
