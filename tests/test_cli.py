@@ -551,7 +551,7 @@ def test_calibrate_stops_at_ctrl_c_and_the_same_command_goes_on(
     text, folder = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(TEXT * 60)
     command = ("calibrate", "--text", text, "-o", folder, "--model", small.BASE, "--adapter", "wiki", "--mean-rank")
-    command += ("50%", "--quick", "--tokens", 400, "--block", 32, "--refinements", 1)
+    command += ("50%", "--quick", "--tokens", 400, "--block", 32, "--refinements", 1, "--dtype", "float16")
     monkeypatch.setattr(cost_model, "MIN_STEPS", 10)
     with monkeypatch.context() as patch:
         patch.setattr(procedure, "choose_chunks_and_scale", Mock(side_effect=KeyboardInterrupt))
@@ -559,7 +559,7 @@ def test_calibrate_stops_at_ctrl_c_and_the_same_command_goes_on(
     assert code == 130 and "Calibration takes" in out and not folder.exists()
     assert err.splitlines()[-1] == f"Stopped. Run the same command to go on, or delete {folder}.unfinished."
     assert "rotating the basis: " in err
-    code, out, err = run(*command, "--dtype", "float16")
+    code, out, err = run(*command)
     assert code == 0 and "goes on where it stopped" in " ".join(out.split()) and "rotating the basis" not in err
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "out"}
     ladder = RankLadder.load(folder)
