@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import typer
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -24,6 +26,9 @@ import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, examples
 from chunkwise_lora.calibration import calibrate as procedure
 from chunkwise_lora.calibration import cost_model
+from chunkwise_lora.cli import generate as command_generate
+from chunkwise_lora.cli import rendering
+from chunkwise_lora.cli.app import EXAMPLES, app
 from chunkwise_lora.cli.calibrate import AMBIGUOUS_LOSS
 from chunkwise_lora.cli.generations import print_sequence
 from chunkwise_lora.cli.options import share
@@ -33,6 +38,8 @@ from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table, rank_leg
 from chunkwise_lora.method.trace import SequenceTrace
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
+
+CHUNKWISE = [sys.executable, "-m", "chunkwise_lora.cli"]
 
 
 @pytest.fixture
@@ -109,8 +116,10 @@ def test_generate_writes_its_trace(run: Any, tmp_path: Path) -> None:
     assert code == 0 and "rank" not in plain
     code, coloured, _ = run(*arguments, "--show-ranks", "--json", tmp_path / "out.json")
     assert code == 0 and "mean rank" in coloured
-    result = json.loads((tmp_path / "out.json").read_text())
+    content = json.loads((tmp_path / "out.json").read_text())
+    (result,) = content["generations"]
     assert result["adapter"] == "wiki" and "wiki, mean rank" in coloured
+    assert 0 < content["kv_bytes"] <= content["kv_bytes_full"] and content["adapter_bytes_read"] > 0
     assert result["text"].strip() in plain
     assert len(result["ranks"]) == len(result["tokens"])
     assert 0 < result["mean_rank"] < 16
@@ -120,7 +129,109 @@ def test_generate_takes_settings_from_a_file(run: Any, tmp_path: Path) -> None:
     config = tmp_path / "settings.json"
     config.write_text(ChunkWiseConfig.preset("lossless").to_json())
     code, *_ = run("generate", "--prompt", TEXT, "--max-new-tokens", 2, "--config", config, "--json", tmp_path / "o")
-    assert code == 0 and json.loads((tmp_path / "o").read_text())["mean_rank"] == 16
+    assert code == 0 and json.loads((tmp_path / "o").read_text())["generations"][0]["mean_rank"] == 16
+
+
+def test_several_prompts_and_adapters_run_in_one_batch(run: Any, tmp_path: Path) -> None:
+    command = ("generate", "--max-new-tokens", 4, "--json", tmp_path / "out.json")
+    twin = shutil.copytree(small.WIKI, tmp_path / "wiki")
+    for arguments, expected in (
+        (("--prompt", "a", "--adapter", "wiki", "e2e"), [("a", "wiki"), ("a", "e2e")]),
+        (("--prompt", "a", "b"), [("a", "wiki"), ("b", "wiki")]),
+        (("--prompt", "a", "b", "--adapter", "e2e", "wiki"), [("a", "e2e"), ("b", "wiki")]),
+        (("--prompt", "a", "--adapter", "wiki", twin), [("a", "wiki"), ("a", "wiki-2")]),
+    ):
+        code, out, _ = run(*command, *arguments)
+        found = json.loads((tmp_path / "out.json").read_text())["generations"]
+        assert code == 0 and [(one["prompt"], one["adapter"]) for one in found] == expected
+        alone = [
+            run("generate", "--max-new-tokens", 4, "--prompt", text, "--adapter", name) for text, name in expected[:1]
+        ]
+        assert found[0]["text"].strip() in alone[0][1] and found[0]["text"].strip() in out
+
+
+def test_a_text_is_sampled_with_a_seed(run: Any) -> None:
+    command = ("generate", "--prompt", TEXT, "--max-new-tokens", 12)
+    greedy, hot, again, other = (
+        run(*command, *options)[1].splitlines()[0]
+        for options in (
+            (),
+            ("--temperature", 2, "--seed", 1),
+            ("--temperature", 2, "--seed", 1),
+            ("--temperature", 2, "--seed", 2),
+        )
+    )
+    assert hot == again and len({greedy, hot, other}) == 3
+
+
+def test_the_model_runs_in_the_number_format_and_on_the_device_that_are_asked_for(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, str]] = []
+
+    def record(model: ChunkWiseModel, *rest: Any, **options: Any) -> dict[str, Any]:
+        seen.append((model.base.dtype, model.base.device.type))
+        return {}
+
+    monkeypatch.setattr(command_generate, "print_generations", record)
+    assert run("generate", "--prompt", "a", "--dtype", "bfloat16", "--device", "cpu")[0] == 0
+    assert seen == [(torch.bfloat16, "cpu")]
+    code, _, err = run("generate", "--prompt", "a", "--device", "tpu")
+    assert code == 1 and "--device tpu: this machine has cpu" in err
+
+
+COMMANDS_WITH_JSON = [
+    ("generate", "--prompt", "a", "--max-new-tokens", 2, "--show-ranks"),
+    ("ladder", "show", "wiki"),
+    ("bench", "--contexts", 16, "--rounds", 1, "--prefill-rounds", 1, "--new-tokens", 2, "--presets", "lossless"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_JSON, ids=lambda command: command[0])
+def test_json_alone_goes_to_standard_output(run: Any, command: tuple[Any, ...]) -> None:
+    code, out, err = run(*command, "--json", "-")
+    assert code == 0 and json.loads(out) and len(err.splitlines()) > 3
+    assert run("ladder", "show", "wiki")[1], "the next command prints as usual"
+
+
+def test_without_colours_ranks_are_numbers(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("generate", "--prompt", "a town", "--preset", "balanced", "--max-new-tokens", 4, "--show-ranks")
+    code, out, _ = run(*command)
+    assert code == 0 and "[n] the next tokens have rank n of 16" in out and "[14]a town" in out
+    monkeypatch.setattr(rendering, "shows_colours", lambda: True)
+    assert "rank  0  4  8  12  16 " in run(*command)[1]
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"NO_COLOR": "1"}, {"COLUMNS": "12"}], ids=str)
+def test_no_terminal_is_too_poor(environment: dict[str, str]) -> None:
+    options = ("--model", str(small.BASE), "--adapter", str(small.WIKI), "--max-new-tokens", "4", "--show-ranks")
+    command = [*CHUNKWISE, "generate", "--prompt", "Übung", *options]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+    assert done.returncode == 0 and not done.stderr and b"chunk begins" in b" ".join(done.stdout.split())
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
+    show = shlex.join([*CHUNKWISE, "ladder", "show", str(small.WIKI), "--all"])
+    done = subprocess.run(["bash", "-c", f"{show} | head -n 1"], capture_output=True, text=True, check=False)
+    assert done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_prompt_that_is_not_utf8_is_refused() -> None:
+    command = [*map(os.fsencode, CHUNKWISE), b"generate", b"--prompt", b"a\xff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 1 and b"is not UTF-8 text" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_command_shows_an_example_that_it_understands(run: Any, name: str) -> None:
+    code, out, _ = run(*name.split(), "--help")
+    assert code == 0 and EXAMPLES[name].replace(" ", "") in "".join(out.split())
+    first, *words = shlex.split(EXAMPLES[name])
+    command = typer.main.get_command(app)
+    for word in name.split():
+        command = command.commands[word]
+    assert first == "chunkwise" and words[: len(name.split())] == name.split()
+    command.make_context(name, words[len(name.split()) :])
 
 
 def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None:
@@ -131,7 +242,8 @@ def test_a_ladder_is_built_from_data_and_shown(run: Any, tmp_path: Path) -> None
     assert code == 0 and "data-aware" in out
     assert RankLadder.from_pretrained(folder).build == "data-aware"
     code, out, _ = run("ladder", "show", folder, "--json", tmp_path / "show.json")
-    assert code == 0 and "0.self_attn.q_proj" in out
+    assert code == 0 and "6 x q_proj" in out and "self_attn" not in out
+    assert "0.self_attn.q_proj" in run("ladder", "show", folder, "--all")[1]
     shown = json.loads((tmp_path / "show.json").read_text())
     assert all(module["energy"] == sorted(module["energy"]) for module in shown["modules"].values())
 
@@ -192,7 +304,8 @@ def test_blank_lines_at_the_end_of_a_text_are_not_printed(capsys: pytest.Capture
     assert len(capsys.readouterr().out.splitlines()) == 4, "a frame around two lines"
 
 
-def test_ranks_are_rounded_for_people() -> None:
+def test_ranks_are_rounded_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "shows_colours", lambda: True)
     assert rank_legend(15.9).plain.startswith("rank  0  4  8  11.9  15.9 ")
 
 
@@ -378,7 +491,7 @@ def test_text_from_files_and_models_cannot_control_the_terminal() -> None:
     modules = list(RankLadder.load(small.WIKI).modules.values())
     sequence = SequenceTrace(evil, tokens=(1,), ranks=(8.0,), full_rank=8.0, chunks=())
     console = Console(width=200, file=io.StringIO(), record=True, force_terminal=True)
-    console.print(ladder_table(RankLadder({f"{evil}.a": modules[0], f"{evil}.b": modules[1]})))
+    console.print(ladder_table(RankLadder({f"{evil}.a": modules[0], f"{evil}.b": modules[1]}), every_module=True))
     console.print(coloured_tokens(sequence, [evil], full_rank=16))
     printed = console.export_text()
     assert printed.count("[bold]") == 2 and printed.count("[/nonsense]") == 2

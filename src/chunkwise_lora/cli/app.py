@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
 from chunkwise_lora import __version__
 from chunkwise_lora.cli.bench import bench
@@ -20,22 +22,45 @@ from chunkwise_lora.cli.ladder.export import export
 from chunkwise_lora.cli.ladder.measure import measure
 from chunkwise_lora.cli.ladder.show import show
 from chunkwise_lora.cli.options import ListCommand
+from chunkwise_lora.cli.output import never_fail_to_encode
 from chunkwise_lora.cli.serve import serve
 from chunkwise_lora.errors import ChunkWiseError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-app.command()(demo)
-app.command()(generate)
-app.command()(calibrate)
-app.command("eval", cls=ListCommand)(evaluate)
-app.command(cls=ListCommand)(bench)
-app.command(cls=ListCommand)(serve)
+EXAMPLES = {
+    "demo": "chunkwise demo --engine llama-cpp",
+    "generate": "chunkwise generate --prompt 'Karsund is a town' --adapter wiki --show-ranks",
+    "calibrate": "chunkwise calibrate --adapter path/to/adapter --text text.txt --mean-rank 25% --quick -o calibrated",
+    "eval": "chunkwise eval --task wikitext --data test.txt --calibrated calibrated --report report",
+    "bench": "chunkwise bench --random-weights 135M --contexts 128 2048 --plot bench.png",
+    "serve": "chunkwise serve --model model.gguf --ladder squad=path/to/ladder",
+    "ladder build": "chunkwise ladder build path/to/adapter -o ladder",
+    "ladder show": "chunkwise ladder show ladder",
+    "ladder measure": "chunkwise ladder measure ladder --text text.txt -o measured",
+    "ladder export": "chunkwise ladder export calibrated --mean-rank 50% -o small",
+}
+"""An example for each command, which its `--help` shows."""
 
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 ladder_app = typer.Typer(help="Build, show, measure and export rank ladders.", no_args_is_help=True)
-ladder_app.command()(build)
-ladder_app.command()(show)
-ladder_app.command()(measure)
-ladder_app.command()(export)
+
+
+def _add(
+    commands: typer.Typer, name: str, function: Callable[..., None], cls: type[TyperCommand] | None = None
+) -> None:
+    """Add a command with its example."""
+    commands.command(name.rpartition(" ")[2], cls=cls, epilog=f"Example: `{EXAMPLES[name]}`")(function)
+
+
+_add(app, "demo", demo)
+_add(app, "generate", generate, ListCommand)
+_add(app, "calibrate", calibrate)
+_add(app, "eval", evaluate, ListCommand)
+_add(app, "bench", bench, ListCommand)
+_add(app, "serve", serve, ListCommand)
+_add(ladder_app, "ladder build", build)
+_add(ladder_app, "ladder show", show)
+_add(ladder_app, "ladder measure", measure)
+_add(ladder_app, "ladder export", export)
 app.add_typer(ladder_app, name="ladder")
 
 
@@ -53,12 +78,13 @@ def _options_of_all(
 ) -> None:
     """Run LoRA adapters with a rank and a KV-cache precision that are chosen chunk by chunk.
 
-    `chunkwise demo` shows the method on a small model that comes with the package. Every command has `--help`.
+    `chunkwise demo` shows the method on an example model. Every command has `--help`, with an example.
     """
 
 
 def main() -> None:
     """Run the command. A `ChunkWiseError` is printed as one line on standard error, and the exit status is 1."""
+    never_fail_to_encode()
     try:
         app()
     except ChunkWiseError as error:

@@ -11,7 +11,7 @@ import typer
 
 from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, device_named, dtype_named, path_given
+from chunkwise_lora.cli.options import DeviceOption, JsonOption, device_named, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import bench_table, llama_table
@@ -86,7 +86,7 @@ def bench(
         str, typer.Option(help="Number format of weights and KV cache: float32, bfloat16 or float16.")
     ] = "bfloat16",
     threads: Annotated[int, typer.Option(min=1, help="Threads of llama-cpp.")] = 1,
-    device: Annotated[str, typer.Option(help="Device to run on: cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     slow: Annotated[
         list[str] | None, typer.Option(help="Fast paths of ChunkWise to switch off: kernels, attention, products.")
     ] = None,

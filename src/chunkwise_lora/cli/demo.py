@@ -116,7 +116,7 @@ def _in_transformers(
         "unmerged. The scores are those of a small sample, which is too little to judge quality. If you use only one "
         "adapter, merge it: nothing is faster."
     )
-    return {"generations": generations, "comparison": [asdict(result) for result in results]}
+    return {**generations, "comparison": [asdict(result) for result in results]}
 
 
 def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from chunkwise_lora.method.trace import SequenceTrace, Trace
 
 
+COSTS = ("kv_bytes", "kv_bytes_full", "kv_bytes_reserved", "adapter_bytes_read", "passes", "scheduler_seconds", "notes")
+"""What a trace says about a whole batch."""
+
+
 def print_generations(
     model: ChunkWiseModel,
     tokenizer: Any,
@@ -28,8 +32,10 @@ def print_generations(
     *,
     show_ranks: bool = True,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """Generate for all prompts in one batch, print the texts, and return each with its trace as plain data.
+) -> dict[str, Any]:
+    """Generate for all prompts in one batch, print the texts, and return them with their traces as plain data.
+
+    One text that is printed without its ranks is printed while it is generated.
 
     Args:
         model: The model with its ladders.
@@ -39,6 +45,9 @@ def print_generations(
         show_ranks: Print the prompt and its continuation coloured by rank; otherwise only the continuation, uncoloured.
         **options: Options of transformers' `generate`.
     """
+    streams = len(prompts) == 1 and not show_ranks
+    if streams:
+        options["streamer"] = PrintedStream(tokenizer)
     new, mask = generate(model, tokenizer, prompts, adapter_names=adapters, **options)
     trace = model.trace
     assert trace is not None
@@ -49,11 +58,30 @@ def print_generations(
         text = tokenizer.decode(new[row], skip_special_tokens=True)
         if show_ranks:
             print_sequence(sequence, _pieces(tokenizer, sequence.tokens), prompt_tokens)
-        else:
-            console.print(Text(escaped_lines(text)))
+        elif not streams:
+            console.print(Text(f"{shown(str(sequence.adapter), 40)}: ", "bold").append(escaped_lines(text), "default"))
         generations.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
     print_costs(trace)
-    return generations
+    return {"generations": generations, **{name: getattr(trace, name) for name in COSTS}}
+
+
+class PrintedStream:
+    """A streamer for transformers' `generate` that prints the text of one sequence, without its prompt."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._pieces = _new_pieces(tokenizer, skip_special_tokens=True)
+        self._has_prompt = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Take the prompt (1, tokens) first, then new tokens (1,), and print the text that they complete."""
+        text = "".join([self._pieces(token) for token in tokens.flatten().tolist()])
+        if self._has_prompt:
+            console.print(Text(escaped_lines(text)), end="", soft_wrap=True)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """End the line."""
+        console.print()
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> tuple[Tensor, Tensor]:
@@ -77,7 +105,8 @@ def print_sequence(sequence: SequenceTrace, pieces: Sequence[str], prompt_tokens
     title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
     length = max((place for place, piece in enumerate(pieces, 1) if piece.strip()), default=0)
     visible = replace(sequence, ranks=sequence.ranks[:length])
-    console.print(Panel(coloured_tokens(visible, pieces[:length], sequence.full_rank, prompt_tokens), title=title))
+    text = coloured_tokens(visible, pieces[:length], sequence.full_rank, prompt_tokens)
+    console.print(Panel(text, title=title))
 
 
 def print_costs(trace: Trace) -> None:
@@ -101,7 +130,13 @@ def _until_end(sequence: SequenceTrace, prompt_tokens: int, end: int | None) -> 
 
 def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text of each token. A character that consists of several tokens belongs to the last of them."""
+    piece_of = _new_pieces(tokenizer, skip_special_tokens=False)
+    return [piece_of(token) for token in tokens]
+
+
+def _new_pieces(tokenizer: Any, skip_special_tokens: bool) -> Callable[[int], str]:
+    """A function that returns the text which the next token of a sequence completes."""
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
+    stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""

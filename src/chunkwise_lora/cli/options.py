@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from chunkwise_lora.cli.output import STANDARD_OUTPUT, for_json_alone
 from chunkwise_lora.errors import ChunkWiseError
 
 if TYPE_CHECKING:
@@ -28,17 +29,23 @@ def path_given(text: str) -> Path:
     return Path(text)
 
 
-def _is_no_folder(path: Path | None) -> Path | None:
-    """Refuse a folder as the file of `--json`, before anything runs."""
+def _json_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Refuse a folder as the file of `--json` before anything runs, and keep standard output free if it is the file."""
     if path is not None and os.path.isdir(path):
         raise ChunkWiseError(f"--json {path}: is a folder; give a file in it")
+    if path == STANDARD_OUTPUT:
+        context.with_resource(for_json_alone())
     return path
 
 
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Also write the results as JSON.", parser=path_given, callback=_is_no_folder
+        "--json",
+        metavar="FILE",
+        help="Also write the results as JSON; - is standard output, which then holds nothing else.",
+        parser=path_given,
+        callback=_json_file,
     ),
 ]
 ModelOption = Annotated[
@@ -131,6 +138,9 @@ def dtype_named(name: str) -> torch.dtype:
     if name not in known:
         raise ChunkWiseError(f"--dtype {name}: choose one of {', '.join(known)}")
     return known[name]
+
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda on a machine with a GPU.")]
 
 
 def device_named(name: str) -> torch.device:

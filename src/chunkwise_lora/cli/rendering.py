@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os.path import commonprefix
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from chunkwise_lora.cli.output import escaped_lines
+from chunkwise_lora.cli.output import escaped_lines, is_ascii_only, shows_colours
 from chunkwise_lora.errors import shown
 from chunkwise_lora.rank_colour import rank_colour
 
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from chunkwise_lora.calibration.calibrate import Calibration
     from chunkwise_lora.evaluation.results import Evaluation
     from chunkwise_lora.ladder import RankLadder
+    from chunkwise_lora.ladder.module import LadderModule
     from chunkwise_lora.method.trace import SequenceTrace
 
 
 def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: float, prompt_tokens: int = 0) -> Text:
     """The text of a sequence. A token has the colour of its rank, a chunk begins with a bar, the prompt is italic.
+
+    Where no colours are shown, ranks stand in brackets wherever they change.
 
     Args:
         sequence: The trace of the sequence.
@@ -36,10 +40,13 @@ def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: f
         prompt_tokens: How many of the tokens are the prompt.
     """
     starts = {chunk.chunk.start for chunk in sequence.chunks} - {0}
-    text = Text()
+    text, rank_before = Text(), None
     for position, (piece, rank) in enumerate(zip(pieces, sequence.ranks, strict=True)):
         if position in starts:
-            text.append("│", style="bold red")
+            text.append(_bar(), style="bold red")
+        if not shows_colours() and rank != rank_before:
+            text.append(f"[{_rank(rank)}]")
+            rank_before = rank
         share = rank / full_rank if full_rank else 0.0
         text.append(escaped_lines(piece), style=_style(share, italic=position < prompt_tokens))
     return text
@@ -49,42 +56,70 @@ def _style(share: float, italic: bool) -> Style:
     return Style(color="black", bgcolor=Color.from_rgb(*rank_colour(share)), italic=italic)
 
 
+def _bar() -> str:
+    """What stands where a chunk begins."""
+    return "|" if is_ascii_only() else "│"
+
+
 def rank_legend(full_rank: float) -> Text:
     """A legend of the colours of ranks from 0 to the full rank."""
+    if not shows_colours():
+        return Text(f"[n] the next tokens have rank n of {_rank(full_rank)}   {_bar()} a chunk begins")
     text = Text("rank ")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         text.append(f" {_rank(share * full_rank)} ", style=_style(share, italic=False))
-    text.append("   ").append("│", style="bold red").append(" a chunk begins   ")
+    text.append("   ").append(_bar(), style="bold red").append(" a chunk begins   ")
     return text.append("the prompt is in italics", style="italic")
 
 
-def ladder_table(ladder: RankLadder, rows: int = 40, columns: int = 8) -> Table:
-    """The singular values of at most `rows` modules, and the share of their squares that rungs keep.
+def ladder_table(ladder: RankLadder, every_module: bool = False, columns: int = 8) -> Table:
+    """The singular values of modules, and the share of their squares that rungs keep.
 
-    At most `columns` rungs between the first and the last one are shown, at even distances.
+    Args:
+        ladder: The ladder.
+        every_module: One row per module, instead of means over the modules of each type.
+        columns: Largest number of rungs between the first and the last one that are shown, at even distances.
     """
     inner = range(1, len(ladder.rung_ranks) - 1)
     step = max(1, -(-len(inner) // columns))
     rungs = inner[(len(inner) - 1) % step :: step]  # the last one is always shown
     prefix = commonprefix(list(ladder.modules)).rpartition(".")[0]  # noqa: RUF071 - whole names: cut at the last dot
     table = Table(title=f"Rank ladder ({ladder.build}), energy kept per rung", box=SIMPLE_HEAD, padding=0)
-    table.add_column(Text(shown(f"{prefix}.", 60)) if prefix else "module", no_wrap=True)
+    groups: dict[str, list[LadderModule]] = {}
+    for name, module in ladder.modules.items():
+        groups.setdefault(name.removeprefix(f"{prefix}.") if every_module else name.rpartition(".")[2], []).append(
+            module
+        )
+    if every_module:
+        table.add_column(Text(shown(f"{prefix}.", 60)) if prefix else "module", no_wrap=True)
+    else:
+        table.add_column("modules", no_wrap=True)
     table.add_column("r", justify="right")
     table.add_column("spectrum", no_wrap=True)
     for rung in rungs:
         table.add_column(_rank(ladder.rung_ranks[rung]), justify="right")
-    for name, module in list(ladder.modules.items())[:rows]:
-        energies = [f"{module.energy(module.ranks[rung]):.0%}" for rung in rungs]
-        label = Text(shown(name.removeprefix(f"{prefix}."), 60))
-        table.add_row(label, str(module.rank), sparkline(module.sigma.tolist()), *energies)
-    hidden = [
-        f"{count} more {what}"
-        for count, what in ((len(ladder.modules) - rows, "modules"), (len(inner) - len(rungs), "rungs"))
-        if count > 0
-    ]
-    if hidden:
-        table.caption = f"{' and '.join(hidden)}; --json writes all of them"
+    for name, modules in groups.items():
+        label = shown(name, 60) if every_module else f"{len(modules)} x {shown(name, 40)}"
+        lowest, highest = (choose(module.rank for module in modules) for choose in (min, max))
+        spectrum = [mean(values) for values in zip(*(_relative(module, highest) for module in modules), strict=True)]
+        energies = [mean(module.energy(module.ranks[rung]) for module in modules) for rung in rungs]
+        table.add_row(
+            Text(label),
+            f"{highest}" if lowest == highest else f"{lowest}-{highest}",
+            sparkline(spectrum),
+            *(f"{energy:.0%}" for energy in energies),
+        )
+    notes = [] if every_module else ["means over the modules of each type; --all shows every module"]
+    if len(inner) > len(rungs):
+        notes.append(f"{len(inner) - len(rungs)} more rungs: --json writes them")
+    table.caption = "\n".join(notes) or None
     return table
+
+
+def _relative(module: LadderModule, length: int) -> list[float]:
+    """The singular values of a module as shares of the largest one, followed by zeros up to `length`."""
+    values: list[float] = (module.sigma / module.sigma.max().clamp_min(1e-30)).tolist()
+    return values + [0.0] * (length - len(values))
 
 
 def _rank(rank: float) -> str:
@@ -94,7 +129,7 @@ def _rank(rank: float) -> str:
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
     """Non-negative values as a row of at most `width` bars; the largest value has the highest bar."""
-    bars = " ▁▂▃▄▅▆▇█"
+    bars = " .:-=+*#@" if is_ascii_only() else " ▁▂▃▄▅▆▇█"
     step = max(1, -(-len(values) // width))
     highest = max(values, default=0.0)
     return "".join(bars[round(8 * value / highest)] if highest else bars[0] for value in values[::step])

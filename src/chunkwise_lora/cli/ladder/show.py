@@ -17,9 +17,12 @@ def show(
         str,
         typer.Argument(help="Ladder or PEFT adapter: a folder, owner/name on the hub, or the name of an example."),
     ],
+    every_module: Annotated[
+        bool, typer.Option("--all", help="One row per module, instead of means over the modules of each type.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Show a ladder: the singular values of every module, and the energy that each rung keeps.
+    """Show a ladder: the singular values of its modules, and the energy that each rung keeps.
 
     The energy is the share of the squared singular values.
     """
@@ -28,5 +31,5 @@ def show(
     from chunkwise_lora.ladder import RankLadder, describe  # slow to import: only after all refusals
 
     loaded = RankLadder.load(source)
-    console.print(ladder_table(loaded))
+    console.print(ladder_table(loaded, every_module))
     write_json(json_file, describe(loaded))
