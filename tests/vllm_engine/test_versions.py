@@ -52,7 +52,14 @@ FIELDS = {
     "vllm.lora.model_manager:LoRAModelManager": (
         *("model", "modules", "packed_modules", "supported_lora_modules", "lora_config", "device"),
         *("max_num_batched_tokens", "capacity", "lora_slots", "_registered_adapters", "_active_adapters"),
-        *("_create_lora_modules", "_match_target_modules", "create_dummy_lora", "_add_adapter", "activate_adapter"),
+        *(
+            "is_pooling_model",
+            "_create_lora_modules",
+            "_match_target_modules",
+            "create_dummy_lora",
+            "_add_adapter",
+            "activate_adapter",
+        ),
         *(
             "_deactivate_adapter",
             "deactivate_adapter",
@@ -217,6 +224,15 @@ def test_each_field_that_is_read_exists(source: Source, place: str) -> None:
 
 def test_each_hook_has_a_wrapper() -> None:
     assert plugin._wrappers().keys() == versions.HOOKS.keys()
+
+
+def test_heads_of_classifiers_can_be_replaced(source: Source) -> None:
+    """Since 0.31. In 0.30, adapters of these heads are refused."""
+    has_heads = "supported_modules_to_save" in source.names("vllm.lora.model_manager", "LoRAModelManager")
+    assert has_heads == versions.is_at_least("0.31", source.version)
+    if has_heads:
+        assert "_pooling_task" in source.names("vllm.lora.model_manager", "LoRAModelManager")
+        assert "replace_classifier" in source.names("vllm.model_executor.layers.pooler.special", "DispatchPooler")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ computed in a custom operator, so that a compiled model does not contain the pla
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +85,18 @@ class RunningPass:
         if self.samples and self._plan is not None and any(one in adapters for one in self._plan.adapters):
             self.backend.apply(layer, y, x, self.backend.prepare(self._plan.at(self._last)))
 
+    def requests_of(self, adapters: Container[str]) -> dict[int, str]:
+        """Return the requests of the pass that run with one of `adapters`: its key, by the request's place."""
+        if self._plan is None or not any(one in adapters for one in self._plan.adapters):
+            return {}
+        count = len(self._last)
+        return {
+            int(place): segment.adapter
+            for segment in self._plan.at(self._last).segments
+            if segment.adapter in adapters
+            for place in (range(count) if segment.rows is None else segment.rows)
+        }
+
 
 class LayerAdapters:
     """All adapters of one layer. It takes the place of the punica wrapper of vLLM's layers."""
@@ -152,6 +164,43 @@ class HeadAdapters:
         """Add the adapter product for x (requests, in) to logits y (requests, vocabulary), in place, and return y."""
         self._running.add_to_logits(self.layer, y, x, self._adapters)
         return y
+
+
+class Head(NamedTuple):
+    """The head of a classifier that an adapter brings."""
+
+    weight: Tensor
+    """(labels, in)"""
+    bias: Tensor | None
+    """(labels,)"""
+
+
+class ClassifierWithLadders(nn.Module):
+    """The head of a classifier, with adapters. It gets one row per request."""
+
+    def __init__(self, base_layer: nn.Module, layer: Layer, running: RunningPass) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer = layer
+        self.adapters: set[str] = set()
+        """Keys of the adapters that add to the logits."""
+        self.heads: dict[str, Head] = {}
+        """By key: the heads of the adapters that replace it."""
+        self._running = running
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return the logits (requests, labels) for x (requests, in), or a list of rows if their lengths differ."""
+        logits = self.base_layer(x)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        self._running.add_to_logits(self.layer, logits, x, self.adapters)
+        replaced = self._running.requests_of(self.heads)
+        if not replaced:
+            return logits
+        rows = list(logits)
+        for place, adapter in replaced.items():
+            weight, bias = self.heads[adapter]
+            rows[place] = nn.functional.linear(x[place].to(weight.dtype), weight, bias).to(logits.dtype)
+        return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
 
 
 def _add_adapters(y: Tensor, x: Tensor, layer: str) -> None:

@@ -32,8 +32,8 @@ def load(path: str) -> RankLadder:
     """Load the ladder of a folder; a plain adapter becomes a ladder by SVD.
 
     Raises:
-        LadderError: The folder cannot be read, is not plain LoRA, or replaces whole modules, which vLLM cannot do for a
-            single request.
+        LadderError: The folder cannot be read, is not plain LoRA, or replaces modules other than the head of a
+            classifier, which vLLM cannot do for a single request.
     """
     found = ladder_or_adapter(path, None, None)
     if isinstance(found, RankLadder):
@@ -58,8 +58,13 @@ def _factors_of(files: AdapterFiles) -> PeftAdapter:
     return PeftAdapter.of(replace(files, tensors=tensors))
 
 
+HEADS = ("score", "classifier")
+"""Names of the heads of classifiers, which vLLM can replace for a single request."""
+
+
 def _refuse_saved(saved_modules: Iterable[str], path: str) -> None:
-    if names := ", ".join(sorted(saved_modules)):
+    heads = {f"{head}.{parameter}" for head in HEADS for parameter in ("weight", "bias")}
+    if names := ", ".join(sorted({*saved_modules} - heads)):
         raise LadderError(
             f"{path}: replaces {names} (modules_to_save), which vLLM cannot do for a single request; merge "
             "these into the base model, or train the adapter without modules_to_save"

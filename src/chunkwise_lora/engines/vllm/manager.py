@@ -33,8 +33,10 @@ from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, reports, settings
 from chunkwise_lora.engines.vllm.budget import ABSENT, WHOLE
 from chunkwise_lora.engines.vllm.layers import (
+    ClassifierWithLadders,
     EmbeddingAdapters,
     EmbeddingWithLadders,
+    Head,
     HeadAdapters,
     LayerAdapters,
     RunningPass,
@@ -60,6 +62,8 @@ class LoadedLadder:
     """The config of requests that do not ask for another one."""
     modules: dict[str, list[LadderModule | None]]
     """For each layer of the model, by name: the part of its modules that this tensor-parallel rank computes."""
+    head: Head | None = None
+    """The head of a classifier that takes the place of the model's."""
 
     def up_to(self, rung: int) -> dict[str, list[LadderModule | None]]:
         """Return a copy of the modules without the directions above a rung."""
@@ -85,7 +89,7 @@ class LadderManager(LRUCacheLoRAModelManager):
     """Loads ladders into the layers of a model and unloads them."""
 
     supported_lora_modules: list[str]
-    layers: dict[str, LayerAdapters | HeadAdapters | EmbeddingAdapters]
+    layers: dict[str, LayerAdapters | HeadAdapters | EmbeddingAdapters | ClassifierWithLadders]
     backend: AnyBackend
     running: RunningPass
     on_load: Callable[[Held], None]
@@ -98,6 +102,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._static_context = vllm_config.compilation_config.static_forward_context
         self._dtype = vllm_config.model_config.dtype
         self._adapters_of_head: set[str] = set()
+        self._classifier: ClassifierWithLadders | None = None
         self.rungs: dict[int, int] | None = None
         """The highest rung that each adapter may have on the device, by id. None: there is no budget."""
         if settings.of_server(vllm_config.additional_config).adapter_memory is not None:
@@ -120,8 +125,12 @@ class LadderManager(LRUCacheLoRAModelManager):
         usable.discard("lm_head")
         if self.vocab_size <= LARGEST_HEAD:
             usable.add("lm_head")
+        heads: set[str] = getattr(self, "supported_modules_to_save", set())  # of classifiers, since 0.31
+        if self.is_pooling_model and (not heads or self._pooling_task != "classify"):
+            heads = set()
+            usable.difference_update(loading.HEADS)
+        self.supported_modules_to_save = heads
         self.supported_lora_modules = [name for name in self.supported_lora_modules if name in usable]
-        self.supported_modules_to_save: set[str] = set()  # nor heads of classifiers, since 0.31
         self._has_slots = False
         super()._create_lora_modules()
         self._has_slots = True
@@ -135,6 +144,9 @@ class LadderManager(LRUCacheLoRAModelManager):
                 layer = self.backend.add_layer(name, module.hidden_size, columns)
                 self.layers[name] = HeadAdapters(layer, self.running, self._adapters_of_head)
                 module.set_mapping(self.layers[name])
+                continue
+            if name in heads:
+                self._adapt_classifier(name, module.base_layer)
                 continue
             if isinstance(module, VocabParallelEmbeddingWithLoRA):
                 self._adapt_embedding(name, module.base_layer)
@@ -156,6 +168,33 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._static_context[adapters.key] = adapters
         self.modules[name] = replace_submodule(self.model, name, EmbeddingWithLadders(base_layer, adapters))
 
+    def _adapt_classifier(self, name: str, base_layer: LinearBase) -> None:
+        """Replace vLLM's LoRA layer of a classifier's head, which needs slots."""
+        layer = self.backend.add_layer(name, base_layer.input_size, [Columns(0, base_layer.output_size)])
+        self._classifier = self.layers[name] = ClassifierWithLadders(base_layer, layer, self.running)
+        self.modules[name] = replace_submodule(self.model, name, self._classifier)
+        self.model.pooler.replace_classifier(self._classifier)
+
+    def head_of(self, ladder: RankLadder, path: str) -> Head | None:
+        """Return the head of a classifier that a ladder brings, if it does.
+
+        Raises:
+            LadderError: The model has no such head, or one with other inputs.
+        """
+        if not ladder.saved_modules:
+            return None
+        name = self._classifier and self._classifier.layer.name
+        width = self._classifier and self._classifier.layer.in_features
+        weight, bias = (ladder.saved_modules.get(f"{name}.{parameter}") for parameter in ("weight", "bias"))
+        if weight is None or weight.shape[1:] != (width,) or (bias is not None and bias.shape != weight.shape[:1]):
+            found = ", ".join(f"{name} {tuple(value.shape)}" for name, value in sorted(ladder.saved_modules.items()))
+            needed = "has no head of a classifier" if name is None else f"has the head {name} with {width} inputs"
+            raise LadderError(
+                f"{path}: replaces {found} (modules_to_save), but {type(self.model).__name__} in vLLM {needed}; give "
+                "the base model that the adapter was trained on"
+            )
+        return Head(weight, bias)
+
     def share_of(self, ladder: RankLadder, path: str) -> dict[str, list[LadderModule | None]]:
         """Return the part of a ladder's modules that this tensor-parallel rank computes, by layer of the model.
 
@@ -167,7 +206,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         left = {parse_fine_tuned_lora_name(f"{name}.lora_A.weight", mapper)[0]: name for name in ladder.modules}
         shares: dict[str, list[LadderModule | None]] = {}
         for layer in self.layers:
-            names = [left.pop(name, None) for name in self.packed_modules.get(layer, [layer])]
+            names = [self._taken(left, name) for name in self.packed_modules.get(layer, [layer])]
             if any(names):
                 found = [None if name is None else ladder.modules[name] for name in names]
                 shares[layer] = self._share(layer, found, path)
@@ -179,6 +218,12 @@ class LadderManager(LRUCacheLoRAModelManager):
                 "train the adapter on linear layers of this base model"
             )
         return shares
+
+    def _taken(self, names: dict[str, str], layer: str) -> str | None:
+        """Remove the name in a ladder of a layer's module from `names`, and return it, or None."""
+        if layer not in names and self.is_pooling_model:  # an adapter of a model without a head
+            layer = layer.removeprefix("model.")
+        return names.pop(layer, None)
 
     def _share(self, layer: str, modules: list[LadderModule | None], path: str) -> list[LadderModule | None]:
         wrapped, product = self.modules[layer], self.layers[layer].layer
@@ -239,10 +284,20 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._active_adapters[lora_id] = None
         if any(isinstance(self.layers[name], HeadAdapters) for name in ladder.modules):
             self._adapters_of_head.add(ladder.info.key)
+        self._activate_head(ladder)
         if modules:  # those of vLLM's warm-up have none
             ranks = ladder.info.rung_ranks
             self.on_load(Held(ladder.info, _nbytes(modules), float(ranks[min(rung, len(ranks) - 1)])))
         return True
+
+    def _activate_head(self, ladder: LoadedLadder) -> None:
+        classifier = self._classifier
+        if classifier is not None and classifier.layer.name in ladder.modules:
+            classifier.adapters.add(ladder.info.key)
+        if classifier is not None and ladder.head is not None:
+            like: Any = classifier.base_layer.weight
+            weight, bias = ladder.head
+            classifier.heads[ladder.info.key] = Head(weight.to(like), None if bias is None else bias.to(like))
 
     def _deactivate_adapter(self, lora_id: int) -> None:
         self._unload(str(lora_id))
@@ -251,6 +306,9 @@ class LadderManager(LRUCacheLoRAModelManager):
         self.backend.unload(adapter)
         self.running.embeddings.unload(adapter)
         self._adapters_of_head.discard(adapter)
+        if self._classifier is not None:
+            self._classifier.adapters.discard(adapter)
+            self._classifier.heads.pop(adapter, None)
         self.on_unload(adapter)
 
     def remove_all_adapters(self) -> None:
@@ -375,10 +433,10 @@ class LadderWorkerManager(LRUCacheWorkerLoRAManager):
             str(lora_request.lora_int_id), ladder, self.lora_config.lora_dtype.itemsize, lora_request.lora_name
         )
         config = loading.config_of(ladder, self._server, path)
-        modules = self.ladders.share_of(ladder, path)
+        modules, head = self.ladders.share_of(ladder, path), self.ladders.head_of(ladder, path)
         if self.ladders.rungs is not None and self.device.type == "cpu":  # here, the device's memory is all there is
             modules = loading.off_memory(modules)
-        return LoadedLadder(lora_request.lora_int_id, info, config, modules)
+        return LoadedLadder(lora_request.lora_int_id, info, config, modules, head)
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """Pin an adapter, as vLLM does.
