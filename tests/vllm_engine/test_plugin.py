@@ -218,6 +218,8 @@ def test_the_number_format_of_the_cache_is_reported() -> None:
 
 
 def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engine, tmp_path: Path) -> None:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
     config = AutoConfig.from_pretrained(small.BASE)
     ranks = [4, 8, 12, 16, 24, 32, 48, 64]
     manager = engine.runner.lora_manager.ladders
@@ -243,6 +245,7 @@ def test_ladders_of_mixed_rank_take_less_than_half_of_padded_slots(engine: Engin
     padded = sum(
         len(ranks) * stacked[0].numel() * stacked.element_size()
         for module in manager.modules.values()
+        if isinstance(module, BaseLinearLayerWithLoRA)
         for pair in zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
         for stacked in (torch.empty(1, *one.shape[1:], dtype=one.dtype) for one in pair)
     )
