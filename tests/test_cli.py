@@ -36,6 +36,7 @@ from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines, in_words
 from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table, rank_legend
 from chunkwise_lora.method.trace import SequenceTrace
+from chunkwise_lora.rank_colour import rank_colour
 
 TEXT = " = Karsund = \n \n Karsund is a small town on the north side of the island . \n"
 
@@ -130,6 +131,15 @@ def test_generate_takes_settings_from_a_file(run: Any, tmp_path: Path) -> None:
     config.write_text(ChunkWiseConfig.preset("lossless").to_json())
     code, *_ = run("generate", "--prompt", TEXT, "--max-new-tokens", 2, "--config", config, "--json", tmp_path / "o")
     assert code == 0 and json.loads((tmp_path / "o").read_text())["generations"][0]["mean_rank"] == 16
+
+
+def test_the_coloured_text_becomes_a_picture(run: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "ranks.svg"
+    command = ("generate", "--prompt", "a town", "--preset", "balanced", "--max-new-tokens", 4)
+    assert run(*command, "--picture", picture)[0] == 0
+    content = picture.read_text()
+    red, green, blue = rank_colour(14 / 16)
+    assert content.startswith("<svg") and f"#{red:02x}{green:02x}{blue:02x}" in content and "mean&#160;rank" in content
 
 
 def test_several_prompts_and_adapters_run_in_one_batch(run: Any, tmp_path: Path) -> None:

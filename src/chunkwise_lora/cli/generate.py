@@ -11,7 +11,7 @@ import typer
 from chunkwise_lora import examples
 from chunkwise_lora.cli.generations import print_generations
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import DeviceOption, JsonOption, ModelOption, device_named, dtype_named
+from chunkwise_lora.cli.options import DeviceOption, JsonOption, ModelOption, device_named, dtype_named, path_given
 from chunkwise_lora.cli.output import console, write_json
 from chunkwise_lora.cli.rendering import rank_legend
 from chunkwise_lora.errors import ChunkWiseError, shown
@@ -54,6 +54,10 @@ def generate(
     show_ranks: Annotated[
         bool, typer.Option("--show-ranks", help="Colour every token by its rank, and mark where chunks begin.")
     ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the texts coloured by rank as an SVG picture.", parser=path_given),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Continue prompts with a base model and adapters. One text appears while it is generated."""
@@ -87,6 +91,7 @@ def generate(
             prompts,
             [names[path] for path in adapters],
             show_ranks=show_ranks,
+            picture=picture,
             max_new_tokens=max_new_tokens,
             **options,
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.panel import Panel
 from rich.text import Text
 
-from chunkwise_lora.cli.output import console, escaped_lines, print_plain
-from chunkwise_lora.cli.rendering import coloured_tokens
+from chunkwise_lora.cli.output import console, escaped_lines, print_plain, write_picture
+from chunkwise_lora.cli.rendering import coloured_tokens, rank_legend
 from chunkwise_lora.errors import shown
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def print_generations(
     adapters: list[str] | None = None,
     *,
     show_ranks: bool = True,
+    picture: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generate for all prompts in one batch, print the texts, and return them with their traces as plain data.
@@ -43,6 +45,7 @@ def print_generations(
         prompts: The texts to continue.
         adapters: Name of the ladder for each prompt; None for the only ladder of the model.
         show_ranks: Print the prompt and its continuation coloured by rank; otherwise only the continuation, uncoloured.
+        picture: Where to write the coloured texts as an SVG picture; None writes none.
         **options: Options of transformers' `generate`.
     """
     streams = len(prompts) == 1 and not show_ranks
@@ -51,17 +54,22 @@ def print_generations(
     new, mask = generate(model, tokenizer, prompts, adapter_names=adapters, **options)
     trace = model.trace
     assert trace is not None
-    generations = []
+    generations, frames = [], []
     for row, whole in enumerate(trace.sequences):
         prompt_tokens = int(mask[row].sum())
         sequence = _until_end(whole, prompt_tokens, tokenizer.eos_token_id)
         text = tokenizer.decode(new[row], skip_special_tokens=True)
+        pieces = _pieces(tokenizer, sequence.tokens)
+        frames.append(framed(sequence, pieces, prompt_tokens, colours=True))
         if show_ranks:
-            print_sequence(sequence, _pieces(tokenizer, sequence.tokens), prompt_tokens)
+            print_sequence(sequence, pieces, prompt_tokens)
         elif not streams:
             console.print(Text(f"{shown(str(sequence.adapter), 40)}: ", "bold").append(escaped_lines(text), "default"))
         generations.append({"prompt": prompts[row], "text": text, "mean_rank": sequence.mean_rank, **asdict(sequence)})
     print_costs(trace)
+    if picture is not None:
+        legend = rank_legend(max(sequence.full_rank for sequence in trace.sequences), colours=True)
+        write_picture(picture, [legend, *frames], "chunkwise generate")
     return {"generations": generations, **{name: getattr(trace, name) for name in COSTS}}
 
 
@@ -99,14 +107,19 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> 
 
 
 def print_sequence(sequence: SequenceTrace, pieces: Sequence[str], prompt_tokens: int) -> None:
-    """Print a sequence in a frame, coloured by rank, without blank lines at its end. `pieces` are its tokens' texts."""
+    """Print a sequence; see `framed`."""
+    console.print(framed(sequence, pieces, prompt_tokens))
+
+
+def framed(sequence: SequenceTrace, pieces: Sequence[str], prompt_tokens: int, colours: bool | None = None) -> Panel:
+    """A sequence in a frame, coloured by rank, without blank lines at its end. `pieces` are its tokens' texts."""
     ranks = f"mean rank {sequence.mean_rank:.1f} of {sequence.full_rank:.3g}"
     chunks = f"{len(sequence.chunks)} chunk{'' if len(sequence.chunks) == 1 else 's'}"
     title = Text(f"{shown(sequence.adapter, 40)}, {ranks}, {chunks}")
     length = max((place for place, piece in enumerate(pieces, 1) if piece.strip()), default=0)
     visible = replace(sequence, ranks=sequence.ranks[:length])
-    text = coloured_tokens(visible, pieces[:length], sequence.full_rank, prompt_tokens)
-    console.print(Panel(text, title=title))
+    text = coloured_tokens(visible, pieces[:length], sequence.full_rank, prompt_tokens, colours)
+    return Panel(text, title=title)
 
 
 def print_costs(trace: Trace) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from chunkwise_lora.errors import escaped
@@ -65,6 +66,15 @@ def escaped_lines(text: str) -> str:
     Models can generate characters that would move the cursor or change the colours of a terminal.
     """
     return "".join(c if c in "\n\t" else escaped(c) for c in text)
+
+
+def write_picture(path: Path, parts: Sequence[RenderableType], title: str) -> None:
+    """Write what a terminal with colours shows as an SVG picture."""
+    options: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor", "width": 88, "_environ": {}}
+    terminal = Console(record=True, file=io.StringIO(), **options)
+    for part in parts:
+        terminal.print(part)
+    write_atomically(path, terminal.export_svg(title=title).encode())
 
 
 def write_json(path: Path | None, content: Any) -> None:

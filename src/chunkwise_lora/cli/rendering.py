@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from chunkwise_lora.method.trace import SequenceTrace
 
 
-def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: float, prompt_tokens: int = 0) -> Text:
+def coloured_tokens(
+    sequence: SequenceTrace,
+    pieces: Sequence[str],
+    full_rank: float,
+    prompt_tokens: int = 0,
+    colours: bool | None = None,
+) -> Text:
     """The text of a sequence. A token has the colour of its rank, a chunk begins with a bar, the prompt is italic.
 
     Where no colours are shown, ranks stand in brackets wherever they change.
@@ -38,13 +44,15 @@ def coloured_tokens(sequence: SequenceTrace, pieces: Sequence[str], full_rank: f
         pieces: The text of each of its tokens.
         full_rank: The rank that has the strongest colour.
         prompt_tokens: How many of the tokens are the prompt.
+        colours: Whether readers see colours; by default, whether the terminal shows them.
     """
+    colours = shows_colours() if colours is None else colours
     starts = {chunk.chunk.start for chunk in sequence.chunks} - {0}
     text, rank_before = Text(), None
     for position, (piece, rank) in enumerate(zip(pieces, sequence.ranks, strict=True)):
         if position in starts:
             text.append(_bar(), style="bold red")
-        if not shows_colours() and rank != rank_before:
+        if not colours and rank != rank_before:
             text.append(f"[{_rank(rank)}]")
             rank_before = rank
         share = rank / full_rank if full_rank else 0.0
@@ -61,9 +69,9 @@ def _bar() -> str:
     return "|" if is_ascii_only() else "│"
 
 
-def rank_legend(full_rank: float) -> Text:
-    """A legend of the colours of ranks from 0 to the full rank."""
-    if not shows_colours():
+def rank_legend(full_rank: float, colours: bool | None = None) -> Text:
+    """A legend of the colours of ranks from 0 to the full rank; see `coloured_tokens`."""
+    if not (shows_colours() if colours is None else colours):
         return Text(f"[n] the next tokens have rank n of {_rank(full_rank)}   {_bar()} a chunk begins")
     text = Text("rank ")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
