@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.requested_config import KEY
 from chunkwise_lora.engines.vllm import frontend, loading, settings, versions
 from chunkwise_lora.engines.vllm.settings import ServerSettings
-from conftest import BLOCK, E2E, PROMPTS, WIKI, Engine
+from conftest import BLOCK, E2E, OPTIONS, PROMPTS, WIKI, Engine
 
 TOKENS = 8
 RUNGS = 8
@@ -25,6 +29,23 @@ WIKI_BYTES, E2E_BYTES = (
 )
 LIMIT = WIKI_BYTES[-1] + E2E_BYTES[-1]
 COPIES = 6
+
+SHARDED = """
+import json, sys
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    options, prompts, folders, tokens = json.load(sys.stdin)
+    llm = LLM(**options, tensor_parallel_size=2)
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    requests = [LoRARequest(path, number, path) for number, path in enumerate(folders, 1)]
+    told = []
+    for request in [*requests, *reversed(requests)]:
+        for output in llm.generate(prompts, params, lora_request=request, use_tqdm=False):
+            rank = output.kv_transfer_params["chunkwise"]["available_rank"]
+            told.append([request.lora_path, output.prompt, rank, list(output.outputs[0].token_ids)])
+    print("told " + json.dumps(told), flush=True)
+"""
 
 Answers = dict[tuple[str, str, int], list[int]]
 
@@ -204,6 +225,26 @@ def test_soak(engine: Engine, copies: dict[Path, str], at_rung: Answers, monkeyp
     assert len(ranks) > 3
     assert not engine.runner.chunkwise._limits
     assert not engine.core.scheduler.chunkwise.budget._running
+
+
+def test_two_ranks_give_up_the_same_rungs(copies: dict[Path, str], at_rung: Answers, tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"  # a file, because workers import it when they start
+    script.write_text(SHARDED)
+    options = {**OPTIONS, "additional_config": {KEY: {"adapter_memory": LIMIT}}}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        input=json.dumps([options, PROMPTS[:2], list(map(str, copies)), TOKENS]),
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line.removeprefix("told ") for line in done.stdout.splitlines() if line.startswith("told "))
+    told = json.loads(line)
+    for folder, prompt, rank, tokens in told:
+        assert tokens == at_rung[copies[Path(folder)], prompt, int(rank) // 2]
+    assert len({rank for _, _, rank, _ in told}) > 2
 
 
 def test_an_adapter_that_is_loaded_without_a_request_takes_no_memory_of_the_device(
