@@ -35,8 +35,9 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/ready .venv-docs/ready  ## The site, in runs/site; the package itself writes some pages, so .venv makes those
+docs: .venv/ready .venv-docs/ready  ## The site, in runs/site; the package itself writes some pages and draws, in .venv
 	$(BIN)/python docs/_build/pages.py runs/site-pages
+	$(BIN)/python docs/_build/drawings.py runs/site-pages/drawings
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 
 bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
@@ -59,7 +60,7 @@ train: .venv/ready  ## Train the small model of the tests again: make train BOOK
 # GPU, give PyTorch's CPU index (or a local one) in PIP_EXTRA_INDEX_URL.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,train,eval,guides]'
 	touch $@
 
 .venv-newest/ready: pyproject.toml constraints-newest.txt

@@ -95,7 +95,7 @@ def settings_page() -> str:
         "package. An unknown name or a value that is not allowed is refused with a `ConfigError` that names it.\n\n"
         "## The method: ChunkWiseConfig\n\nA config has five parts. The defaults are the preset `balanced`. "
         '`ChunkWiseConfig.preset("balanced").to_json()` prints a whole config, and `ChunkWiseConfig.from_json` reads '
-        "one.\n\n"
+        "one. [Which preset to choose](guides/presets.md).\n\n"
     ]
     for name, model in SETTINGS.items():
         page.append(f"### {name}\n\n{model.__doc__}\n\n{fields_of(model)}")
@@ -105,7 +105,7 @@ def settings_page() -> str:
         page.append(f"### {name}\n\n```json\n{config.to_json()}```\n\n")
     page.append(
         "## Calibration: CalibrationConfig\n\nThe options of `chunkwise calibrate` have the same names. "
-        f"\n\n{fields_of(CalibrationConfig)}"
+        f"[How to calibrate](guides/calibrate.md).\n\n{fields_of(CalibrationConfig)}"
     )
     return "".join(page)
 
