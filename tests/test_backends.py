@@ -134,7 +134,7 @@ def test_rows_of_tokens_may_have_gaps_between_them_in_memory(kind: type[AnyBacke
     assert torch.allclose(backend.apply(layer, y, x, prepared), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("reason", ["a CPU", "no Triton", "switched off", "no limits"])
+@pytest.mark.parametrize("reason", ["a CPU", "no Triton", "switched off", "float64"])
 def test_without_a_gpu_or_triton_another_backend_is_chosen(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     if reason == "switched off":
         monkeypatch.setenv("CHUNKWISE_TRITON", "0")
@@ -143,16 +143,19 @@ def test_without_a_gpu_or_triton_another_backend_is_chosen(monkeypatch: pytest.M
     seen: list[str] = []
     monkeypatch.setattr(registry.logger, "warning", lambda message, *_: seen.append(message))
     device = torch.device("cpu" if reason == "a CPU" else "cuda")
-    limits = None if reason == "no limits" else Limits(8, 2)
-    assert isinstance(backend_on(device, torch.float32, limits), (TorchBackend, NativeBackend))
+    dtype = torch.float64 if reason == "float64" else torch.float32
+    if reason == "float64":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    assert isinstance(backend_on(device, dtype, Limits(8, 2)), (TorchBackend, NativeBackend))
     assert len(seen) == (reason == "no Triton")
 
 
-def test_on_a_gpu_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", [Limits(8, 2), None], ids=["limits", "no limits"])
+def test_on_a_gpu_triton_is_chosen(limits: Limits | None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("triton backend")
     module.TritonBackend = Fast  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "chunkwise_lora.backends.triton.backend", module)
-    assert isinstance(backend_on(torch.device("cuda"), torch.bfloat16, Limits(8, 2)), Fast)
+    assert isinstance(backend_on(torch.device("cuda"), torch.bfloat16, limits), Fast)
 
 
 class Fast(TorchBackend):

@@ -23,7 +23,7 @@ from chunkwise_lora.method.sequence import AdapterInfo, SequencePlanner
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, TritonBackend
+from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, FIRST_SLOTS, TritonBackend
 from chunkwise_lora.backends.triton.schedule import Schedule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,6 +265,37 @@ def test_passes_may_run_in_turns_and_while_adapters_change() -> None:
         triton.prepared = prepared
         added = triton.added("down", y, torch.randn(3, 72).to(DEVICE))
         assert torch.equal(added, y), "another adapter never takes its place"
+
+
+def test_without_limits_there_is_room_for_any_number_of_adapters_and_tokens() -> None:
+    pair = BackendRun(TritonBackend(DEVICE, torch.float32)), BackendRun(TorchBackend(DEVICE, torch.float32))
+    for number in range(FIRST_SLOTS + 1):
+        for each in pair:
+            each.backend.load(str(number), adapter(3, 1, number))
+        if number in (0, FIRST_SLOTS):
+            rows = [np.array([row]) for row in range(2 * number + 1)]
+            segments = [Segment(str(row % (number + 1)), 0, None, of_row) for row, of_row in enumerate(rows)]
+            planned(pair, segments, len(rows))
+            assert assert_same(pair, len(rows)).any()
+    planned(pair, [Segment("0", 0)], 2)
+    assert assert_same(pair, 2).any(), "a schedule with more room than needed"
+
+
+def test_gradients_flow_through_the_product() -> None:
+    pair = both()
+    for each in pair:
+        each.backend.load("b", adapter(17, 4))
+    weights = np.array([[0, 0.5, 0, 0.5], [0, 0, 1, 0], [0, 0, 0, 0]], np.float32)
+    planned(pair, [Segment("b", 3, weights, np.array([0, 2, 3])), Segment("b", 2, None, np.array([1]))], 4)
+    gradients = []
+    for each in pair:
+        torch.manual_seed(0)
+        x = torch.randn(4, 40, device=DEVICE, requires_grad=True)
+        y = x @ torch.randn(40, 86, device=DEVICE)
+        result = each.backend.apply(each.layers["qkv"], y, x, each.prepared)
+        assert not torch.equal(result, y), "the layer's own output stays as it was"
+        gradients.append(torch.autograd.grad(result.square().sum(), x)[0])
+    assert torch.allclose(*gradients, atol=1e-4) and gradients[0][1].any()
 
 
 def test_a_pass_without_segments_adds_nothing() -> None:

@@ -55,12 +55,13 @@ class Schedule:
         self.idle = True
         """Whether no token of the coming pass has an adapter, so that all layers may be skipped."""
         most = max(most_blocks(min(max_tokens, SMALL_BLOCKS_UP_TO), slots), most_blocks(max_tokens, slots))
-        self.order = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        """(max_tokens,) int32 rows of x, sorted by slot, then highest rung first."""
-        self.weights = torch.zeros(max_tokens, rungs, device=device)
-        """(max_tokens, rungs) float32 weights over the rungs, by row of x."""
-        self.blocks = torch.full((most, 4), -1, dtype=torch.int32, device=device)
-        """(blocks, 4) int32: first place in `order`, number of tokens, slot or -1 where unused, highest rung."""
+        with torch.inference_mode(False):  # so that passes outside of inference mode may fill it, too
+            self.order = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+            """(max_tokens,) int32 rows of x, sorted by slot, then highest rung first."""
+            self.weights = torch.zeros(max_tokens, rungs, device=device)
+            """(max_tokens, rungs) float32 weights over the rungs, by row of x."""
+            self.blocks = torch.full((most, 4), -1, dtype=torch.int32, device=device)
+            """(blocks, 4) int32: first place in `order`, number of tokens, slot or -1 where unused, highest rung."""
 
     def update(self, slots: np.ndarray, weights: np.ndarray, tokens: int | None = None) -> None:
         """Fill the schedule for the next pass. This queues copies and does not wait for the GPU.

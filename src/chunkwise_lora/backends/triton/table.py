@@ -11,12 +11,11 @@ import triton
 from torch import Tensor
 
 from chunkwise_lora.backends.base import Columns
+from chunkwise_lora.backends.triton import DTYPES
 from chunkwise_lora.backends.triton.kernels import expand_kernel, shrink_kernel
 from chunkwise_lora.backends.triton.schedule import Schedule, most_blocks, tiles_of
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def adjacent(widths: Sequence[int]) -> list[Columns]:
@@ -75,10 +74,11 @@ class AdapterTable:
         self.device, self.dtype = torch.device(device), dtype
         self.factors: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(columns) for _ in range(slots)]
         """Per slot and slice: down (r, in) and up (r, out), or None."""
-        self.addresses = torch.zeros(slots, len(columns), 2, dtype=torch.int64, device=device)
-        """(slots, slices, 2) int64: addresses of `down` and `up`."""
-        self.ranks = torch.zeros(slots, len(columns), rungs, dtype=torch.int32, device=device)
-        """(slots, slices, rungs) int32; zeros where a slot or a slice has no adapter."""
+        with torch.inference_mode(False):  # so that slots can be set outside of inference mode, too
+            self.addresses = torch.zeros(slots, len(columns), 2, dtype=torch.int64, device=device)
+            """(slots, slices, 2) int64: addresses of `down` and `up`."""
+            self.ranks = torch.zeros(slots, len(columns), rungs, dtype=torch.int32, device=device)
+            """(slots, slices, rungs) int32; zeros where a slot or a slice has no adapter."""
         self._spans = torch.tensor([[where.offset, where.width] for where in columns], dtype=torch.int32, device=device)
         self._aligned = all(number % 16 == 0 for span in spans for number in span)
 
@@ -120,14 +120,24 @@ class AdapterTable:
                 table.set(slot, adapter)
         return table
 
-    def grow(self, max_rank: int, rungs: int) -> None:
-        """Make room for adapters of a larger rank or more rungs.
+    def grow(self, max_rank: int, rungs: int, slots: int) -> None:
+        """Make room for adapters of a larger rank or more rungs, or for more adapters.
 
         Kernels are compiled again in the next pass, and passes captured earlier are no longer valid.
         """
+        if slots > self.slots:
+            added = slots - self.slots
+            with torch.inference_mode(False):
+                self.addresses, self.ranks = (
+                    torch.cat([tensor, tensor.new_zeros(added, *tensor.shape[1:])])
+                    for tensor in (self.addresses, self.ranks)
+                )
+            self.factors += [[None] * len(self.columns) for _ in range(added)]
+            self.slots = slots
         if rungs > self.rungs:
-            last = self.ranks[..., -1:].expand(-1, -1, rungs - self.rungs)
-            self.ranks, self.rungs = torch.cat([self.ranks, last], dim=-1), rungs
+            with torch.inference_mode(False):
+                last = self.ranks[..., -1:].expand(-1, -1, rungs - self.rungs)
+                self.ranks, self.rungs = torch.cat([self.ranks, last], dim=-1), rungs
         self.max_rank = max(self.max_rank, max_rank)
 
     @property
