@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel, StaticCache
 
 from chunkwise_lora.benchmark.measure import random_prompt
-from chunkwise_lora.benchmark.methods import BASE, MERGED, UNMERGED, Method, methods
+from chunkwise_lora.benchmark.methods import BASE, MERGED, UNMERGED, Method, methods, sharing_weights
 from chunkwise_lora.benchmark.run import Run
 from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
+from chunkwise_lora.engines.transformers import ChunkWiseModel, FastPaths
 from chunkwise_lora.engines.transformers.versions import CACHE
 from chunkwise_lora.method.config import ChunkWiseConfig
 from gpu_parts.cells import Cell, Settings
@@ -31,6 +32,7 @@ MERGED_COMPILED, PEFT_COMPILED = "PEFT merged, compiled", "PEFT unmerged, compil
 COMPILED = {MERGED_COMPILED: MERGED, PEFT_COMPILED: UNMERGED}
 """Compiled methods by the method whose model they compile."""
 LOSSLESS, BALANCED, COMPACT = (f"ChunkWise {name}" for name in ("lossless", "balanced", "compact"))
+EAGER = "ChunkWise lossless, no graphs"
 PRESETS = ("lossless", "balanced", "compact")
 RANK = 16
 
@@ -63,18 +65,18 @@ class Case:
         return f"{self.shape}, {kind}, context {self.context}, batch {self.batch}"
 
 
-EVERY = (BASE, UNMERGED, LOSSLESS, BALANCED, COMPACT, MERGED_COMPILED, PEFT_COMPILED)
+EVERY = (BASE, UNMERGED, LOSSLESS, EAGER, BALANCED, COMPACT, MERGED_COMPILED, PEFT_COMPILED)
 CASES = (
     Case("7B", 1024, 1, EVERY),
-    Case("7B", 32_768, 1, (UNMERGED, LOSSLESS, BALANCED, COMPACT, PEFT_COMPILED)),
-    Case("7B", 8192, 8, (UNMERGED, BALANCED, PEFT_COMPILED)),
     Case("7B", 4096, 1, (BASE, MERGED, UNMERGED, LOSSLESS, BALANCED), is_prefill=True),
+    Case("7B", 32_768, 1, (UNMERGED, LOSSLESS, BALANCED, COMPACT, PEFT_COMPILED)),
+    Case("7B", 8192, 8, (BALANCED, PEFT_COMPILED)),  # no memory for more
     Case("1B", 1024, 1, EVERY),
     Case("1B", 32_768, 1, (BASE, UNMERGED, LOSSLESS, BALANCED, COMPACT)),
     Case("1B", 8192, 8, (BASE, UNMERGED, LOSSLESS, BALANCED, COMPACT)),
     Case("1B", 8192, 1, (BASE, UNMERGED, LOSSLESS, BALANCED, COMPACT)),
 )
-"""The most important first."""
+"""The most important first, and those of a shape that need the merged model before the others."""
 TINY_CASES = (
     Case("tiny", 24, 1, EVERY),
     Case("tiny", 24, 2, (BASE, MERGED, UNMERGED, LOSSLESS), is_prefill=True),
@@ -103,11 +105,14 @@ class Models:
     """The methods that run one shape. All share the base's weights, except the merged model."""
 
     def __init__(self, shape: str, settings: Settings) -> None:
-        config = TINY if settings.tiny else SHAPES[shape]
-        base = random_model(config, settings.dtype, settings.device)
-        folder = random_adapter(config, 4 if settings.tiny else RANK, settings.scratch / shape)
+        shape_config = TINY if settings.tiny else SHAPES[shape]
+        base = random_model(shape_config, settings.dtype, settings.device)
+        folder = random_adapter(shape_config, 4 if settings.tiny else RANK, settings.scratch / shape)
         configs = {name: ChunkWiseConfig.preset(name) for name in PRESETS}
         self.methods = {method.name: method for method in methods(base, {"adapter": folder}, configs)}
+        config = configs["lossless"]
+        eager = ChunkWiseModel(sharing_weights(base), folder, config, FastPaths(graphs=False))
+        self.methods[EAGER] = Method(EAGER, eager.base, chunkwise=eager, config=config)
         self._settings = settings
         self._base = base
         self._compiled: dict[str, Callable[..., Any]] = {}
@@ -115,6 +120,10 @@ class Models:
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Return per method the ms per step and the memory above the weights, which all turns share."""
+        if not {MERGED, MERGED_COMPILED} & set(case.methods):  # its weights are needed for caches
+            self.methods.pop(MERGED, None)
+            self._compiled.pop(MERGED_COMPILED, None)
+            free_memory(self._settings.device)
         tiny = self._settings.tiny
         turns, steps = (1, 2) if tiny else (3, 24)
         prompt = random_prompt(self._base, case.batch, case.context)

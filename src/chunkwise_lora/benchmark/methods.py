@@ -65,7 +65,7 @@ def methods(
         refuse_backtracking(folder)
     (first, folder), *others = adapters.items()
     unmerged = PeftModel.from_pretrained(
-        _sharing_weights(base), folder, adapter_name=first, autocast_adapter_dtype=False
+        sharing_weights(base), folder, adapter_name=first, autocast_adapter_dtype=False
     ).eval()
     for name, folder in others:
         unmerged.load_adapter(folder, name, autocast_adapter_dtype=False)
@@ -80,7 +80,7 @@ def methods(
     found += [Method(name, unmerged, adapter_bytes, adapters=names) for name in unmerged_names if _can_run(name, base)]
     sources = ladders or {name: RankLadder.load(path) for name, path in adapters.items()}
     for name, config in presets.items():
-        chunkwise = ChunkWiseModel(_sharing_weights(base), sources, config, fast)
+        chunkwise = ChunkWiseModel(sharing_weights(base), sources, config, fast)
         found.append(Method(f"ChunkWise {name}", chunkwise.base, chunkwise=chunkwise, config=config, adapters=names))
     return found
 
@@ -122,7 +122,7 @@ def _can_run(name: str, model: PreTrainedModel) -> bool:
     return True
 
 
-def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model's modules that uses the same weights."""
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, weights)

@@ -103,6 +103,12 @@ class Adapters:
         """Names of all adapters of the model, in the order of loading."""
         return [*self._model.peft_config]
 
+    @property
+    def backend(self) -> AnyBackend | None:
+        """The backend of all layers; None if there are several, or none."""
+        backends = [*self._backends.values()]
+        return backends[0] if len(backends) == 1 else None
+
     def give(self, name: str, ladder: RankLadder, must_agree: bool = False) -> None:
         """Run adapter `name` by this ladder, as long as it computes what PEFT's weights compute.
 

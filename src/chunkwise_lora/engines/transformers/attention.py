@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from chunkwise_lora.backends.emulation import emulates
 from chunkwise_lora.engines.transformers.cache import ChunkWiseLayer
+from chunkwise_lora.engines.transformers.cache.stepping import StepRefused
 
 NAME = "chunkwise"
 """The name under which transformers knows this attention implementation."""
@@ -19,7 +20,7 @@ NAME = "chunkwise"
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers' `sdpa` does, in decode steps by a native kernel if there is one.
+    """Compute attention as transformers' `sdpa` does, in decode steps by a kernel in C or Triton if there is one.
 
     A `ChunkWiseLayer` marks the tensors that it returns. If they arrive here unchanged, the function reads the layer
     itself, so that INT8 entries need not be converted first, and gives the layer the queries for its KV policies.
@@ -48,6 +49,8 @@ def attention(
         layer.note_reading(query, attention_mask, scaling)
         if plain and (output := layer.attend(query, attention_mask, scaling)) is not None:
             return output, None
+        if layer.uses_tables:
+            raise StepRefused("its attention has dropout, a bias or a cap")
         key, value = layer.read()
     floating = attention_mask is not None and attention_mask.is_floating_point()
     if not plain or floating or not emulates(query.dtype, query.device):

@@ -46,6 +46,8 @@ class ForwardPass:
     is_constant_per_sequence: bool
     """Whether every token of a sequence gets the same gates."""
     batch: int
+    fixed: Any = None
+    """The pass of a backend that runs all layers alike, whatever the plan, so that a CUDA graph may capture it."""
     widened: Widened = field(default_factory=Widened)
     """The input of the current layer in float32."""
     layers: int = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkwise_lora.backends import AnyBackend, Columns, Layer
+from chunkwise_lora.engines.transformers.cache.stepping import StepRefused
 from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, adapter_between_passes, within
 from chunkwise_lora.engines.transformers.rows import join_rows
 from chunkwise_lora.errors import EngineError
@@ -166,9 +167,13 @@ class GatedLayer:
             )
         if self.lost_keys and not self.lost_keys.isdisjoint(plan.adapters):
             raise EngineError("the model was cast or moved since this call began; begin again with a new cache")
+        tokens = x.numel() // x.shape[-1]
+        if running.fixed is not None and backend is not None:
+            if tokens != plan.tokens:
+                raise StepRefused(f"{self.name} sees {tokens} tokens of {plan.tokens}")
+            return backend.apply(self._layer, y, x, running.fixed)
         if backend is None or self.keys.isdisjoint(plan.adapters):
             return y
-        tokens = x.numel() // x.shape[-1]
         if tokens != plan.tokens or not self.sees_tokens_in_order:
             plan = self._view(running, x, tokens)
         return backend.apply(self._layer, y, x, running.prepared(backend, plan))

@@ -69,6 +69,15 @@ class ReplacedForwards:
                 attachment.replace(module, "forward", self._found[key][1])
         self.gated = {key: new for key, (_, new) in self._found.items() if isinstance(new, GatedLayer)}
 
+    @property
+    def run_alike(self) -> bool:
+        """Whether all layers of adapters run by the backend alone, and see the tokens of a pass in their order."""
+        return all(
+            isinstance(new, WideLinear)
+            or (isinstance(new, GatedLayer) and not new.run_by_peft and new.sees_tokens_in_order)
+            for _, new in self._found.values()
+        )
+
     def asked(self) -> set[Asked]:
         """Return what PEFT would run in the layers of its adapters."""
         layers = (new.peft if isinstance(new, GatedLayer) else new for _, new in self._found.values())

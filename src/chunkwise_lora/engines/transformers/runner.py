@@ -7,7 +7,8 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,11 +26,15 @@ from chunkwise_lora.engines.transformers.fast_paths import FastPaths
 from chunkwise_lora.engines.transformers.injection import Injection
 from chunkwise_lora.engines.transformers.layers import BASE, MERGED
 from chunkwise_lora.engines.transformers.session import Prompts, Session, SessionCache
+from chunkwise_lora.engines.transformers.steps import DecodeSteps
 from chunkwise_lora.engines.transformers.versions import CACHE_NAMES
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo
 from chunkwise_lora.method.trace import Trace
+
+if TYPE_CHECKING:
+    from chunkwise_lora.backends.triton.backend import TritonBackend
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +66,7 @@ class Runner(AttachedModel):
         self._traces = threading.local()
         self._last_trace: Trace | None = None
         self._said: set[str] = set()
+        self._steps = DecodeSteps(fast.graphs and fast.kernels and fast.attention)
 
     # Calls
 
@@ -402,7 +408,8 @@ class Runner(AttachedModel):
             _index_last_token(inputs)
         with self.turns.a_pass():
             first = not session.columns
-            plan = session.before_pass(inputs, cache, given is not None)
+            backend = self._backend_of_steps(called, inputs, session, cache)
+            plan = session.before_pass(inputs, cache, given is not None, backend is None)
             running = ForwardPass(
                 owner=self,
                 plan=plan,
@@ -412,6 +419,14 @@ class Runner(AttachedModel):
                 is_constant_per_sequence=session.knows_no_tokens,
                 batch=len(session.planner),
             )
+            stepped = None
+            if backend is not None and cache is not None:
+                stepped = self._steps.run(forward, inputs, replace(call, cache=cache), running, backend)
+                if stepped is None:
+                    session.set_mask(inputs, cache)
+            if stepped is not None:
+                session.after_pass(_logits(stepped[0]), cache, stepped[1])
+                return stepped[0]
             with within(PASS, running):
                 output = forward(**inputs)
             if first and called is self.base and plan.segments and not running.layers and self.adapters.runs_gated:
@@ -421,6 +436,20 @@ class Runner(AttachedModel):
                 )
             session.after_pass(_logits(output) if called is self.base else None, cache)
         return output
+
+    def _backend_of_steps(
+        self, called: nn.Module, inputs: dict[str, Any], session: Session, cache: SessionCache | None
+    ) -> TritonBackend | None:
+        """Return the backend for a pass that may run as a decode step; None if it must run as usual."""
+        backend = self.adapters.backend
+        fits = (
+            called is self.base
+            and getattr(backend, "name", None) == "triton"
+            and self.traits.cuts_text
+            and self._forwards.run_alike
+            and self._steps.fit(inputs, session, cache)
+        )
+        return cast("TritonBackend", backend) if fits else None
 
 
 def _index_last_token(inputs: dict[str, Any]) -> None:

@@ -73,6 +73,9 @@ class Session:
         """Number of columns of all passes so far."""
         self._pending: tuple[np.ndarray, list[list[KVDecision]]] | None = None
         """The tokens (batch, columns) of the running pass and the KV decisions that follow it."""
+        self._slots: np.ndarray | None = None
+        """(batch, slots + tokens) bool, the slots that each sequence of the running pass sees; None while they are the
+        columns of the input."""
         self._is_broken = False
         """Whether a pass has begun and not ended."""
         self._bytes_read = 0
@@ -111,6 +114,11 @@ class Session:
     def acts(self) -> bool:
         """Whether a KV policy does more than keep everything."""
         return any(config.kv_cache.acts for config in self._prompts.configs)
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether the plan of a sequence depends on entropies."""
+        return any(config.reads_entropy for config in self._prompts.configs)
 
     @property
     def members(self) -> dict[str, Tensor | None]:
@@ -177,13 +185,16 @@ class Session:
         self._eos = frozenset(eos_token_ids)
         self._has_ended[:] = False
 
-    def before_pass(self, inputs: dict[str, Any], cache: SessionCache | None, has_cache: bool) -> PassPlan:
+    def before_pass(
+        self, inputs: dict[str, Any], cache: SessionCache | None, has_cache: bool, sets_mask: bool = True
+    ) -> PassPlan:
         """Plan the tokens of a forward pass, and set its mask in `inputs`, the model's keyword arguments.
 
         Args:
             inputs: The model's keyword arguments.
             cache: The cache of the pass, if it is one that carries this session.
             has_cache: Whether the pass has a cache of any kind, and so holds only new tokens.
+            sets_mask: Whether to set the mask now. If not, call `set_mask` if the pass needs one.
 
         Raises:
             EngineError: A sequence is longer than the model's positions, or the model has dropped its cache.
@@ -222,11 +233,18 @@ class Session:
         self._passes += 1
         self._bytes_read += sum(int(self._infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
         if cache is not None and cache.chunkwise_layers:
-            self._align_mask(inputs, cache, real)
+            self._slots = cache.slot_mask(real)
+            if sets_mask:
+                self.set_mask(inputs, cache)
         return plan
 
-    def after_pass(self, logits: Tensor | None, cache: SessionCache | None) -> None:
-        """Store the next tokens' entropies from logits (batch, tokens, vocabulary), and carry out KV decisions.
+    def after_pass(self, logits: Tensor | None, cache: SessionCache | None, entropies: Tensor | None = None) -> None:
+        """Store the next tokens' entropies, and carry out KV decisions.
+
+        Args:
+            logits: (batch, tokens, vocabulary), or None if the pass computes none.
+            cache: The cache of the pass, if it is one that carries this session.
+            entropies: (batch,) the entropies of the last token's logits, if they are known already.
 
         Raises:
             EngineError: The model did not use the cache.
@@ -234,7 +252,8 @@ class Session:
         assert self._pending is not None
         readers = [row for row in range(len(self.planner)) if self.planner[row].config.reads_entropy]
         if readers and logits is not None and self._columns >= self._prompt_end:
-            for row, entropy in enumerate(entropies_of(logits[:, -1]).tolist()):
+            found = entropies_of(logits[:, -1]) if entropies is None else entropies
+            for row, entropy in enumerate(found.tolist()):
                 self.planner[row].learn(len(self._real[row]), entropy)
         tokens, decisions = self._pending
         if cache is not None:
@@ -322,9 +341,9 @@ class Session:
             )
         return 0  # a recurrent model, whose state has another name
 
-    def _align_mask(self, inputs: dict[str, Any], cache: SessionCache, real: np.ndarray) -> None:
+    def set_mask(self, inputs: dict[str, Any], cache: SessionCache) -> None:
         """Give the model a mask over the cache's slots if they are no longer the columns of the input."""
-        slots = cache.slot_mask(real)
+        slots = self._slots
         if slots is None:
             return
         tokens = inputs.get("input_ids")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from chunkwise_lora.engines.transformers.cache.queries import OpenChunkQueries
 from chunkwise_lora.engines.transformers.cache.reading import Reading
 from chunkwise_lora.engines.transformers.cache.slots import NO_TOKEN, SlotTable, within
 from chunkwise_lora.engines.transformers.cache.states import chunk_states
+from chunkwise_lora.engines.transformers.cache.stepping import StepRefused, StepTables
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.method.eviction import evicted_tokens
 from chunkwise_lora.method.kv_policies import needs_queries
@@ -97,6 +99,53 @@ class ChunkWiseCache(Cache):
         visible = self._slots.visible(new)
         self._reading.begin(visible)
         return None if self._slots.in_columns else visible
+
+    # Decode steps by tables, between `slot_mask` and `check_used`
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the next pass, of one token per sequence, can run by tables."""
+        return (
+            len(self.layers) == len(self.chunkwise_layers)
+            and self._reading.obstacle is None
+            and self._queries is None
+            and all(layer.can_step for layer in self.chunkwise_layers)
+            and len({layer.device for layer in self.chunkwise_layers}) == 1
+        )
+
+    def begin_step(self, tables: StepTables) -> None:
+        """Give the next token of each sequence its slot in all layers, and fill the tables."""
+        for layer in self.chunkwise_layers:
+            layer.count_token()
+        assert self._reading.visible is not None
+        tables.fill(self.chunkwise_layers, self._reading.visible)
+
+    @contextmanager
+    def by_tables(self, tables: StepTables) -> Iterator[None]:
+        """Let the layers read and write what the tables say, whichever cache that is.
+
+        Raises:
+            StepRefused: The model has not read all layers through the engine's attention.
+        """
+        try:
+            for row, layer in enumerate(self.chunkwise_layers):
+                layer.use_tables(tables, row)
+            yield
+        finally:
+            for layer in self.chunkwise_layers:
+                layer.use_tables(None)
+        if not all(layer.was_read for layer in self.chunkwise_layers):
+            raise StepRefused("the model does not read its cache through the engine's attention")
+
+    def end_step(self) -> None:
+        """End a step, which may have run as a graph, without any Python code of the layers."""
+        for layer in self.chunkwise_layers:
+            layer.was_read = True
+
+    def undo_step(self) -> None:
+        """Take back what `begin_step` did."""
+        for layer in self.chunkwise_layers:
+            layer.count_token(-1)
 
     def check_used(self, columns: int) -> None:
         """Check that the layers have received the tokens of a pass. Call it after the pass, before `note`.

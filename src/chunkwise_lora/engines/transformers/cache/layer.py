@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from chunkwise_lora.backends import triton
 from chunkwise_lora.backends.native import AttentionPools, PoolTensors, kernels
-from chunkwise_lora.engines.transformers.cache.pool import ROOM, Int8Pool, appended, dequantise, quantise, take
+from chunkwise_lora.engines.transformers.cache.pool import (
+    ROOM,
+    Int8Pool,
+    appended,
+    dequantise,
+    enlarged,
+    quantise,
+    take,
+)
 from chunkwise_lora.engines.transformers.cache.reading import Reading
+from chunkwise_lora.engines.transformers.cache.stepping import StepRefused, StepTables
 from chunkwise_lora.errors import EngineError
 
 
@@ -18,11 +28,11 @@ class ChunkWiseLayer(CacheLayerMixin):
     """The cache of one attention layer.
 
     The *hot* pool holds tokens in the model's precision, the newest last. The *cold* pool holds tokens in INT8. A
-    decode step may attend to both pools by a native kernel; see `attention`.
+    decode step may attend to both pools by a kernel in C or Triton; see `attention`.
 
     Args:
         int8_head_share: Share of the heads that INT8 applies to, in [0, 1].
-        use_kernels: Whether the native kernels may read this layer.
+        use_kernels: Whether kernels in C or Triton may read this layer.
     """
 
     is_sliding = False
@@ -52,11 +62,18 @@ class ChunkWiseLayer(CacheLayerMixin):
         """The heads that INT8 applies to; None until the first token is quantised."""
         self._use_kernels = use_kernels
         self._pools: tuple[tuple[object, ...], AttentionPools | None] | None = None
+        self._step: tuple[StepTables, int] | None = None
+        """The tables that the running pass uses, and the row of this layer; None if it runs as usual."""
 
     @property
     def slots(self) -> int:
         """Number of slots that attention reads, hot and cold."""
-        return self.hot + (self.cold[0].used if self.cold else 0)
+        return sum(self.cold_and_hot)
+
+    @property
+    def cold_and_hot(self) -> tuple[int, int]:
+        """Numbers of cold and hot slots in use."""
+        return self.cold[0].used if self.cold else 0, self.hot
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take shapes, dtype and device from the first states."""
@@ -64,7 +81,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
-        if self.device.type != "cpu" or key_states.shape != value_states.shape or value_states.dtype != self.dtype:
+        if key_states.shape != value_states.shape or value_states.dtype != self.dtype:
             self._use_kernels = False  # autocast may give keys and values of two element types
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -72,6 +89,8 @@ class ChunkWiseLayer(CacheLayerMixin):
 
         If `attention` reads the cold pool itself, only the hot pool is returned.
         """
+        if self._step is not None:
+            return self._write(key_states, value_states, *self._step)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.was_read = False
@@ -83,6 +102,52 @@ class ChunkWiseLayer(CacheLayerMixin):
         keys, values = self._hot() if self.read_by_attention else self.read()
         keys.layer = values.layer = self  # type: ignore[attr-defined]
         return keys, values
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `attend` can run by tables."""
+        return self.is_initialized and self._use_kernels and triton.attention_on(self.device, self.dtype) is not None
+
+    def count_token(self, count: int = 1) -> None:
+        """Give one more token per sequence its slot, without storing anything yet. With -1, take that back."""
+        if self.hot + count > self.keys.shape[2]:
+            room = max(1, self._room(self.hot + count))
+            self.keys, self.values = (enlarged(pool, self.hot, room) for pool in (self.keys, self.values))
+        self.seen += count
+        self.hot += count
+
+    def use_tables(self, tables: StepTables | None, row: int = 0) -> None:
+        """Let `update` and `attend` read and write what a row of the tables says. None: as usual again."""
+        self._step = None if tables is None else (tables, row)
+        if tables is not None:
+            self.was_read = False
+
+    @property
+    def uses_tables(self) -> bool:
+        """Whether the running pass uses tables."""
+        return self._step is not None
+
+    def _write(self, key_states: Tensor, value_states: Tensor, tables: StepTables, row: int) -> tuple[Tensor, Tensor]:
+        """Write the states of one token per sequence into the slot that it has already."""
+        keys, values = key_states, value_states
+        if keys.dtype != self.dtype or values.dtype != self.dtype or keys.shape[2] != 1 or keys.stride(3) != 1:
+            raise StepRefused(f"a layer adds keys {tuple(keys.shape)} in {keys.dtype}")
+        if values.stride(3) != 1:
+            values = values.contiguous()
+        tables.kernels.append(keys, values, tables.pools[row], tables.step)
+        keys, values = self._hot()
+        keys.layer = values.layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def pool_numbers(self) -> list[int]:
+        """Return where the storage lies, as the kernels of `backends.triton.attention` take it."""
+        numbers = [self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2]]
+        if self.cold is None:
+            return numbers + [0] * 9
+        for pool in self.cold:
+            numbers += [pool.codes.data_ptr(), pool.scales.data_ptr(), pool.others.data_ptr()]
+        keys = self.cold[0]
+        return [*numbers, keys.codes.shape[2], len(keys.int8_heads), keys.places.data_ptr()]
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values (batch, heads, slots, head_dim) of all slots, cold slots first."""
@@ -105,6 +170,11 @@ class ChunkWiseLayer(CacheLayerMixin):
         Raises:
             EngineError: The mask is not over the slots of the cache, although KV decisions have moved them.
         """
+        if self._step is not None:
+            if mask is not self._step[0].mask:
+                raise StepRefused("its attention gets a mask of its own")
+            self.was_read = True
+            return
         if self.reading is not None:
             self.reading.compare(mask, query.shape[2])
         if self.queries is not None and not self.was_read:
@@ -113,7 +183,7 @@ class ChunkWiseLayer(CacheLayerMixin):
         self.read_by_attention = self.was_read = True
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
-        """Attend over all slots by a native kernel.
+        """Attend over all slots by a kernel in C or Triton.
 
         Args:
             query: (batch, query heads, 1, head_dim).
@@ -122,19 +192,48 @@ class ChunkWiseLayer(CacheLayerMixin):
 
         Returns:
             (batch, 1, query heads, head_dim), or None if no kernel supports this query, mask or layer.
+
+        Raises:
+            StepRefused: The pass runs by tables, and no kernel supports this query.
         """
-        if not self._use_kernels or query.shape[2] != 1 or query.dtype != self.dtype:
+        if self._step is not None:
+            return self._attend_by_tables(query, scaling, *self._step)
+        if not self._use_kernels or not self._suits(query, mask):
             return None
-        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
-            return None
-        if mask is not None and (
-            mask.dtype != torch.bool or mask.shape != (len(self.keys), 1, 1, self.slots) or mask.stride(3) != 1
-        ):
-            return None
+        if self.device.type != "cpu":
+            return self._attend_on_gpu(query, mask, scaling)
         kernel = kernels(self.dtype)
-        if kernel is None or query.shape[1] % self.keys.shape[1] or (pools := self._attention_pools()) is None:
+        if kernel is None or (pools := self._attention_pools()) is None:
             return None
-        return kernel.attend(query, pools, (self.cold[0].used if self.cold else 0, self.hot), mask, scaling)
+        return kernel.attend(query, pools, self.cold_and_hot, mask, scaling)
+
+    def _suits(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Return whether kernels can read a query and a mask."""
+        if query.shape[2] != 1 or query.dtype != self.dtype or query.shape[1] % self.keys.shape[1]:
+            return False
+        if query.requires_grad or self.keys.requires_grad or self.values.requires_grad:
+            return False
+        shape = (len(self.keys), 1, 1, self.slots)
+        return mask is None or (mask.dtype == torch.bool and mask.shape == shape and mask.stride(3) == 1)
+
+    def _attend_by_tables(self, query: Tensor, scaling: float, tables: StepTables, row: int) -> Tensor:
+        heads = self.keys.shape[1]
+        if query.dtype != self.dtype or query.shape[1] % heads or query.shape[2] != 1:
+            raise StepRefused(f"a layer asks for attention of {tuple(query.shape)} in {query.dtype}")
+        output: Tensor = tables.kernels.attend(_rows(query), tables.pools[row], tables.step, heads, scaling)
+        return output
+
+    def _attend_on_gpu(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
+        kernels = triton.attention_on(self.device, self.dtype)
+        if kernels is None:
+            return None
+        numbers = self.pool_numbers()
+        seen = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
+        tables = torch.empty(kernels.POOLS + kernels.STEP, dtype=torch.int64, device=self.device)
+        kernels.on_device([*numbers, *self.cold_and_hot, *seen], tables)
+        pools, step = tables.split((kernels.POOLS, kernels.STEP))
+        output: Tensor = kernels.attend(_rows(query), pools, step, self.keys.shape[1], scaling)
+        return output
 
     def _attention_pools(self) -> AttentionPools | None:
         """Return this layer for the C kernel, or None if the kernel refuses it. It is prepared again after a change."""
@@ -162,7 +261,7 @@ class ChunkWiseLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, without addresses: a copy has other storage, and prepares its own."""
-        return self.__dict__ | {"_pools": None}
+        return self.__dict__ | {"_pools": None, "_step": None}
 
     @torch.no_grad()
     def rearrange(
@@ -287,3 +386,7 @@ class ChunkWiseLayer(CacheLayerMixin):
             return 0
         tensors = (self.keys, self.values)
         return sum(t.shape[0] * t.shape[1] * self.seen * t.shape[3] * t.itemsize for t in tensors)
+
+
+def _rows(query: Tensor) -> Tensor:
+    return query if query.stride(3) == 1 else query.contiguous()

@@ -109,3 +109,8 @@ def appended(storage: Tensor, used: int, states: Tensor, room: int) -> Tensor:
     if used and room:  # the first states, often a whole prompt, get none: KV decisions may soon remove many of them
         parts.append(storage.new_empty((*storage.shape[:2], room, storage.shape[3])))
     return torch.cat(parts, dim=2)
+
+
+def enlarged(storage: Tensor, used: int, room: int) -> Tensor:
+    """Return `storage` (batch, heads, slots, width) with its `used` slots and room for more."""
+    return torch.cat([storage[:, :, :used], storage.new_empty((*storage.shape[:2], room, storage.shape[3]))], dim=2)

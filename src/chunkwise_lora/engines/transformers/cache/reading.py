@@ -28,14 +28,14 @@ class Reading:
         """Why slots must not move; None if they may."""
         self.moved = False
         """Whether slots have moved."""
-        self._visible: np.ndarray | None = None
+        self.visible: np.ndarray | None = None
         """(batch, slots) bool: the slots that the last token of the running pass sees; None between passes."""
         self._matched: list[Tensor | None] = []
         """The last mask of the running pass that was compared, if there is one."""
 
     def begin(self, visible: np.ndarray) -> None:
         """Start a pass, whose last token sees the slots `visible` (batch, slots), those of the pass included."""
-        self._visible, self._matched = visible, []
+        self.visible, self._matched = visible, []
 
     def compare(self, mask: Tensor | None, tokens: int) -> None:
         """Compare the mask (batch, 1, tokens, slots) that attention gets for `tokens` queries with the slots in use.
@@ -45,9 +45,9 @@ class Reading:
         """
         if self._matched and mask is self._matched[0]:
             return
-        if self._visible is None:
+        if self.visible is None:
             self._found(NOT_PLANNED)
-        elif not _shows(mask, tokens, self._visible):
+        elif not _shows(mask, tokens, self.visible):
             self._found(ANOTHER_MASK)
         else:
             self._matched = [mask]
@@ -63,7 +63,7 @@ class Reading:
         """
         if not all_layers:
             self._found(ANOTHER_ATTENTION)
-        self._visible, self._matched = None, []
+        self.visible, self._matched = None, []
 
     def _found(self, obstacle: str) -> None:
         if self.moved:
