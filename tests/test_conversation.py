@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseModel, EngineError
+from chunkwise_lora.engines.transformers.session import Session
 from models import adapter, build, greedy, peft_model, prompts
 
 PRESETS = {name: ChunkWiseConfig.preset(name) for name in ("lossless", "balanced", "compact")}
@@ -48,6 +49,47 @@ def test_a_loop_by_hand_gives_what_generate_gives(architecture: str, preset: str
         with torch.no_grad():
             logits, _ = by_hand(called, prompts((40, 21, 33)), 40)
         assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("then", ["trace", "crop", "reorder", "copy", "a mask", "another turn"])
+def test_tokens_that_no_plan_needs_are_read_later_and_none_is_lost(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    new_plan = Session._new_plan
+
+    def note(self: Session, *given: Any) -> Any:
+        planned.append(self.columns)
+        return new_plan(self, *given)
+
+    monkeypatch.setattr(Session, "_new_plan", note)
+    model, ids = attached("lossless"), prompts((9, 9))["input_ids"]
+    with torch.no_grad():
+        output = model(input_ids=ids, use_cache=True)
+        for step in range(5):
+            token = torch.tensor([[10 + step], [20 + step]])
+            output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+            token += 50  # a caller may use its tensor again
+        assert planned == [0, 9], "the prompt and the first step"
+        cache = output.past_key_values
+        expected = [[*ids[row].tolist(), *range(start, start + 5)] for row, start in ((0, 10), (1, 20))]
+        if then == "crop":
+            cache.crop(12)
+            expected = [tokens[:12] for tokens in expected]
+        elif then == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0]))
+            expected.reverse()
+        elif then == "copy":
+            cache = copy.deepcopy(cache)
+        elif then == "a mask":
+            mask = torch.ones(2, 15, dtype=torch.long)
+            model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            expected = [[*tokens, int(ids[row, 0])] for row, tokens in enumerate(expected)]
+        elif then == "another turn":
+            text = torch.cat([torch.tensor(expected), ids[:, :2]], dim=1)
+            model.generate(text, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            expected = text.tolist()
+    trace = cache.session.trace(cache)
+    assert [list(sequence.tokens) for sequence in trace.sequences] == expected
+    assert all(len(sequence.ranks) == len(tokens) for sequence, tokens in zip(trace.sequences, expected, strict=True))
 
 
 def test_a_loop_without_masks_and_positions_equals_peft() -> None:

@@ -26,7 +26,18 @@ PARTS = Path(gpu.__file__).parent
 
 def run(out: Path, *options: str) -> str:
     """What `gpu.py --tiny` prints."""
-    command = [sys.executable, "-W", "ignore", str(PARTS / "gpu.py"), "--out", str(out), "--tiny", *options]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(PARTS / "gpu.py"),
+        "--out",
+        str(out),
+        "--tiny",
+        "--minutes",
+        "60",
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stdout + done.stderr
     return done.stdout

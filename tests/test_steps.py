@@ -180,11 +180,57 @@ def test_logits_of_a_step_do_not_change_with_later_steps(counts: dict[str, int])
     assert all(torch.equal(logits, before) for logits, before in kept)
 
 
-@pytest.mark.parametrize("refusal", ["hidden states", "gradients", "several tokens", "switched off", "a DoRA adapter"])
+@pytest.mark.parametrize(
+    "change", ["weights in place", "another parameter", "another module", "a merge", "float64 and back", "a forward"]
+)
+def test_a_model_that_has_changed_gets_new_graphs(change: str, counts: dict[str, int]) -> None:
+    inputs, models = on_device(prompts((9,))), [attached(CONFIGS["lossless"], fast) for fast in (SLOW, None)]
+    for model in models:
+        greedy(model, inputs, 6, adapter_names="a")
+    computed = counts["computed"]
+    for model in models:
+        layer = model.base.model.layers[0].mlp
+        weight = layer.gate_proj.base_layer.weight
+        torch.manual_seed(1)
+        other = weight.detach() + 0.3 * torch.randn_like(weight)
+        if change == "weights in place":
+            weight.data = other
+        elif change == "another parameter":
+            layer.gate_proj.base_layer.weight = torch.nn.Parameter(other, requires_grad=False)
+        elif change == "another module":
+            layer.act_fn = torch.nn.ReLU()
+        elif change == "a merge":
+            model.merge_adapter(["b"])
+            model.unmerge_adapter()
+        elif change == "a forward":
+            layer.act_fn.forward = torch.relu
+        else:
+            model.double()
+            model.float()
+    (slow, _), (ours, _) = (greedy(model, inputs, NEW_TOKENS, adapter_names="a") for model in models)
+    assert torch.equal(slow, ours)
+    assert counts["computed"] >= computed + 2, "computed, then captured"
+
+
+def test_hooks_inside_of_the_model_run_in_every_step(counts: dict[str, int]) -> None:
+    model, inputs, seen = attached(CONFIGS["lossless"]), on_device(prompts((9,))), list[int]()
+    greedy(model, inputs, 6)
+    computed = counts["computed"]
+    handle = model.base.model.layers[0].mlp.register_forward_hook(lambda *given: seen.append(1))
+    greedy(model, inputs, 6)
+    assert len(seen) == 6 and counts["computed"] == computed
+    handle.remove()
+    greedy(model, inputs, 6)
+    assert len(seen) == 6 and (GPU or counts["computed"] > computed)
+
+
+@pytest.mark.parametrize(
+    "refusal", ["hidden states", "gradients", "several tokens", "switched off", "a replaced head", "autocast"]
+)
 def test_other_passes_run_as_usual(refusal: str, counts: dict[str, int]) -> None:
     kind = FastPaths(graphs=False) if refusal == "switched off" else None
     inputs = on_device(prompts((9,)))
-    if refusal == "a DoRA adapter":
+    if refusal == "a replaced head":
         model = ChunkWiseModel(build("llama").to(inputs["input_ids"].device), adapter("llama", "saved_head"))
     else:
         model = attached(CONFIGS["lossless"], kind)
@@ -195,7 +241,8 @@ def test_other_passes_run_as_usual(refusal: str, counts: dict[str, int]) -> None
     elif refusal == "gradients":
         model(inputs["input_ids"], use_cache=False)
     else:
-        greedy(model, inputs, 5, **options)
+        with torch.autocast(inputs["input_ids"].device.type, enabled=refusal == "autocast", dtype=torch.bfloat16):
+            greedy(model, inputs, 5, **options)
     assert not counts["computed"]
 
 

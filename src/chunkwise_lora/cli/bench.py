@@ -88,8 +88,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of llama-cpp.")] = 1,
     device: DeviceOption = "cpu",
     slow: Annotated[
-        list[str] | None,
-        typer.Option(help="Fast paths to switch off: kernels, attention, products, graphs."),
+        list[str] | None, typer.Option(help="Fast paths to switch off: kernels, attention, products, graphs.")
     ] = None,
     plot: Annotated[
         Path | None,

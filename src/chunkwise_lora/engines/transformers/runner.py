@@ -66,7 +66,7 @@ class Runner(AttachedModel):
         self._traces = threading.local()
         self._last_trace: Trace | None = None
         self._said: set[str] = set()
-        self._steps = DecodeSteps(fast.graphs and fast.kernels and fast.attention)
+        self._steps = DecodeSteps(self.base, fast.graphs and fast.kernels and fast.attention)
 
     # Calls
 
@@ -417,7 +417,7 @@ class Runner(AttachedModel):
                 full_rungs=session.full_rungs,
                 is_constant=session.is_constant,
                 is_constant_per_sequence=session.knows_no_tokens,
-                batch=len(session.planner),
+                batch=session.batch,
             )
             stepped = None
             if backend is not None and cache is not None:

@@ -25,6 +25,9 @@ from chunkwise_lora.method.segments import PassPlan
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
 from chunkwise_lora.method.trace import Trace
 
+MOST_UNREAD = 512
+"""Largest number of decode steps whose tokens are read together."""
+
 UNKNOWN_TOKEN = -1
 """Stands for a token that the model got as an embedding."""
 
@@ -55,7 +58,7 @@ class Session:
 
     def __init__(self, owner: object, traits: ModelTraits, prompts: Prompts) -> None:
         self._owner = ref(owner)  # a copy of a cache shares it
-        self.planner = BatchPlanner(traits.vocab_size, feeds_all=True)
+        self._planner = BatchPlanner(traits.vocab_size, feeds_all=True)
         self._traits = traits
         self._prompts = prompts
         self._infos = {info.key: info for info in prompts.adapters}
@@ -76,10 +79,42 @@ class Session:
         self._slots: np.ndarray | None = None
         """(batch, slots + tokens) bool, the slots that each sequence of the running pass sees; None while they are the
         columns of the input."""
+        self._follows = False
+        """Whether plans are given, instead of made."""
+        self._repeated: PassPlan | None = None
+        """The plan of the last decode step, if all later ones are planned alike, whatever their tokens are."""
+        self._unread: list[Tensor] = []
+        """The tokens (batch, 1) of decode steps that were repeated, which the planner does not know yet."""
+        self._entropies: tuple[Tensor, list[int]] | None = None
+        """Entropies (batch,) that the planner does not know yet, and the positions of the tokens that they predict."""
         self._is_broken = False
         """Whether a pass has begun and not ended."""
         self._bytes_read = 0
         self._passes = 0
+
+    @property
+    def planner(self) -> BatchPlanner:
+        """The planner of the sequences, which knows all tokens so far. This may wait for the device."""
+        self._tell_planner()
+        return self._planner
+
+    def _tell_planner(self) -> None:
+        """Tell the planner the tokens and entropies that it does not know yet."""
+        if self._entropies is not None:
+            (entropies, positions), self._entropies = self._entropies, None
+            for row, (position, entropy) in enumerate(zip(positions, entropies.tolist(), strict=True)):
+                self._planner[row].learn(position, entropy)
+        if self._unread:
+            ids, self._unread = torch.cat(self._unread, dim=1).tolist(), []
+            for row, tokens in enumerate(ids):
+                sequence = self._planner[row]
+                sequence.plan(len(sequence.tokens), tokens)
+                sequence.take_decisions()  # that keep everything
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self._planner)
 
     def belongs_to(self, owner: object) -> bool:
         """Return whether `owner` made this session."""
@@ -149,6 +184,7 @@ class Session:
     def follow(self, schedulers: Sequence[FixedScheduler]) -> None:
         """Take these plans, one per sequence, instead of planning. Call this before the first pass."""
         self._open(len(schedulers))
+        self._follows = True
         for row, scheduler in enumerate(schedulers):
             self.planner[row].follow(scheduler)
 
@@ -182,6 +218,7 @@ class Session:
                 "no cache"
             )
         self._prompt_end = input_ids.shape[1]
+        self._repeated = None
         self._eos = frozenset(eos_token_ids)
         self._has_ended[:] = False
 
@@ -202,6 +239,36 @@ class Session:
         if self._is_broken:
             raise EngineError("a pass of these sequences was broken off; begin again with a new cache")
         self._is_broken = True  # until after_pass
+        plan = self._repeated_plan(inputs, has_cache) or self._new_plan(inputs, has_cache)
+        self._passes += 1
+        self._bytes_read += sum(int(self._infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
+        if cache is not None and cache.chunkwise_layers:
+            assert self._pending is not None
+            self._slots = cache.slot_mask(self._pending[0] != NO_TOKEN)
+            if sets_mask:
+                self.set_mask(inputs, cache)
+        return plan
+
+    def _repeated_plan(self, inputs: dict[str, Any], has_cache: bool) -> PassPlan | None:
+        """Plan a decode step like the last one, without waiting for the device to read its tokens; None if the plan may
+        depend on them."""
+        plan, ids = self._repeated, inputs.get("input_ids")
+        last = self._traits.positions - 1
+        if plan is None or not has_cache or ids is None or ids.shape != (plan.batch, 1):
+            return None
+        if inputs.get("attention_mask") is not None or any(len(columns) > last for columns in self._real):
+            return None
+        for columns in self._real:
+            columns.append(self._columns)
+        self._pending = np.array([[len(columns) - 1] for columns in self._real]), [[] for _ in self._real]
+        self._columns += 1
+        self._unread.append(ids.clone())
+        if len(self._unread) == MOST_UNREAD:
+            self._tell_planner()
+        return plan
+
+    def _new_plan(self, inputs: dict[str, Any], has_cache: bool) -> PassPlan:
+        """Read the tokens of a pass, and plan them."""
         ids, batch, width = self._tokens_of(inputs)
         if not len(self.planner):
             self._open(batch)
@@ -230,12 +297,8 @@ class Session:
         plan = self.planner.plan(spans, lambda: span_ids, width)
         self._pending = (tokens, [self.planner[row].take_decisions() for row in range(batch)])
         self._columns += width - known
-        self._passes += 1
-        self._bytes_read += sum(int(self._infos[segment.adapter].rung_bytes[segment.rung]) for segment in plan.segments)
-        if cache is not None and cache.chunkwise_layers:
-            self._slots = cache.slot_mask(real)
-            if sets_mask:
-                self.set_mask(inputs, cache)
+        repeats = self.knows_no_tokens and not (self._follows or self.acts or self._eos or self._has_ended.any())
+        self._repeated = plan if repeats and width == 1 and has_cache and not in_prompt else None
         return plan
 
     def after_pass(self, logits: Tensor | None, cache: SessionCache | None, entropies: Tensor | None = None) -> None:
@@ -250,11 +313,9 @@ class Session:
             EngineError: The model did not use the cache.
         """
         assert self._pending is not None
-        readers = [row for row in range(len(self.planner)) if self.planner[row].config.reads_entropy]
-        if readers and logits is not None and self._columns >= self._prompt_end:
+        if self.reads_entropy and logits is not None and self._columns >= self._prompt_end:
             found = entropies_of(logits[:, -1]) if entropies is None else entropies
-            for row, entropy in enumerate(found.tolist()):
-                self.planner[row].learn(len(self._real[row]), entropy)
+            self._entropies = found, [len(columns) for columns in self._real]
         tokens, decisions = self._pending
         if cache is not None:
             cache.check_used(tokens.shape[1])
@@ -273,11 +334,13 @@ class Session:
 
     def crop(self, columns: int) -> None:
         """Forget all columns from `columns` on."""
+        planner = self.planner  # which knows all tokens, before some are forgotten
         self._columns = min(self._columns, columns)
+        self._repeated = None
         for row, real in enumerate(self._real):
             del real[np.searchsorted(real, columns) :]
-            self.planner[row].rewind(len(real))
-            self.planner[row].take_decisions()  # they were carried out when these tokens ran
+            planner[row].rewind(len(real))
+            planner[row].take_decisions()  # they were carried out when these tokens ran
         self._has_ended[:] = False
 
     def trace(self, cache: SessionCache | None) -> Trace:
@@ -313,6 +376,7 @@ class Session:
 
     def _set_adapters(self, adapters: list[AdapterInfo]) -> None:
         self._adapters = adapters
+        self._repeated = None
         self._members = {}
         for info in dict.fromkeys(adapters):
             rows = [row for row, other in enumerate(adapters) if other is info]

@@ -18,7 +18,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunkwise_lora.backends.triton import attention_on
 from chunkwise_lora.engines.base import entropies_of
@@ -26,6 +26,7 @@ from chunkwise_lora.engines.transformers.cache.stepping import StepRefused, Step
 from chunkwise_lora.engines.transformers.calls import Call
 from chunkwise_lora.engines.transformers.context import PASS, ForwardPass, within
 from chunkwise_lora.engines.transformers.session import Session, SessionCache
+from chunkwise_lora.engines.transformers.unchanged import Unchanged
 from chunkwise_lora.errors import first_line
 from chunkwise_lora.method.segments import PassPlan
 
@@ -65,6 +66,8 @@ class Kind:
     batch: int
     layers: int
     """Layers of the cache."""
+    dtype: torch.dtype
+    """Dtype of the cache."""
     layout: int
     """The layout of the backend's tables; 0 if no adapter runs."""
     reads_entropy: bool
@@ -90,6 +93,8 @@ class Step:
         self.tables = tables
         self.fixed = backend.fixed_pass(kind.batch) if kind.layout else None
         """The pass of the adapters; None if no adapter runs."""
+        self.of_model: Unchanged | None = None
+        """The model as it was when the step was made."""
         self.calls = 0
         self.replay: Replay | None = None
         self.is_checked = False
@@ -149,11 +154,15 @@ class DecodeSteps:
     """Runs the decode steps of one model as graphs, where the model and the call allow it.
 
     Args:
+        model: The model.
         enabled: Whether any step may.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, model: nn.Module, enabled: bool) -> None:
+        self._model = model
         self._enabled = enabled
+        self._unchanged: Unchanged | None = None
+        """The model as it was when the first graph was captured."""
         self._unused: dict[Kind, list[Step]] = {}
         self._lock = Lock()
 
@@ -175,7 +184,15 @@ class DecodeSteps:
             or (isinstance(value, (bool, int)) and value in PASSED.get(name, (False,)))
             for name, value in inputs.items()
         )
-        return simple and (positions is None or positions.ndim == 2) and cache.can_step
+        simple &= (positions is None or positions.ndim == 2) and not torch.is_autocast_enabled(tokens.device.type)
+        return simple and cache.can_step and self._is_captured_right()
+
+    def _is_captured_right(self) -> bool:
+        """Drop the graphs if the model has changed. Return whether graphs can stand for it."""
+        with self._lock:
+            if self._unchanged is None or not self._unchanged:
+                self._unchanged, self._unused = Unchanged(self._model), {}
+            return not self._unchanged.has_hooks
 
     def run(
         self,
@@ -206,6 +223,7 @@ class DecodeSteps:
         kind = Kind(
             batch=len(inputs["input_ids"]),
             layers=len(cache.layers),
+            dtype=cache.chunkwise_layers[0].dtype,
             layout=backend.layout if running.plan.segments else 0,
             reads_entropy=call.session.reads_entropy,
             others=tuple(sorted(others.items())),
@@ -225,7 +243,8 @@ class DecodeSteps:
         entropies = None if entropies is None else entropies.clone()
         step.end()
         with self._lock:
-            self._unused.setdefault(kind, []).append(step)
+            if step.of_model is self._unchanged:
+                self._unused.setdefault(kind, []).append(step)
         return output, entropies
 
     def _results(self, step: Step, compute: Callable[[], Results]) -> Results:
@@ -240,7 +259,7 @@ class DecodeSteps:
 
                 try:
                     step.replay = record(keep, step.tables.pools.device)
-                except (RuntimeError, torch.AcceleratorError) as error:
+                except RuntimeError as error:
                     self.stop(f"the model cannot be captured ({first_line(error)})")
             return results
         step.replay()
@@ -268,4 +287,6 @@ class DecodeSteps:
         kernels = attention_on(backend.device, backend.dtype)
         assert kernels is not None  # checked by `ChunkWiseCache.can_step`
         with torch.inference_mode(False):  # so that calls outside of inference mode may fill the tensors, too
-            return Step(kind, StepTables(kernels, kind.layers, kind.batch, backend.device), backend)
+            step = Step(kind, StepTables(kernels, kind.layers, kind.batch, backend.device), backend)
+        step.of_model = self._unchanged
+        return step
