@@ -6,8 +6,8 @@
 |---|---|
 | correctness | every path that a GPU takes, on tiny models, against the gate form and PEFT |
 | products | the adapters of one layer: our kernels, PyTorch's products, PEFT, vLLM's kernels |
-| engine | decoding and prefill of models of the 7B and 1B shapes, compared with PEFT, merged, eager and compiled |
 | tenants | one decode step of 32 sequences with 32 adapters |
+| engine | decoding and prefill of models of the 7B and 1B shapes, compared with PEFT, merged, eager and compiled |
 | calibration | the seconds that a calibration takes |
 
 A measurement that fails does not end the others: after an error of the GPU, another process goes on. Every result is
@@ -29,7 +29,7 @@ from typing import Annotated
 
 import typer
 
-PARTS = ["correctness", "products", "engine", "tenants", "calibration"]
+PARTS = ["correctness", "products", "tenants", "engine", "calibration"]
 BROKEN = 3
 """Exit status of a process that can no longer use its GPU."""
 

@@ -7,6 +7,9 @@ inputs of the step that was captured, and must nevertheless compute what the tab
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import local
 from typing import Any
 
 import pytest
@@ -167,6 +170,30 @@ def test_calls_in_and_outside_of_inference_mode_share_what_lies_on_the_device(co
     ours = greedy(model, inputs, NEW_TOKENS, adapter_names="another8")[0]
     slow = ChunkWiseModel(build("llama").to(ours.device), adapter("llama", seed=7), config, SLOW)
     assert torch.equal(ours, greedy(slow, inputs, NEW_TOKENS)[0])
+
+
+def test_threads_do_not_share_a_step(counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    running, results = local(), steps.DecodeSteps._results
+
+    def note(self: steps.DecodeSteps, step: steps.Step, compute: Any) -> Any:
+        running.step, running.compute = step, compute
+        return results(self, step, compute)
+
+    def replay() -> None:  # a graph does not touch the cache of another thread, as `record` of `counts` would
+        running.step.captured = running.compute()
+
+    if not GPU:
+        monkeypatch.setattr(steps.DecodeSteps, "_results", note)
+        monkeypatch.setattr(steps, "record", lambda run, device: replay)
+    inputs, names = on_device(prompts((9,))), ["a", "b", "__base__"]
+    wanted = {name: expected(CONFIGS["balanced"], inputs, adapter_names=name)[0] for name in set(names)}
+    model = attached(CONFIGS["balanced"])
+    with ThreadPoolExecutor(len(names)) as threads:
+        run = partial(greedy, model, inputs, NEW_TOKENS)
+        found = [threads.submit(run, adapter_names=name) for name in names for _ in range(2)]
+    for name, one in zip([name for name in names for _ in range(2)], found, strict=True):
+        assert torch.equal(one.result()[0], wanted[name])
+    assert counts["computed"]
 
 
 def test_logits_of_a_step_do_not_change_with_later_steps(counts: dict[str, int]) -> None:

@@ -1,9 +1,9 @@
 """The transformers engine beside the base, PEFT, and merged and unmerged models that are compiled.
 
 The models have random weights. The caches of baselines are filled with random numbers, which changes no time. A method
-is measured in several turns; every turn runs each method once, and begins with another one. Only one cache of a method
-lives at a time, so that long contexts fit. Compiled methods run transformers' static cache, with `torch.compile` and
-CUDA graphs, as transformers itself does.
+is measured in three turns, at long contexts in one. Every turn runs each method once, and begins with another one. Only
+one cache of a method lives at a time, so that long contexts fit. Compiled methods run transformers' static cache, with
+`torch.compile` and CUDA graphs, as transformers itself does.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Models:
             self._compiled.pop(MERGED_COMPILED, None)
             free_memory(self._settings.device)
         tiny = self._settings.tiny
-        turns, steps = (1, 2) if tiny else (3, 24)
+        turns, steps = (1, 2) if tiny else (3, 24) if case.context * case.batch <= MANY_TOKENS else (1, 48)
         prompt = random_prompt(self._base, case.batch, case.context)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in case.methods}
         length = case.context + turns * (WARM_UP + steps)
@@ -180,6 +180,9 @@ class Models:
             self._static = StaticCache(config=model.config, max_cache_len=length)
         return CompiledRun(self._compiled[name], method, prompt, self._static)
 
+
+MANY_TOKENS = 4096
+"""Batches with more tokens than this run in one turn, because their prefill takes seconds."""
 
 WARM_UP = 4
 """Steps before the timed ones: two compile and record, the others repeat."""

@@ -12,8 +12,8 @@ from gpu_parts.cells import Results
 PARTS: dict[str, Any] = {
     "correctness": correctness,
     "products": products,
-    "engine": engine,
     "tenants": tenants,
+    "engine": engine,
     "calibration": calibration,
 }
 """The parts by name, in the order in which they run."""
