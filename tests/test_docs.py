@@ -143,15 +143,13 @@ def test_imports_in_examples_exist(page: str) -> None:
                     assert hasattr(found, name) or import_module(f"{module}.{name}"), f"{page}: {module} has no {name}"
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [example] = [content for language, content in FENCED.findall(text_of("README.md")) if language == "python"]
     names: dict[str, object] = {}
     short = re.sub(r"max_new_tokens=\d+", "max_new_tokens=4", example)
     exec(compile(short, "README.md", "exec", dont_inherit=True), names)
     assert type(names["peft_model"]).__name__ == "PeftModelForCausalLM"
-    ladders = names["ladders"]
-    assert isinstance(ladders, dict) and list(ladders) == ["wiki", "e2e"]
+    assert capsys.readouterr().out.count("Karsund is a town") == 2, "the texts of both adapters"
 
 
 @pytest.fixture
