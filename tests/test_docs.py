@@ -24,7 +24,15 @@ MEASURED = ("README.md", "docs/quality.md", "docs/research-notes.md", "docs/benc
 GUIDES = [page for page in DOCS if page.startswith("docs/guides/")]
 GENERATED = ("docs/settings.md", "docs/cli.md")
 """Pages of the site that docs/_build/pages.py writes. `make docs` checks links to their headings."""
-PAGES = ["README.md", "CHANGELOG.md", "weights/README.md", "tests/small/MODEL_CARD.md", *DOCS]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "weights/README.md",
+    "tests/small/MODEL_CARD.md",
+    *DOCS,
+]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 OPTION = re.compile(r"-[a-z]|--[a-z][a-z0-9-]*")

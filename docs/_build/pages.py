@@ -131,6 +131,8 @@ def cli_page() -> str:
         records = [record for one in command.params if (record := one.get_help_record(context))]
         rows = [[f"`{cell(option)}`", cell(meaning)] for option, meaning in records]
         help_text = inspect.cleandoc(command.help or "").replace("\x08", "")
+        if command.epilog:
+            help_text += "\n\n" + inspect.cleandoc(command.epilog)
         page.append(f"## {name}\n\n```text\n{name} {usage}\n```\n\n{help_text}\n\n{table(['option', 'meaning'], rows)}")
     return "".join(page)
 
