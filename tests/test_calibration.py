@@ -55,12 +55,15 @@ from chunkwise_lora.method.config import (
     ChunkingConfig,
     ComplexityConfig,
     CompositionConfig,
+    KVCacheConfig,
+    LevelKVPolicy,
     SelectionConfig,
 )
 from chunkwise_lora.method.scheduler import RuntimeScheduler
 from chunkwise_lora.method.segments import ranks_of
 from models import VOCABULARY, adapter, build
 
+INT8_LEVEL = (LevelKVPolicy(precision="int8"),)
 BLOCK = 24
 CONFIG = CalibrationConfig(mean_rank=0.5, block=BLOCK, refinements=6, explorations=1)
 
@@ -413,6 +416,28 @@ def test_the_standard_error_counts_alike_neighbours_once() -> None:
     alike = independent[::64].repeat_interleave(64)
     assert standard_error(alike) == pytest.approx(1 / 8, rel=0.2)
     assert standard_error(torch.ones(3)) == 0
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 1.0])
+def test_int8_is_kept_if_its_divergence_is_small_beside_the_loss(
+    tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "INT8_TOLERANCE", tolerance)
+    blocks = TokenBlocks.cut(text(), BLOCK)
+    split = CalibrationText.split(blocks, None, CONFIG)
+    ladder = RankLadder.from_peft(adapter("llama"))
+    run = CalibrationRun(build("llama"), ladder, split, CONFIG, Progress(lambda *report: None), Unfinished())
+    config = fitted_ladder.alike(0.5)
+    config = config.model_copy(update={"chunking": ChunkingConfig(thresholds=(), min_length=1, max_length=4)})
+    with run.attach(ladder) as model:
+        chosen = search.choose_int8(run, model, config)
+        full, int8 = (
+            log_probabilities_as_generated(model, split.choice.tokens, one).log_p[:, :-1]
+            for one in (config, config.model_copy(update={"kv_cache": KVCacheConfig(levels=INT8_LEVEL)}))
+        )
+    loss = -full.gather(2, split.choice.tokens[:, 1:, None]).mean()
+    assert (chosen.kv_cache.levels == INT8_LEVEL) == bool(kl_divergence(full, int8).mean() <= tolerance * loss)
+    assert chosen.kv_cache.levels == INT8_LEVEL or tolerance < 1
 
 
 def test_a_tighter_loss_budget_spends_more_rank_and_loses_less() -> None:

@@ -81,7 +81,11 @@ class CalibrationConfig(StrictConfig):
         description="Share of the text, at its end, that is held back to choose settings and to check the result, "
         "unless a held text is given; at most a quarter of the tokens to learn from.",
     )
-    int8: bool = Field(True, description="Store keys and values as INT8 where this raises the loss by at most 0.1%.")
+    int8: bool = Field(
+        True,
+        description="Store keys and values as INT8 if their KL divergence from full precision is at most 0.1% of the "
+        "loss.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the ladder's factors. What to expect of the policy is measured in it."
     )

@@ -36,7 +36,7 @@ saving must also be above 0 by `STANDARD_ERRORS`."""
 STANDARD_ERRORS = 2.0
 """What is measured may be wrong by this many standard errors: with few scored tokens, small differences are noise."""
 INT8_TOLERANCE = 1e-3
-"""INT8 keys and values are kept if they raise the loss by at most this share."""
+"""INT8 keys and values are kept if the KL divergence from full precision is at most this share of the loss."""
 
 Value = TypeVar("Value", int, float)
 
@@ -156,7 +156,9 @@ def choose_chunks_and_scale(
 
 
 def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> ChunkWiseConfig:
-    """`config` with INT8 keys and values if they hardly raise the loss on the choice text; otherwise `config` as it is.
+    """`config` with INT8 keys and values if they hardly change the predictions on the choice text; otherwise `config`.
+
+    The KL divergence is compared, because the loss of few tokens changes by chance more than INT8 changes it.
 
     Args:
         run: The calibration.
@@ -165,15 +167,15 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
     """
     levels = (LevelKVPolicy(precision="int8"),) * config.levels
     with_int8 = config.model_copy(update={"kv_cache": KVCacheConfig(levels=levels)})
-    increase = total = 0.0
+    divergence = loss = 0.0
     for batch in run.batches_by_step(run.text.choice, "trying INT8 keys and values"):
         before, after = (
-            scored_losses(log_probabilities_as_generated(model, batch.tokens, one, scored=batch.scored).log_p, batch)
+            log_probabilities_as_generated(model, batch.tokens, one, scored=batch.scored).log_p
             for one in (config, with_int8)
         )
-        total += float(before.sum())
-        increase += float((after - before).sum())
-    return with_int8 if increase <= INT8_TOLERANCE * total else config
+        loss += float(scored_losses(before, batch).sum())
+        divergence += float(kl_divergence(before, after)[batch.has_next].sum())
+    return with_int8 if divergence <= INT8_TOLERANCE * loss else config
 
 
 def _costs(
