@@ -118,7 +118,8 @@ class ChunkWiseCache(Cache):
         for layer in self.chunkwise_layers:
             layer.count_token()
         assert self._reading.visible is not None
-        tables.fill(self.chunkwise_layers, self._reading.visible)
+        pools = [layer.pool_numbers() for layer in self.chunkwise_layers]
+        tables.fill(pools, self.chunkwise_layers[0].cold_and_hot, self._reading.visible)
 
     @contextmanager
     def by_tables(self, tables: StepTables) -> Iterator[None]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from chunkwise_lora.engines.transformers.cache.layer import ChunkWiseLayer
 
 
 class StepRefused(Exception):
@@ -39,17 +34,21 @@ class StepTables:
         self._seen: Tensor | None = None
         """(batch, slots) bool, whose address `step` holds."""
 
-    def fill(self, layers: Sequence[ChunkWiseLayer], seen: np.ndarray) -> None:
-        """Take the storage of `layers`, and the slots (batch, slots) that sequences see, the new token's included."""
-        numbers = [layer.pool_numbers() for layer in layers]
-        if numbers != self._numbers:
-            flat = [number for of_layer in numbers for number in of_layer]
+    def fill(self, pools: list[list[int]], cold_and_hot: tuple[int, int], seen: np.ndarray) -> None:
+        """Take a cache.
+
+        Args:
+            pools: (layers, POOLS) numbers, as `attention` takes them.
+            cold_and_hot: Slots in use of the two pools of every layer.
+            seen: (batch, slots) bool: the slots that sequences see, the new token's included.
+        """
+        if pools != self._numbers:
+            flat = [number for of_layer in pools for number in of_layer]
             self.kernels.on_device(flat, self.pools.view(-1))
-            self._numbers = numbers
+            self._numbers = pools
         self._seen = None if seen.all() else _copied(seen, self.pools.device)
-        cold, hot = layers[0].cold_and_hot
         mask = (0, 0) if self._seen is None else (self._seen.data_ptr(), self._seen.stride(0))
-        self.kernels.on_device([cold, hot, *mask], self.step)
+        self.kernels.on_device([*cold_and_hot, *mask], self.step)
 
 
 def _copied(array: np.ndarray, device: torch.device) -> Tensor:
