@@ -78,6 +78,7 @@ IMPOSSIBLE: dict[type[StrictConfig], dict[str, tuple[Any, ...]]] = {
         "keep_directions": (2, "perhaps", None),
         "distillations": (-1, 0.5, NAN, "many"),
         "distillation_rate": (0, -1e-3, 1.5, NAN, "fast"),
+        "dtype": ("int8", "float64", None),
         "explorations": NOT_A_COUNT,
         "held_share": (0, 0.5, -0.1, NAN, "half", None),
         "int8": (2, "perhaps", None),

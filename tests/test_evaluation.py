@@ -61,7 +61,7 @@ def test_a_measurement_reports_the_bytes_of_the_storages(all_methods: list[Metho
     assert base.kv_bytes == unmerged.kv_bytes == slot * (24 + 3)
     assert lossless.kv_bytes == slot * (24 + 3 + 1), "the cache has room for one more token"
     assert unmerged.decode_ratio == unmerged.prefill_ratio == base.decode_over_base == base.prefill_over_base == 1
-    assert base.scheduler_ms == 0 < lossless.scheduler_ms
+    assert base.scheduler_ms == 0 == lossless.scheduler_ms, "a plan that needs no tokens is made once"
 
 
 def test_without_rounds_of_prefill_the_caches_of_baselines_are_filled(
@@ -140,7 +140,7 @@ def test_peft_and_ladders_read_a_random_adapter(tmp_path: Path) -> None:
 
 def test_coloured_tokens_keep_the_text() -> None:
     sequence = SequenceTrace("a", tokens=(1, 2, 3), ranks=(0.0, 8.0, 16.0), full_rank=16.0, chunks=())
-    text = coloured_tokens(sequence, ["<1>", "<2>", "<3>"], full_rank=16, prompt_tokens=1)
+    text = coloured_tokens(sequence, ["<1>", "<2>", "<3>"], full_rank=16, prompt_tokens=1, colours=True)
     assert text.plain == "<1><2><3>"
     assert len({str(span.style) for span in text.spans}) == 3
 

@@ -101,7 +101,8 @@ def generate(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
-    ids, mask = (tensor.to(model.base.device) for tensor in (inputs.input_ids, inputs.attention_mask))
+    device = getattr(model, "base", model).device  # a ChunkWiseModel, or a base model alone
+    ids, mask = (tensor.to(device) for tensor in (inputs.input_ids, inputs.attention_mask))
     output = model.generate(ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
     return output[:, ids.shape[1] :], mask
 

@@ -313,7 +313,9 @@ class Session:
             EngineError: The model did not use the cache.
         """
         assert self._pending is not None
-        if self.reads_entropy and logits is not None and self._columns >= self._prompt_end:
+        in_prompt = self._columns < self._prompt_end
+        # A head that sees only chosen tokens gives logits of another shape, which say nothing about the next tokens.
+        if self.reads_entropy and logits is not None and len(logits) == self.batch and not in_prompt:
             found = entropies_of(logits[:, -1]) if entropies is None else entropies
             self._entropies = found, [len(columns) for columns in self._real]
         tokens, decisions = self._pending
