@@ -59,8 +59,9 @@ def print_generations(
         prompt_tokens = int(mask[row].sum())
         sequence = _until_end(whole, prompt_tokens, tokenizer.eos_token_id)
         text = tokenizer.decode(new[row], skip_special_tokens=True)
-        pieces = _pieces(tokenizer, sequence.tokens)
-        frames.append(framed(sequence, pieces, prompt_tokens, colours=True))
+        pieces = _pieces(tokenizer, sequence.tokens) if show_ranks or picture is not None else []
+        if picture is not None:
+            frames.append(framed(sequence, pieces, prompt_tokens, colours=True))
         if show_ranks:
             print_sequence(sequence, pieces, prompt_tokens)
         elif not streams:
