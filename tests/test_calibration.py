@@ -552,12 +552,20 @@ def test_a_distilled_ladder_is_checked_against_the_given_adapter_on_the_held_tex
         planned = log_probabilities_in_one_pass(model, checked, found.policy, "found").log_p
     assert found.check.loss_full == pytest.approx(float(next_token_losses(full, checked).mean()), rel=1e-4)
     assert found.check.kl == pytest.approx(float(kl_divergence(full, planned).mean()), rel=1e-3)
-    for message, options in (
-        ("held tokens are too few", {"held_tokens": held[: 3 * BLOCK]}),
-        ("held text is plain text", {"held_tokens": held, "scored": [True] * len(text())}),
-    ):
-        with pytest.raises(ChunkWiseError, match=message):
-            calibrate(build("llama"), given, text(), config, **options)
+    with pytest.raises(ChunkWiseError, match="held tokens are too few"):
+        calibrate(build("llama"), given, text(), config, held_tokens=held[: 3 * BLOCK])
+
+
+def test_only_the_scored_tokens_of_a_held_text_count() -> None:
+    tokens, half = TokenBlocks.all_scored(torch.arange(100 * BLOCK).view(100, BLOCK)), torch.arange(BLOCK) < BLOCK // 2
+    held = TokenBlocks(tokens.tokens, half.expand(100, BLOCK).clone())
+    held.scored[::2] = False
+    split = CalibrationText.split(tokens, held, CONFIG.model_copy(update={"tokens": 24 * BLOCK}))
+    assert torch.equal(torch.cat([split.choice.tokens, split.check.tokens]), tokens.tokens[1:13:2])
+    assert split.choice.scored.sum() == 3 * BLOCK // 2
+    few = TokenBlocks(tokens.tokens, torch.arange(BLOCK).eq(0).expand(100, BLOCK))
+    split = CalibrationText.split(tokens, few, CONFIG.model_copy(update={"tokens": 24 * BLOCK}))
+    assert len(split.choice) + len(split.check) == 24 * BLOCK // 32, "as many blocks as hold enough predictions"
 
 
 def test_a_scale_with_fixed_rungs_equals_the_same_scale_in_a_policy() -> None:

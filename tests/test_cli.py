@@ -20,7 +20,7 @@ import torch
 import typer
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import small
 from chunkwise_lora import ChunkWiseConfig, ChunkWiseError, ChunkWiseModel, RankLadder, __version__, examples
@@ -35,6 +35,7 @@ from chunkwise_lora.cli.options import share
 from chunkwise_lora.cli.output import escaped_lines
 from chunkwise_lora.cli.progress import Bars, Lines, in_words
 from chunkwise_lora.cli.rendering import coloured_tokens, ladder_table, rank_legend
+from chunkwise_lora.evaluation.data import encode
 from chunkwise_lora.method.trace import SequenceTrace
 from chunkwise_lora.rank_colour import rank_colour
 
@@ -708,3 +709,19 @@ def test_an_export_does_not_replace_a_ladder(run: Any, tmp_path: Path) -> None:
     code, _, err = run("ladder", "export", tmp_path, "--mean-rank", "50%", "-o", tmp_path)
     assert code == 1 and "give another folder" in " ".join(err.split())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_calibrate_chooses_and_checks_on_the_held_text(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanings = [f"name[{name}], area[{area}]" for name in ("Aldhaven", "Zizzi", "The Vaults") for area in "abcdefghi"]
+    for name, answer, rows in (("learn", "It is a pub.", meanings), ("held", "Good.", meanings[:6])):
+        (tmp_path / f"{name}.csv").write_text("mr,ref\n" + "".join(f'"{one}",{answer}\n' for one in rows))
+    command = ("calibrate", "--task", "e2e", "--text", tmp_path / "learn.csv", "--held-text", tmp_path / "held.csv")
+    command += ("--model", small.BASE, "--adapter", small.E2E, "--mean-rank", "50%", "--refinements", 0)
+    monkeypatch.setattr(cost_model, "MIN_STEPS", 10)
+    code, _, err = run(*command, "--tokens", 600, "-o", tmp_path / "out", "--json", tmp_path / "report.json")
+    assert code == 0, err
+    report = json.loads((tmp_path / "report.json").read_text())
+    _, answer = encode(AutoTokenizer.from_pretrained(small.BASE), "", "Good.")
+    assert report["check"]["tokens"] == 3 * len(answer), "half of the held meanings"

@@ -49,7 +49,7 @@ from chunkwise_lora.evaluation.report import markdown, page
 from chunkwise_lora.evaluation.results import Evaluation, Prediction, Result, Score, free_ranks
 from chunkwise_lora.evaluation.settings import EvaluationSettings
 from chunkwise_lora.evaluation.statistics import Estimate, bootstrap, per_token, segments
-from chunkwise_lora.evaluation.tasks import calibration_tokens, own_policy
+from chunkwise_lora.evaluation.tasks import CalibrationReader, own_policy
 from chunkwise_lora.evaluation.text import evaluate_text, windows_of
 from chunkwise_lora.evaluation.verdict import findings, verdict
 from chunkwise_lora.ladder.contents import Expectation
@@ -187,6 +187,18 @@ def test_the_questions_on_a_paragraph_share_it(questions: int, longest: int) -> 
         assert found and (other is None or max(found) < 1 + other.start()), "other topics are not scored"
 
 
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3), longest=st.integers(2, 200))
+def test_packed_blocks_have_a_given_length(lengths: list[int], longest: int) -> None:
+    examples = [Example(f"{chr(100 + i)}{'.' * length}", ("x",)) for i, length in enumerate(lengths)]
+    ids, scored, block = packed(examples, Letters(), longest, exact=True)
+    assert block == longest and len(ids) == len(scored) == block * len(lengths)
+    for i in range(0, len(ids), block):
+        own = lengths[ids[i] - 100] + 1
+        assert {place for place in range(block - 1) if scored[i + place]} == {
+            place - 1 for place in range(own, own + 3) if place < block
+        }, "only the answer of the block's topic, and only once"
+
+
 @pytest.fixture(scope="module")
 def e2e_answers() -> Any:
     """A generator of answers with the small E2E adapter, and its tokenizer."""
@@ -216,7 +228,7 @@ def test_calibration_generates_missing_answers_with_the_adapter(e2e_answers: Any
     answer, tokenizer = e2e_answers
     file = tmp_path / "e2e.csv"
     file.write_text("mr,ref\nname[Aldhaven],It is a pub.\nname[Zizzi],\n")
-    ids, scored, length = calibration_tokens("e2e", str(file), tokenizer, 512, answer)
+    ids, scored, length = CalibrationReader("e2e", tokenizer, answer)(str(file), 512)
     (own,) = answer([Example("name[Zizzi] ->", ())])
     assert f"name[Zizzi] -> {own.references[0]}" in tokenizer.decode(ids)
     assert "name[Aldhaven] -> It is a pub." in tokenizer.decode(ids)
@@ -228,14 +240,14 @@ def test_prompts_that_are_too_long_are_left_out_and_named(e2e_answers: Any, tmp_
     file, said = tmp_path / "e2e.csv", list[str]()
     long = "name[" + "very " * 300 + "long]"
     file.write_text(f"mr,ref\nname[Aldhaven],It is a pub.\n{long},It is long.\nname[Zizzi],\n{long} too,\n")
-    ids, *_ = calibration_tokens("e2e", str(file), tokenizer, 128, answer, say=said.append)
+    ids, *_ = CalibrationReader("e2e", tokenizer, answer, said.append)(str(file), 128)
     assert "very" not in tokenizer.decode(ids) and "Zizzi" in tokenizer.decode(ids)
     (note,) = said
     length = len(tokenizer(f"{long} ->").input_ids)
     assert "2 of 4 prompts do not fit into a block of 128 tokens" in note
     assert f"number 2 ({length} tokens, 'name[very very" in note and "number 4" in note
     with pytest.raises(ChunkWiseError, match="longer blocks"):
-        calibration_tokens("e2e", str(file), tokenizer, 4, answer)
+        CalibrationReader("e2e", tokenizer, answer)(str(file), 4)
 
 
 def test_only_as_many_prompts_are_read_as_are_needed() -> None:
@@ -251,7 +263,7 @@ def test_answers_that_do_not_end_are_left_out(e2e_answers: Any, tmp_path: Path) 
     file = tmp_path / "e2e.csv"
     file.write_text("mr\nname[Aldhaven]\n")
     with pytest.raises(ChunkWiseError, match="within 64 tokens"):
-        calibration_tokens("e2e", str(file), tokenizer, 512, replace(answer, new_tokens=3))
+        CalibrationReader("e2e", tokenizer, replace(answer, new_tokens=3))(str(file), 512)
 
 
 def test_a_tokenizer_without_an_end_of_sequence_token_is_refused(e2e_answers: Any) -> None:
@@ -824,10 +836,6 @@ def test_eval_scores_answers_to_questions(run: Any, tmp_path: Path) -> None:
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "150%"), "at most 100%"),
         (("calibrate", "--text", "no/such", "-o", "x", "--mean-rank", "50%"), "no/such"),
         (("calibrate", "--text", small.HELD_TEXT, "-o", "x", "--mean-rank", "50%"), "too few"),
-        (
-            ("calibrate", "--task", "e2e", "--text", "x", "--held-text", "x", "-o", "x", "--mean-rank", "50%"),
-            "plain text",
-        ),
         (
             (
                 "calibrate",

@@ -71,6 +71,7 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
     report: Report = lambda stage, done, total: None,
     scored: Sequence[bool] | None = None,
     held_tokens: Sequence[int] | None = None,
+    held_scored: Sequence[bool] | None = None,
     unfinished: Unfinished | None = None,
 ) -> Calibration:
     """Fit a ladder and its policy to a text and a budget.
@@ -86,18 +87,19 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
         report: Shows the progress; it is called first when the work has been estimated.
         scored: (n,) whether the prediction after each token is scored, as in answers but not in their prompts; by
             default all predictions are.
-        held_tokens: Token ids of a text to hold back, in which all predictions are scored.
+        held_tokens: (m,) token ids of a text to hold back.
+        held_scored: (m,) as `scored`, for `held_tokens`.
         unfinished: Keeps finished stages. A call with the same arguments goes on from them, and gives the same result.
             Remove it when the result is saved.
 
     Raises:
         ChunkWiseError: The mean rank is below the lowest rung, the text or the held text is too short, `scored` is
-            combined with `held_tokens` or with `config.self_generated_tokens`, or the model is not on a CPU.
+            combined with `config.self_generated_tokens`, or the model is not on a CPU.
     """
-    _refuse(model, ladder, config, scored, held_tokens)
+    _refuse(model, ladder, config, scored)
     length, progress, kept = block_length(model, config.block), Progress(report), unfinished or Unfinished()
     blocks = TokenBlocks.cut(tokens, length, scored)
-    held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length)
+    held = None if held_tokens is None else TokenBlocks.cut(held_tokens, length, held_scored)
 
     def scaled(factor: float) -> CalibrationRun:
         settings = config.scaled(factor)
@@ -151,7 +153,6 @@ def _refuse(
     ladder: RankLadder,
     config: CalibrationConfig,
     scored: Sequence[bool] | None,
-    held_tokens: Sequence[int] | None,
 ) -> None:
     """Refuse combinations that calibration does not support."""
     ranks = ladder.rung_ranks if config.keep_directions else range(config.rungs + 1)
@@ -167,11 +168,6 @@ def _refuse(
         raise ChunkWiseError(
             "self-generated text continues plain text, but here only some tokens are scored; leave "
             "self_generated_tokens at 0"
-        )
-    if held_tokens is not None and scored is not None:
-        raise ChunkWiseError(
-            "held text is plain text, but here only some tokens are scored; leave out held_tokens, and the end of the "
-            "text is held back"
         )
 
 

@@ -87,6 +87,20 @@ class TokenBlocks:
     def __add__(self, other: TokenBlocks) -> TokenBlocks:
         return TokenBlocks(torch.cat([self.tokens, other.tokens]), torch.cat([self.scored, other.scored]))
 
+    @property
+    def with_scored_predictions(self) -> TokenBlocks:
+        """The blocks in which at least one prediction is scored."""
+        return self[self.scored_predictions.any(1)]
+
+    @property
+    def reversed(self) -> TokenBlocks:
+        """The last block first."""
+        return TokenBlocks(self.tokens.flip(0), self.scored.flip(0))
+
+    def count_with(self, predictions: float) -> int:
+        """How many of the first blocks hold so many scored predictions, or one more than there are."""
+        return int((self.scored_predictions.sum(1).cumsum(0) < predictions).sum()) + 1
+
     def split(self, size: int) -> list[TokenBlocks]:
         """Batches of `size` blocks; the last batch may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
@@ -117,32 +131,31 @@ class CalibrationText:
     def split(cls, text: TokenBlocks, held: TokenBlocks | None, config: CalibrationConfig) -> CalibrationText:
         """Split `text`, or `text` and `held`, into the three parts.
 
-        Blocks of `text` without a scored prediction are left out. Without `held`, the end of `text` is held back.
+        Blocks without a scored prediction are left out. Without `held`, the end of `text` is held back.
 
         Raises:
             ChunkWiseError: `text` or `held` has too few blocks.
         """
-        text, length = text[text.scored_predictions.any(1)], text.length
-        most = config.held_tokens // length
+        text, length = text.with_scored_predictions, text.length
         if len(text) < MIN_BLOCKS:
             raise ChunkWiseError(
                 f"{len(text) * length} tokens are too few to calibrate on (only whole blocks of {length} tokens with "
                 f"scored tokens are used); give at least {MIN_BLOCKS * length}, or better several times as many"
             )
+        most = config.held_tokens // length
+        wanted = HELD_PREDICTIONS * min(config.tokens, len(text) * length)
         if held is None:
             count = max(MIN_HELD_BLOCKS, min(round(len(text) * config.held_share), most))
-            from_the_end = text.scored_predictions.sum(1).flip(0).cumsum(0)
-            wanted = HELD_PREDICTIONS * min(config.tokens, len(text) * length)
-            enough = int((from_the_end < wanted).sum()) + 1
-            count = max(count, min(enough, int(len(text) * MOST_HELD)))
+            count = max(count, min(text.reversed.count_with(wanted), int(len(text) * MOST_HELD)))
             learning, held = text[:-count], text[-count:]
         else:
-            learning, held = text, held[: max(MIN_HELD_BLOCKS, most)]
+            held = held.with_scored_predictions
+            learning, held = text, held[: max(MIN_HELD_BLOCKS, most, held.count_with(wanted))]
             if len(held) < MIN_HELD_BLOCKS:
                 raise ChunkWiseError(
                     f"{len(held) * length} held tokens are too few to choose settings and to check (only whole blocks "
-                    f"of {length} tokens are used); give at least {MIN_HELD_BLOCKS * length}, or better several times "
-                    "as many"
+                    f"of {length} tokens with scored tokens are used); give at least {MIN_HELD_BLOCKS * length}, or "
+                    "better several times as many"
                 )
         half = len(held) // 2
         return cls(learning.evenly(max(1, config.tokens // length)), held[:-half], held[-half:])

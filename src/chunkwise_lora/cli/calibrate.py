@@ -104,8 +104,8 @@ def calibrate(
     held_text: Annotated[
         str | None,
         typer.Option(
-            help="File of plain text to choose the last settings on and to check the result on. Nothing else is "
-            "learned from it. By default the end of --text is held back for this."
+            help="File of the same kind as --text, to choose the last settings on and to check the result on. Nothing "
+            "else is learned from it. By default a part of --text is held back for this."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same ladder.")] = 0,
@@ -145,17 +145,13 @@ def calibrate(
             "--self-generated-tokens continues plain text; with --task squad or e2e, leave it out and give prompts "
             "without answers: the adapter generates the answers"
         )
-    if held_text is not None and task != "wikitext":
-        raise ChunkWiseError(
-            "--held-text is plain text; with --task squad or e2e, leave it out: the end of --text is held back"
-        )
     adapter = adapter and str(examples.find(adapter))
 
     from chunkwise_lora.calibration.calibrate import calibrate as run  # slow to import: only after all refusals
     from chunkwise_lora.calibration.text import block_length
     from chunkwise_lora.calibration.unfinished import Unfinished
     from chunkwise_lora.evaluation.answer_generator import AnswerGenerator
-    from chunkwise_lora.evaluation.tasks import adapter_of, calibration_tokens
+    from chunkwise_lora.evaluation.tasks import CalibrationReader, adapter_of
     from chunkwise_lora.ladder import RankLadder
 
     unfinished = Unfinished.beside(output, print_plain)
@@ -172,11 +168,15 @@ def calibrate(
             )
             return found
 
+        read = CalibrationReader(task, tokenizer, answer, print_plain)
         longest, enough = block_length(base, settings.block), None if minutes else ENOUGH * settings.tokens
-        ids, scored, length = calibration_tokens(task, text, tokenizer, longest, answer, tokens=enough, say=print_plain)
-        held = None if held_text is None else calibration_tokens(task, held_text, tokenizer, length, answer)[0]
+        ids, scored, length = read(text, longest, tokens=enough)
+        held, held_scored = None, None
+        if held_text is not None:
+            held, held_scored, _ = read(held_text, length, exact=True, tokens=settings.tokens)
         settings = settings.model_copy(update={"block": length})
-        result = run(base, ladder, ids, settings, _announced(reports.overall()), scored, held, unfinished)
+        report = _announced(reports.overall())
+        result = run(base, ladder, ids, settings, report, scored, held, held_scored, unfinished)
         result.ladder.save_pretrained(output)
     unfinished.remove()
     _print_result(result, output)

@@ -6,7 +6,7 @@ import random
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile
+from itertools import chain, cycle, islice, takewhile
 from typing import Any
 
 from chunkwise_lora.errors import ChunkWiseError
@@ -77,7 +77,9 @@ def _repeated(topic: str, prompts: Sequence[Sequence[int]], tokenizer: Any) -> i
     return min(common_beginning(prompts), len(tokenizer(topic).input_ids))
 
 
-def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[list[int], list[bool], int]:
+def packed(
+    examples: Sequence[Example], tokenizer: Any, longest: int, *, exact: bool = False
+) -> tuple[list[int], list[bool], int]:
     """Pack all prompts and answers into blocks of equal length, for calibration.
 
     Each example begins a block, as in generation. But if all prompts of a topic begin with its text, such as a
@@ -89,6 +91,7 @@ def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[l
         examples: Examples; at least one of them must have an answer.
         tokenizer: The base model's tokenizer.
         longest: Largest length of a block, in tokens.
+        exact: Blocks have this length. By default they are shorter if most examples are.
 
     Returns:
         Token ids of all blocks; for each token whether its prediction is scored, because the next token belongs to an
@@ -103,12 +106,12 @@ def packed(examples: Sequence[Example], tokenizer: Any, longest: int) -> tuple[l
     ]
     random.Random(0).shuffle(shuffled)
     lengths = sorted(chain.from_iterable(topic.lengths for topic in shuffled))
-    length = min(longest, lengths[int(len(lengths) * PACKED_SHARE)])
+    length = longest if exact else min(longest, lengths[int(len(lengths) * PACKED_SHARE)])
     blocks: list[tuple[int, bool]] = []
     for i, topic in enumerate(shuffled):
-        around = [*shuffled[i + 1 :], *reversed(shuffled[:i])]
+        others = [*shuffled[i + 1 :], *reversed(shuffled[:i]), topic]
         for first in topic.firsts(length):
-            fill = ((token, False) for other in around for token, _ in other.tokens())
+            fill = cycle((token, False) for other in others for token, _ in other.tokens())
             blocks += islice(chain(topic.tokens(first), fill), length)
     return [token for token, _ in blocks], [scored for _, scored in blocks], length
 

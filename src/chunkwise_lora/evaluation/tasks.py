@@ -82,46 +82,50 @@ def own_policy(adapter: str | Path) -> dict[str, RankLadder]:
     return {CALIBRATED: ladder} if ladder.policy is not None else {}
 
 
-def calibration_tokens(
-    task: str,
-    data: str,
-    tokenizer: Any,
-    block: int,
-    answer: Callable[[Sequence[Example]], list[Example]],
-    *,
-    tokens: int | None = None,
-    say: Callable[[str], object] = logger.warning,
-) -> tuple[list[int], list[bool] | None, int]:
-    """Read a task's data as text to calibrate on.
+@dataclass(frozen=True)
+class CalibrationReader:
+    """Reads a task's data as text to calibrate on."""
 
-    Args:
-        task: One of `TASKS`.
-        data: A file, or a data set on the hub.
-        tokenizer: The base model's tokenizer.
-        block: Largest number of tokens per block.
-        answer: Generates the answers of examples that have none; see `AnswerGenerator`.
-        tokens: About how many tokens of examples are needed; None takes all.
-        say: Is told which examples are left out because they do not fit into a block.
+    task: str
+    """One of `TASKS`."""
+    tokenizer: Any
+    """The base model's tokenizer."""
+    answer: Callable[[Sequence[Example]], list[Example]]
+    """Generates the answers of examples that have none; see `AnswerGenerator`."""
+    say: Callable[[str], object] = logger.warning
+    """Is told which examples are left out because they do not fit into a block."""
 
-    Returns:
-        Token ids of the text; for each token whether the prediction after it is scored, or None if all are (only the
-        predictions of answers are scored, not those of prompts); and the number of tokens per block.
+    def __call__(
+        self, data: str, block: int, *, exact: bool = False, tokens: int | None = None
+    ) -> tuple[list[int], list[bool] | None, int]:
+        """Read a file, or a data set on the hub.
 
-    Raises:
-        ChunkWiseError: The data cannot be read, or holds no examples.
-    """
-    if task == "wikitext":
-        return tokenizer(data_sets.wikitext(data)).input_ids, None, block
-    examples = fitting(_examples(task, data), tokenizer, block, tokens, lambda note: say(f"{data}: {note}"))
-    answered = [one for one in examples if one.references]
-    if len(answered) < len(examples):
-        answered += answer([one for one in examples if not one.references])
-    if not answered:
-        raise ChunkWiseError(
-            f"{data}: holds no answers, and the adapter generates none that ends within {NEW_TOKENS} tokens; give an "
-            f"adapter for {task}, or data with answers"
-        )
-    return packed(answered, tokenizer, block)
+        Args:
+            data: The file or the name of the data set.
+            block: Largest number of tokens per block.
+            exact: Blocks have `block` tokens. By default they have fewer if most examples are shorter.
+            tokens: About how many tokens of examples are needed; None takes all.
+
+        Returns:
+            Token ids of the text; for each token whether the prediction after it is scored, or None if all are (only
+            the predictions of answers are scored, not those of prompts); and the number of tokens per block.
+
+        Raises:
+            ChunkWiseError: The data cannot be read, or holds no examples.
+        """
+        if self.task == "wikitext":
+            return self.tokenizer(data_sets.wikitext(data)).input_ids, None, block
+        found = _examples(self.task, data)
+        examples = fitting(found, self.tokenizer, block, tokens, lambda note: self.say(f"{data}: {note}"))
+        answered = [one for one in examples if one.references]
+        if len(answered) < len(examples):
+            answered += self.answer([one for one in examples if not one.references])
+        if not answered:
+            raise ChunkWiseError(
+                f"{data}: holds no answers, and the adapter generates none that ends within {NEW_TOKENS} tokens; give "
+                f"an adapter for {self.task}, or data with answers"
+            )
+        return packed(answered, self.tokenizer, block, exact=exact)
 
 
 def run_task(

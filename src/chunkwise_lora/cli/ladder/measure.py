@@ -53,7 +53,7 @@ def measure(
     from chunkwise_lora.calibration.text import TokenBlocks, block_length
     from chunkwise_lora.engines.transformers import ChunkWiseModel
     from chunkwise_lora.evaluation.data import Example
-    from chunkwise_lora.evaluation.tasks import calibration_tokens
+    from chunkwise_lora.evaluation.tasks import CalibrationReader
     from chunkwise_lora.ladder import RankLadder
 
     def refuse(examples: Sequence[Example]) -> list[Example]:
@@ -61,7 +61,7 @@ def measure(
 
     loaded = RankLadder.load(source)
     base, tokenizer = load_base_and_tokenizer(model)
-    ids, scored, length = calibration_tokens(task, text, tokenizer, block_length(base, 512), refuse)
+    ids, scored, length = CalibrationReader(task, tokenizer, refuse)(text, block_length(base, 512))
     blocks = TokenBlocks.cut(ids, length, scored)
     if not len(blocks) or not blocks.scored.any():
         raise ChunkWiseError(f"{text}: {len(ids)} tokens are too few to measure on; give at least {length}")
