@@ -5,8 +5,8 @@
 
 Every option takes TASK=PATH once per task. What is not given stays empty in the table. Where --r16 is a ladder, the
 paper's rule runs on its rungs. The quality of every row and task, and the latency, is kept as JSON in the output
-folder, so an interrupted run goes on where it stopped, and only what is new is measured. The table is
-written to `paper.md`, `paper.json` and `paper.png` there.
+folder: an interrupted run goes on with the next task, and only what is new is measured. The table is written to
+`paper.md`, `paper.json` and `paper.png` there.
 
 Latency is that of decoding one token at batch 1, after `--context` tokens of the data, with the adapters of `--speed`;
 all rows take turns. It needs a quiet machine.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +38,21 @@ ROWS = {
     "base": "base, no adapter",
     "r8": "LoRA r 8, static (PEFT)",
     "r16": "LoRA r 16, static (PEFT)",
+    "svd-half": "plain SVD of r 16, a half",
+    "svd-quarter": "plain SVD, a quarter",
+    "svd-eighth": "plain SVD, an eighth",
     "paper": "ChunkWise, the paper's rule",
     "half": "ChunkWise calibrated, half of r 16",
     "quarter": "ChunkWise calibrated, a quarter",
+    "eighth": "ChunkWise calibrated, an eighth",
     "lowest": "ChunkWise calibrated, lowest free rank",
 }
 """The rows of the table by name."""
-CALIBRATED = ("half", "quarter", "lowest")
+CALIBRATED = ("half", "quarter", "eighth", "lowest")
 """The rows of calibrated ladders."""
+TRUNCATED = {"svd-half": 0.5, "svd-quarter": 0.25, "svd-eighth": 0.125}
+"""The rows of plain SVD, every token at the same share of the rank."""
+OURS = ("paper", *CALIBRATED)
 COLUMNS = {
     "latency": "latency, ms/token",
     "kv": "KV cache in use, MB",
@@ -93,28 +100,31 @@ def with_contents(paths: Mapping[str, str | None]) -> dict[str, Any]:
     return found
 
 
-def quality(row: str, task: str, inputs: Inputs, report: Any) -> dict[str, Any]:
-    """Measure one row on one task, compared with r 16."""
-    from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection
+def quality(rows: Sequence[str], task: str, inputs: Inputs, report: Any) -> dict[str, dict[str, Any]]:
+    """Measure rows on one task, compared with r 16."""
+    from chunkwise_lora.evaluation.baselines import PLAIN, Comparison, MethodSelection
     from chunkwise_lora.evaluation.methods import FULL
     from chunkwise_lora.evaluation.settings import EvaluationSettings
     from chunkwise_lora.evaluation.tasks import calibrated_ladder, run_task
 
-    folder = inputs.folders.get(row, {}).get(task, "")
-    ladders = {row: calibrated_ladder(folder)} if row in CALIBRATED else {}
+    folders = {row: of_tasks[task] for row, of_tasks in inputs.folders.items() if task in of_tasks}
+    ladders = {row: calibrated_ladder(folders[row]) for row in rows if row in CALIBRATED}
+    truncated = {row: share for row, share in TRUNCATED.items() if row in rows}
+    base, tokenizer = load_base_and_tokenizer(inputs.model)
+    comparison = Comparison(base.to(dtype_named(inputs.dtype)), folders["r16"], ladders)
     selection = MethodSelection(
         ["calibrated"] if ladders else [],
-        ["base"] if row == "base" else [],
-        peft={"r8": folder} if row == "r8" else {},
-        configs={"paper": ChunkWiseConfig.from_json(PAPER_RULE.read_text())} if row == "paper" else {},
+        [*(["base"] if "base" in rows else []), *(["svd"] if truncated else [])],
+        list(truncated.values()),
+        peft={"r8": folders["r8"]} if "r8" in rows else {},
+        configs={"paper": ChunkWiseConfig.from_json(PAPER_RULE.read_text())} if "paper" in rows else {},
     )
-    base, tokenizer = load_base_and_tokenizer(inputs.model)
-    comparison = Comparison(base.to(dtype_named(inputs.dtype)), inputs.folders["r16"][task], ladders)
     settings = EvaluationSettings(inputs.limit)
     evaluation = run_task(task, inputs.data[task], comparison, selection, tokenizer, settings, report)
-    result = next(one for one in evaluation.results if (one.name == FULL) == (row == "r16"))
-    found = asdict(replace(result, prediction=None, answers=[]))
-    return {"how": evaluation.how, "full_rank": evaluation.full_rank, **found}
+    names = {row: f"ChunkWise {row}" for row in OURS} | {"base": "base, no adapter", "r8": "r8", "r16": FULL}
+    names |= {row: f"{PLAIN} at {share * evaluation.full_rank:.3g}" for row, share in truncated.items()}
+    results = {one.name: asdict(replace(one, answers=[])) for one in evaluation.results}
+    return {row: {"how": evaluation.how, "full_rank": evaluation.full_rank, **results[names[row]]} for row in rows}
 
 
 def latency(task: str, inputs: Inputs, sizes: Mapping[str, int], report: Any) -> dict[str, dict[str, Cell]]:
@@ -188,13 +198,21 @@ def keep(path: Path, inputs: dict[str, Any], measured: Any) -> Any:
     return measured
 
 
-def markdown(table: Mapping[str, Mapping[str, Cell]], ranks: Mapping[str, Mapping[str, float]], how: list[str]) -> str:
-    """The table as Markdown, with intervals in brackets."""
-    lines = [f"| | {' | '.join(COLUMNS.values())} | mean rank |", f"|---|{'---:|' * (len(COLUMNS) + 1)}"]
+def markdown(
+    table: Mapping[str, Mapping[str, Cell]], quality_of: Mapping[str, Mapping[str, Any]], how: list[str]
+) -> str:
+    """The table as Markdown, with intervals in brackets; below it what every row spent, and how far it is from r 16."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", f"|---|{'---:|' * len(COLUMNS)}"]
     for row, cells in table.items():
-        shown = [written(cells.get(column)) for column in COLUMNS]
-        mean = ", ".join(f"{task} {rank:.2f}" for task, rank in ranks[row].items())
-        lines.append(f"| {ROWS[row]} | {' | '.join(shown)} | {mean} |")
+        lines.append(f"| {ROWS[row]} | {' | '.join(written(cells.get(column)) for column in COLUMNS)} |")
+    titles = [f"{task}: mean rank | KL from r 16 | KV bytes" for task in TASKS]
+    lines += ["", f"| | {' | '.join(titles)} |", f"|---|{'---:|' * 3 * len(titles)}"]
+    for row, tasks in quality_of.items():
+        shown = [
+            f"{one['mean_rank']:.2f} | {one['kl']['value']:.4f} | {one['kv_share']:.0%}" if one else " | | "
+            for one in map(tasks.get, TASKS)
+        ]
+        lines.append(f"| {ROWS[row]} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {one}" for one in how) + "\n"
 
 
@@ -220,7 +238,7 @@ def picture(table: Mapping[str, Mapping[str, Cell]]) -> bytes:
         for height, (row, cells) in enumerate(table.items()):
             if column not in cells:
                 continue
-            cell, ours = cells[column], row not in ("base", "r8", "r16")
+            cell, ours = cells[column], row in OURS
             value = cell["value"]
             number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
             if row == "base" and column in sum(TASKS.values(), ()):
@@ -239,7 +257,7 @@ def picture(table: Mapping[str, Mapping[str, Cell]]) -> bytes:
     panels[0].set_yticks(range(len(table)), [ROWS[row] for row in table])
     panels[0].set_ylim(len(table) - 0.5, -0.7)
     for label, row in zip(panels[0].get_yticklabels(), table, strict=True):
-        label.set_color("#6b6b6b" if row in ("base", "r8", "r16") else "#d1410c")
+        label.set_color("#d1410c" if row in OURS else "#6b6b6b")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
@@ -259,6 +277,7 @@ def main(
     r8: Annotated[list[str], folders_option("PEFT adapters of rank 8.")] = NONE,
     half: Annotated[list[str], folders_option("Ladders that are calibrated to mean rank 8.")] = NONE,
     quarter: Annotated[list[str], folders_option("Ladders that are calibrated to mean rank 4.")] = NONE,
+    eighth: Annotated[list[str], folders_option("Ladders that are calibrated to mean rank 2.")] = NONE,
     lowest: Annotated[list[str], folders_option("Ladders calibrated to the lowest rank that costs nothing.")] = NONE,
     model: Annotated[str, typer.Option(help="The base model.")] = examples.BASE,
     out: Annotated[Path, typer.Option(help="The output folder.")] = Path("runs/paper"),
@@ -270,7 +289,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of latency; 0 leaves it out.")] = 7,
 ) -> None:
     """Measure what is missing, and write the table."""
-    given = {"r8": r8, "r16": r16, "half": half, "quarter": quarter, "lowest": lowest}
+    given = {"r8": r8, "r16": r16, "half": half, "quarter": quarter, "eighth": eighth, "lowest": lowest}
     folders = {
         row: {task: str(examples.find(path)) for task, path in named_paths(f"--{row}", paths).items()}
         for row, paths in given.items()
@@ -280,40 +299,40 @@ def main(
         if unknown := set(tasks) - set(TASKS):
             raise ChunkWiseError(f"--{option} {min(unknown)}: choose from {', '.join(TASKS)}")
     table: dict[str, dict[str, Cell]] = {row: {} for row in ROWS}
-    ranks: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+    quality_of: dict[str, dict[str, Any]] = {row: {} for row in ROWS}
     how: dict[str, str] = {}
     with progress() as reports:
         for task, scores in TASKS.items():
-            for row, title in ROWS.items():
-                needed = inputs.of(row, task)
-                if needed is None:
-                    continue
-                path = out / "cells" / f"{task}-{row}.json"
-                measured = kept(path, needed)
-                if measured is None:
-                    measured = keep(path, needed, quality(row, task, inputs, reports.begin(f"{task}, {title}")))
-                table[row] |= {score: measured["scores"][score] for score in scores}
-                ranks[row][task] = measured["mean_rank"]
-                how[task] = f"{task}: {measured['how']}"
+            needed = {row: one for row in ROWS if (one := inputs.of(row, task)) is not None}
+            paths = {row: out / "cells" / f"{task}-{row}.json" for row in needed}
+            cells = {row: kept(paths[row], needed[row]) for row in needed}
+            if missing := [row for row, cell in cells.items() if cell is None]:
+                for row, measured in quality(missing, task, inputs, reports.begin(task)).items():
+                    cells[row] = keep(paths[row], needed[row], measured)
+            for row, cell in cells.items():
+                table[row] |= {score: cell["scores"][score] for score in scores}
+                quality_of[row][task] = cell
+                how[task] = f"{task}: {cell['how']}"
         if rounds and speed in folders["r16"] and speed in inputs.data:
             sizes = {"context": context, "new_tokens": new_tokens, "rounds": rounds}
             files = {row: paths[speed] for row, paths in folders.items() if speed in paths}
-            needed = {"model": model, "dtype": dtype, "task": speed, **sizes}
-            needed |= with_contents({"data": inputs.data[speed], **files})
+            depends = {"model": model, "dtype": dtype, "task": speed, **sizes}
+            depends |= with_contents({"data": inputs.data[speed], **files})
             path = out / "cells" / "latency.json"
-            measured = kept(path, needed) or keep(
-                path, needed, latency(speed, inputs, sizes, lambda pieces: reports.steps("latency", pieces))
+            measured = kept(path, depends) or keep(
+                path, depends, latency(speed, inputs, sizes, lambda pieces: reports.steps("latency", pieces))
             )
-            for row, cells in measured.items():
-                table[row] |= cells
+            for row, found in measured.items():
+                table[row] |= found
             how["latency"] = (
                 f"latency and memory: {dtype}, batch 1, the {speed} adapters, {context} tokens of their data, "
                 f"interleaved rounds ({rounds}) of {new_tokens} tokens; in brackets the quartiles over rounds"
             )
     table = {row: cells for row, cells in table.items() if cells}
-    text = markdown(table, ranks, list(how.values()))
+    quality_of = {row: tasks for row, tasks in quality_of.items() if tasks}
+    text = markdown(table, quality_of, list(how.values()))
     write_atomically(out / "paper.md", text.encode())
-    content = {"rows": ROWS, "table": table, "mean_ranks": ranks, "how": how}
+    content = {"rows": ROWS, "table": table, "quality": quality_of, "how": how}
     write_atomically(out / "paper.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(out / "paper.png", picture(table))
     Console().print(text, markup=False)

@@ -43,18 +43,21 @@ def test_a_table_has_every_cell_that_was_given(inputs: dict[str, Any], monkeypat
         row: sorted({"perplexity", "exact match", "F1", "BLEU"} & set(told["table"][row])) for row in told["table"]
     }
     both = ["F1", "exact match", "perplexity"]
-    expected = {"base": both, "r8": ["F1", "exact match"], "r16": both, "paper": both, "half": ["perplexity"]}
+    everyone = dict.fromkeys(("base", "r16", *paper.TRUNCATED, "paper"), both)
+    expected = {**everyone, "r8": ["F1", "exact match"], "half": ["perplexity"]}
     assert scores == expected
     assert told["table"]["base"]["adapter"]["value"] == 0 < told["table"]["paper"]["adapter"]["value"]
-    assert "half" in told["mean_ranks"] and "latency" in told["table"]["r8"] and "latency" not in told["table"]["half"]
+    assert told["quality"]["svd-quarter"]["squad"]["mean_rank"] == 4 and "half" in told["quality"]
+    assert told["quality"]["svd-half"]["squad"]["kl"]["value"] < told["quality"]["svd-eighth"]["squad"]["kl"]["value"]
+    assert "latency" in told["table"]["r8"] and "latency" not in told["table"]["half"]
     assert (out / "paper.png").read_bytes().startswith(b"\x89PNG")
     assert all(paper.ROWS[row] in (out / "paper.md").read_text() for row in expected)
 
     measured: list[tuple[str, str]] = []
 
-    def note(row: str, task: str, *rest: Any) -> Any:
-        measured.append((row, task))
-        return json.loads((out / "cells" / f"{task}-paper.json").read_text())["measured"]
+    def note(rows: list[str], task: str, *rest: Any) -> Any:
+        measured.extend((row, task) for row in rows)
+        return dict.fromkeys(rows, json.loads((out / "cells" / f"{task}-paper.json").read_text())["measured"])
 
     monkeypatch.setattr(paper, "quality", note)
     monkeypatch.setattr(paper, "latency", lambda *given: pytest.fail("latency was kept"))
