@@ -42,6 +42,14 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def escaped_lines(text: str) -> str:
+    """`text` in which all unprintable characters except line breaks and tabs are escaped.
+
+    Models can generate characters that would move the cursor or change the colours of a terminal.
+    """
+    return "".join(c if c in "\n\t" else escaped(c) for c in text)
+
+
 def shown(value: object, limit: int = 160) -> str:
     """Return a value from a file as one printable line. If it exceeds `limit` characters, the middle is left out."""
     text = str(value)

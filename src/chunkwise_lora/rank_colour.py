@@ -1,4 +1,4 @@
-"""The colours that show ranks, in the terminal and in reports."""
+"""How ranks are shown in the terminal, in reports and in notebooks: colours and numbers."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def rank_colour(share: float) -> tuple[int, int, int]:
     share = min(1.0, max(0.0, share))
     red, green, blue = (round(cold + (warm - cold) * share) for cold, warm in zip(COLD, WARM, strict=True))
     return red, green, blue
+
+
+def rank_shown(rank: float) -> str:
+    """A rank as people read it: at most one decimal."""
+    return f"{round(rank, 1):g}"

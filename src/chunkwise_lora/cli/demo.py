@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,11 +15,12 @@ from chunkwise_lora import examples
 from chunkwise_lora.cli.generations import generate, print_costs, print_generations, print_sequence
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import JsonOption, dtype_named
-from chunkwise_lora.cli.output import console, escaped_lines, print_plain, write_json
+from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import llama_table, rank_legend, sample_table
-from chunkwise_lora.errors import ChunkWiseError
+from chunkwise_lora.errors import ChunkWiseError, escaped_lines
 from chunkwise_lora.method.config import ChunkWiseConfig
+from chunkwise_lora.token_text import token_texts
 
 if TYPE_CHECKING:
     import torch
@@ -141,8 +141,7 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     _introduce(ladders, policy)
     generations = []
     for prompt, answer, sequence in zip(prompts, answers, trace.sequences, strict=True):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces = [decoder.decode(llm.detokenize([token], special=True)) for token in sequence.tokens]
+        pieces = token_texts(llm, sequence.tokens)
         print_sequence(sequence, pieces, len(llm.tokenize(prompt.encode(), add_bos=False, special=True)))
         said = {"prompt": prompt, "text": answer["text"], "mean_rank": sequence.mean_rank}
         generations.append({**said, **asdict(sequence)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.panel import Panel
 from rich.text import Text
 
-from chunkwise_lora.cli.output import console, escaped_lines, print_plain, write_picture
+from chunkwise_lora.cli.output import console, print_plain, write_picture
 from chunkwise_lora.cli.rendering import coloured_tokens, rank_legend
-from chunkwise_lora.errors import shown
+from chunkwise_lora.errors import escaped_lines, shown
+from chunkwise_lora.token_text import new_texts, token_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ def print_generations(
         prompt_tokens = int(mask[row].sum())
         sequence = _until_end(whole, prompt_tokens, tokenizer.eos_token_id)
         text = tokenizer.decode(new[row], skip_special_tokens=True)
-        pieces = _pieces(tokenizer, sequence.tokens) if show_ranks or picture is not None else []
+        pieces = token_texts(tokenizer, sequence.tokens) if show_ranks or picture is not None else []
         if picture is not None:
             frames.append(framed(sequence, pieces, prompt_tokens, colours=True))
         if show_ranks:
@@ -78,12 +79,12 @@ class PrintedStream:
     """A streamer for transformers' `generate` that prints the text of one sequence, without its prompt."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._pieces = _new_pieces(tokenizer, skip_special_tokens=True)
+        self._texts = new_texts(tokenizer, skip_special_tokens=True)
         self._has_prompt = False
 
     def put(self, tokens: Tensor) -> None:
         """Take the prompt (1, tokens) first, then new tokens (1,), and print the text that they complete."""
-        text = "".join([self._pieces(token) for token in tokens.flatten().tolist()])
+        text = "".join([self._texts(token) for token in tokens.flatten().tolist()])
         if self._has_prompt:
             console.print(Text(escaped_lines(text)), end="", soft_wrap=True)
         self._has_prompt = True
@@ -138,20 +139,4 @@ def print_costs(trace: Trace) -> None:
 def _until_end(sequence: SequenceTrace, prompt_tokens: int, end: int | None) -> SequenceTrace:
     """The sequence up to the end of its text, without what a batch ran for it afterwards."""
     new = sequence.tokens[prompt_tokens:]
-    length = prompt_tokens + (new.index(end) if end in new else len(new))
-    chunks = tuple(chunk for chunk in sequence.chunks if chunk.chunk.start < length)
-    return replace(sequence, tokens=sequence.tokens[:length], ranks=sequence.ranks[:length], chunks=chunks)
-
-
-def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text of each token. A character that consists of several tokens belongs to the last of them."""
-    piece_of = _new_pieces(tokenizer, skip_special_tokens=False)
-    return [piece_of(token) for token in tokens]
-
-
-def _new_pieces(tokenizer: Any, skip_special_tokens: bool) -> Callable[[int], str]:
-    """A function that returns the text which the next token of a sequence completes."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-    return lambda token: stream.step(tokenizer.backend_tokenizer, token) or ""
+    return sequence.first(prompt_tokens + (new.index(end) if end in new else len(new)))

@@ -60,14 +60,6 @@ def print_plain(text: str, style: str = "", wrap: bool = True) -> None:
     console.print(Text(escaped(text), style), soft_wrap=not wrap)
 
 
-def escaped_lines(text: str) -> str:
-    """`text` in which all unprintable characters except line breaks and tabs are escaped.
-
-    Models can generate characters that would move the cursor or change the colours of a terminal.
-    """
-    return "".join(c if c in "\n\t" else escaped(c) for c in text)
-
-
 def write_picture(path: Path, parts: Sequence[RenderableType], title: str) -> None:
     """Write what a terminal with colours shows as an SVG picture."""
     options: dict[str, Any] = {"force_terminal": True, "color_system": "truecolor", "width": 88, "_environ": {}}

@@ -13,9 +13,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from chunkwise_lora.cli.output import escaped_lines, is_ascii_only, shows_colours
-from chunkwise_lora.errors import shown
-from chunkwise_lora.rank_colour import rank_colour
+from chunkwise_lora.cli.output import is_ascii_only, shows_colours
+from chunkwise_lora.errors import escaped_lines, shown
+from chunkwise_lora.rank_colour import rank_colour, rank_shown
 
 if TYPE_CHECKING:
     from chunkwise_lora.benchmark.llama_cpp import LlamaMeasurement
@@ -53,7 +53,7 @@ def coloured_tokens(
         if position in starts:
             text.append(_bar(), style="bold red")
         if not colours and rank != rank_before:
-            text.append(f"[{_rank(rank)}]")
+            text.append(f"[{rank_shown(rank)}]")
             rank_before = rank
         share = rank / full_rank if full_rank else 0.0
         text.append(escaped_lines(piece), style=_style(share, italic=position < prompt_tokens))
@@ -72,10 +72,10 @@ def _bar() -> str:
 def rank_legend(full_rank: float, colours: bool | None = None) -> Text:
     """A legend of the colours of ranks from 0 to the full rank; see `coloured_tokens`."""
     if not (shows_colours() if colours is None else colours):
-        return Text(f"[n] the next tokens have rank n of {_rank(full_rank)}   {_bar()} a chunk begins")
+        return Text(f"[n] the next tokens have rank n of {rank_shown(full_rank)}   {_bar()} a chunk begins")
     text = Text("rank ")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        text.append(f" {_rank(share * full_rank)} ", style=_style(share, italic=False))
+        text.append(f" {rank_shown(share * full_rank)} ", style=_style(share, italic=False))
     text.append("   ").append(_bar(), style="bold red").append(" a chunk begins   ")
     return text.append("the prompt is in italics", style="italic")
 
@@ -105,7 +105,7 @@ def ladder_table(ladder: RankLadder, every_module: bool = False, columns: int = 
     table.add_column("r", justify="right")
     table.add_column("spectrum", no_wrap=True)
     for rung in rungs:
-        table.add_column(_rank(ladder.rung_ranks[rung]), justify="right")
+        table.add_column(rank_shown(ladder.rung_ranks[rung]), justify="right")
     for name, modules in groups.items():
         label = shown(name, 60) if every_module else f"{len(modules)} x {shown(name, 40)}"
         lowest, highest = (choose(module.rank for module in modules) for choose in (min, max))
@@ -128,11 +128,6 @@ def _relative(module: LadderModule, length: int) -> list[float]:
     """The singular values of a module as shares of the largest one, followed by zeros up to `length`."""
     values: list[float] = (module.sigma / module.sigma.max().clamp_min(1e-30)).tolist()
     return values + [0.0] * (length - len(values))
-
-
-def _rank(rank: float) -> str:
-    """A rank as people read it: at most one decimal."""
-    return f"{round(rank, 1):g}"
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:

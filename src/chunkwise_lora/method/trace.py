@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from chunkwise_lora.coloured_text import ColouredText
 from chunkwise_lora.method.plan import ScheduledChunk
 
 
@@ -26,6 +29,11 @@ class SequenceTrace:
     def mean_rank(self) -> float:
         """Mean of `ranks`."""
         return sum(self.ranks) / max(len(self.ranks), 1)
+
+    def first(self, length: int) -> SequenceTrace:
+        """What was done for the first `length` tokens."""
+        chunks = tuple(one for one in self.chunks if one.chunk.start < length)
+        return replace(self, tokens=self.tokens[:length], ranks=self.ranks[:length], chunks=chunks)
 
 
 @dataclass(frozen=True)
@@ -59,3 +67,15 @@ class Trace:
             if sequence.adapter is not None:
                 ranks.setdefault(sequence.adapter, []).extend(sequence.ranks)
         return {adapter: sum(values) / max(len(values), 1) for adapter, values in ranks.items()}
+
+    def coloured(self, tokenizer: Any = None, prompt_tokens: int | Sequence[int] = 0) -> ColouredText:
+        """The texts coloured by rank, for notebooks.
+
+        Args:
+            tokenizer: The tokenizer of the model, or the model of llama-cpp-python; None shows token ids.
+            prompt_tokens: How many tokens of each sequence, or of all, are the prompt, which is shown in italics.
+        """
+        return ColouredText(self, tokenizer, prompt_tokens)
+
+    def _repr_html_(self) -> str:
+        return self.coloured()._repr_html_()
