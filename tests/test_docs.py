@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
 MEASURED = ("README.md", "docs/quality.md", "docs/research-notes.md", "docs/benchmarks.md")
 GUIDES = [page for page in DOCS if page.startswith("docs/guides/")]
-GENERATED = ("docs/settings.md", "docs/cli.md")
+GENERATED = ("docs/settings.md", "docs/cli.md", "docs/notebook.md")
 """Pages of the site that docs/_build/pages.py writes. `make docs` checks links to their headings."""
 PAGES = [
     "README.md",

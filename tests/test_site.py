@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ def test_every_setting_is_on_the_page_of_settings(pages: ModuleType) -> None:
     for model in (*pages.SETTINGS.values(), CalibrationConfig):
         for name, field in model.model_fields.items():
             assert f"| `{name}` |" in page and (field.description is None or pages.cell(field.description) in page)
+
+
+def test_the_notebook_is_a_page_with_its_outputs(pages: ModuleType) -> None:
+    page = pages.notebook_page()
+    cells = json.loads(pages.NOTEBOOK.read_text())["cells"]
+    assert page.count("\n```python\n") == sum(cell["cell_type"] == "code" for cell in cells)
+    assert page.count("a chunk begins") == 2 and "](../docs" not in page and "GitHub" not in page
 
 
 def test_every_option_of_every_command_is_on_the_page_of_commands(pages: ModuleType) -> None:

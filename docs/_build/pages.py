@@ -9,6 +9,7 @@ the files from this folder (see hooks.py).
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ from chunkwise_lora.method.config import (
     LevelKVPolicy,
     SelectionConfig,
 )
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 SETTINGS: dict[str, type[BaseModel]] = {
     "complexity": ComplexityConfig,
@@ -137,7 +141,28 @@ def cli_page() -> str:
     return "".join(page)
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page}
+def notebook_page() -> str:
+    """The notebook with its stored outputs."""
+    page = []
+    for one in json.loads(NOTEBOOK.read_text())["cells"]:
+        source = "".join(one["source"])
+        if one["cell_type"] == "code":
+            page.append(f"```python\n{source}\n```")
+            page += [output_of(output) for output in one["outputs"]]
+        elif "github" not in one["metadata"].get("tags", ()):
+            page.append(source.replace("](../docs/", "]("))
+    return "\n\n".join(page) + f"\n\nThis page is `{NOTEBOOK.relative_to(ROOT)}` in the repository.\n"
+
+
+def output_of(output: dict[str, Any]) -> str:
+    """An output of a cell: HTML, or else text."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        return "".join(data["text/html"])
+    return f"```text\n{''.join(data.get('text/plain', output.get('text', ''))).rstrip()}\n```"
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "notebook.md": notebook_page}
 """The pages by the names of their files."""
 
 
