@@ -128,7 +128,8 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         fitted = fit_ladder(run, ladder)
     else:
         basis = _kept(run, "directions", lambda: _initial_basis(run, training_text))
-        basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(range(config.rungs + 1))))
+        sampled = RandomRungs(*config.sampled_rungs(range(config.rungs + 1)))
+        basis = _rotated(run, basis, training_text, sampled, relative=True)
         fitted = fit_ladder(run, basis.on_rungs(config.rungs))
         for _ in range(config.rounds if config.refinements else 0):
             basis = _rotated(run, basis, training_text, fitted.sampler(run, _budget_share(run, fitted)))
@@ -200,12 +201,15 @@ def _initial_basis(run: CalibrationRun, text: TokenBlocks) -> Basis:
     return Basis(ladder, importance | {name: one.gates / 2 for name, one in gates.items()})
 
 
-def _rotated(run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: RungSampler) -> Basis:
-    """The basis rotated for the sampled rungs, for `config.refinements` steps."""
+def _rotated(
+    run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: RungSampler, relative: bool = False
+) -> Basis:
+    """The basis rotated for the sampled rungs, for `config.refinements` steps; see `RungTraining.relative`."""
     steps, seed = run.config.refinements, run.config.seed
     if not steps:
         return basis
-    training = RungTraining(text.random_batches(steps, ROTATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
+    batches = text.random_batches(steps, ROTATION_TOKENS, seed)
+    training = RungTraining(batches, steps, sampler, seed, relative, run.unfinished)
 
     def rotated() -> Basis:
         run.progress.begin("rotating the basis")
@@ -224,7 +228,8 @@ def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> 
     """The ladder distilled at the rungs of its policy, for `config.distillations` steps."""
     steps, seed = run.config.distillations, run.config.seed
     sampler = fitted.sampler(run, _budget_share(run, fitted))
-    training = RungTraining(text.random_batches(steps, DISTILLATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
+    batches = text.random_batches(steps, DISTILLATION_TOKENS, seed)
+    training = RungTraining(batches, steps, sampler, seed, unfinished=run.unfinished)
 
     def distilled() -> Values:
         run.progress.begin("distilling")

@@ -29,6 +29,9 @@ class RungTraining:
     """Samples the rungs that are brought closer to full rank."""
     seed: int = 0
     """Seed of the sampled rungs."""
+    relative: bool = False
+    """Whether a token's divergence counts in proportion to the square of its rung. As divergences fall about with the
+    square of the rank, all sampled rungs then count alike. By default the lowest rungs, which lose most, count most."""
     unfinished: Unfinished = field(default_factory=Unfinished)
     """Keeps the state of the descent."""
 
@@ -40,7 +43,7 @@ def match_full_rank(
     switch_rungs: Callable[[Tensor | None], None],
     adapter: str,
 ) -> None:
-    """Minimise the KL divergence of sampled rungs from full rank, averaged over scored tokens.
+    """Minimise the KL divergence of sampled rungs from full rank, averaged over scored tokens; see `relative`.
 
     Args:
         model: A model with the ladder attached.
@@ -60,8 +63,11 @@ def match_full_rank(
             with torch.no_grad():
                 full = at_full_rank(model, batch.tokens, adapter, batch.scored)
             with torch.enable_grad():
-                switch_rungs(training.sampler(batch.tokens, generator))
-                loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored)).mean()
+                rungs = training.sampler(batch.tokens, generator)
+                switch_rungs(rungs)
+                divergence = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored))
+                weights = rungs[batch.scored].square() if training.relative else torch.ones_like(divergence)
+                loss = (weights * divergence).sum() / weights.sum()
             optimizer.zero_grad()
             loss.backward()
             for group, highest in zip(optimizer.param_groups, rates, strict=True):

@@ -29,7 +29,7 @@ MIN_LENGTHS = (1, 2, 4)
 SCALES = (1.0, 0.95, 0.9)
 """Factors on the adapter's output that are tried, the simplest first."""
 SEARCH_TOLERANCE = 1e-3
-"""A simpler setting is kept if its cost is within this share of the best cost; smaller differences are noise."""
+"""A setting must reduce the cost of a simpler one by this share, and the saving must be above 0 by `STANDARD_ERRORS`."""
 CHOICE_GAIN = 0.1
 """Share of the divergence that a rung for each token must save over one rung for all tokens, to be worth planning. The
 saving must also be above 0 by `STANDARD_ERRORS`."""
@@ -140,8 +140,7 @@ def choose_chunks_and_scale(
             n: config.model_copy(update={"chunking": chunking.model_copy(update={"min_length": n})})
             for n in MIN_LENGTHS
         }
-        costs = _costs(run, model, with_length, multiplier)
-        config = with_length[_simplest_good(costs)]
+        config, costs = _simplest_good(run, model, with_length, multiplier)
         tried |= {f"chunks of at least {length}": cost for length, cost in costs.items()}
     selection = config.selection
     with_scale = {
@@ -150,9 +149,8 @@ def choose_chunks_and_scale(
         )
         for scale in SCALES
     }
-    of_scales = _costs(run, model, with_scale, multiplier)
-    tried |= {f"scale {scale:g}": cost for scale, cost in of_scales.items()}
-    return with_scale[_simplest_good(of_scales)], tried
+    config, costs = _simplest_good(run, model, with_scale, multiplier)
+    return config, tried | {f"scale {scale:g}": cost for scale, cost in costs.items()}
 
 
 def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> ChunkWiseConfig:
@@ -178,21 +176,27 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
     return with_int8 if divergence <= INT8_TOLERANCE * loss else config
 
 
-def _costs(
+def _simplest_good(
     run: CalibrationRun, model: ChunkWiseModel, configs: Mapping[Value, ChunkWiseConfig], multiplier: float
-) -> dict[Value, float]:
-    """The cost of each of several policies on the choice text, in nats per token."""
+) -> tuple[ChunkWiseConfig, dict[Value, float]]:
+    """The best of several policies on the choice text, or a simpler one, which comes earlier, if it costs about as much.
+
+    Returns:
+        The policy, and the cost of each, in nats per token.
+    """
     text = run.text.choice
-    totals = dict.fromkeys(configs, 0.0)
+    parts: dict[Value, list[Tensor]] = {value: [] for value in configs}
+    ranks = dict.fromkeys(configs, 0.0)
     for batch in run.batches(text, "chunk lengths and scales"):
         for value, config in configs.items():
             done = log_probabilities_in_one_pass(model, batch.tokens, config, scored=batch.scored)
-            totals[value] += float(scored_losses(done.log_p, batch).sum()) / int(text.scored_predictions.sum())
-            totals[value] += multiplier * float(done.ranks.sum()) / text.tokens.numel()
-    return totals
-
-
-def _simplest_good(costs: Mapping[Value, float]) -> Value:
-    """The first value whose cost is within the tolerance of the best."""
-    best = min(costs.values())
-    return next(value for value, cost in costs.items() if cost <= (1 + SEARCH_TOLERANCE) * best)
+            parts[value].append(scored_losses(done.log_p, batch))
+            ranks[value] += float(done.ranks.sum()) / text.tokens.numel()
+    costs = {value: torch.cat(losses) + multiplier * ranks[value] for value, losses in parts.items()}
+    first, *others = costs
+    for value in others:
+        saved = costs[first] - costs[value]
+        least = max(SEARCH_TOLERANCE * float(costs[value].mean()), STANDARD_ERRORS * standard_error(saved))
+        if float(saved.mean()) > least:
+            first = value
+    return configs[first], {value: float(cost.mean()) for value, cost in costs.items()}
