@@ -29,7 +29,8 @@ MIN_LENGTHS = (1, 2, 4)
 SCALES = (1.0, 0.95, 0.9)
 """Factors on the adapter's output that are tried, the simplest first."""
 SEARCH_TOLERANCE = 1e-3
-"""A setting must reduce the cost of a simpler one by this share, and the saving must be above 0 by `STANDARD_ERRORS`."""
+"""Share of the cost of a simpler setting that a setting must save. The saving must also be above 0 by
+`STANDARD_ERRORS`."""
 CHOICE_GAIN = 0.1
 """Share of the divergence that a rung for each token must save over one rung for all tokens, to be worth planning. The
 saving must also be above 0 by `STANDARD_ERRORS`."""
@@ -149,8 +150,8 @@ def choose_chunks_and_scale(
         )
         for scale in SCALES
     }
-    config, costs = _simplest_good(run, model, with_scale, multiplier)
-    return config, tried | {f"scale {scale:g}": cost for scale, cost in costs.items()}
+    config, of_scales = _simplest_good(run, model, with_scale, multiplier)
+    return config, tried | {f"scale {scale:g}": cost for scale, cost in of_scales.items()}
 
 
 def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseConfig) -> ChunkWiseConfig:
@@ -179,7 +180,7 @@ def choose_int8(run: CalibrationRun, model: ChunkWiseModel, config: ChunkWiseCon
 def _simplest_good(
     run: CalibrationRun, model: ChunkWiseModel, configs: Mapping[Value, ChunkWiseConfig], multiplier: float
 ) -> tuple[ChunkWiseConfig, dict[Value, float]]:
-    """The best of several policies on the choice text, or a simpler one, which comes earlier, if it costs about as much.
+    """The best of several policies on the choice text, or a simpler (earlier) one that costs about as much.
 
     Returns:
         The policy, and the cost of each, in nats per token.
@@ -193,10 +194,10 @@ def _simplest_good(
             parts[value].append(scored_losses(done.log_p, batch))
             ranks[value] += float(done.ranks.sum()) / text.tokens.numel()
     costs = {value: torch.cat(losses) + multiplier * ranks[value] for value, losses in parts.items()}
-    first, *others = costs
-    for value in others:
-        saved = costs[first] - costs[value]
+    best = next(iter(costs))
+    for value in list(costs)[1:]:
+        saved = costs[best] - costs[value]
         least = max(SEARCH_TOLERANCE * float(costs[value].mean()), STANDARD_ERRORS * standard_error(saved))
         if float(saved.mean()) > least:
-            first = value
-    return configs[first], {value: float(cost.mean()) for value, cost in costs.items()}
+            best = value
+    return configs[best], {value: float(cost.mean()) for value, cost in costs.items()}
