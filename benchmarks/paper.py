@@ -77,7 +77,8 @@ class Inputs:
     data: Mapping[str, str]
     folders: Mapping[str, Mapping[str, str]]
     """Adapters and ladders by row and task."""
-    limit: int | None
+    limits: Mapping[str, int]
+    """Windows or examples by task; a task without a limit is measured on all of them."""
     dtype: str
 
     def of(self, row: str, task: str) -> dict[str, Any] | None:
@@ -87,7 +88,7 @@ class Inputs:
         if task not in self.data or None in paths.values():
             return None
         files = {"data": self.data[task], **paths}
-        return {"model": self.model, **with_contents(files), "limit": self.limit, "dtype": self.dtype}
+        return {"model": self.model, **with_contents(files), "limit": self.limits.get(task), "dtype": self.dtype}
 
 
 def with_contents(paths: Mapping[str, str | None]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def quality(rows: Sequence[str], task: str, inputs: Inputs, report: Any) -> dict
         peft={"r8": folders["r8"]} if "r8" in rows else {},
         configs={"paper": ChunkWiseConfig.from_json(PAPER_RULE.read_text())} if "paper" in rows else {},
     )
-    settings = EvaluationSettings(inputs.limit)
+    settings = EvaluationSettings(inputs.limits.get(task))
     evaluation = run_task(task, inputs.data[task], comparison, selection, tokenizer, settings, report)
     names = {row: f"ChunkWise {row}" for row in OURS} | {"base": "base, no adapter", "r8": "r8", "r16": FULL}
     names |= {row: f"{PLAIN} at {share * evaluation.full_rank:.3g}" for row, share in truncated.items()}
@@ -281,7 +282,9 @@ def main(
     lowest: Annotated[list[str], folders_option("Ladders calibrated to the lowest rank that costs nothing.")] = NONE,
     model: Annotated[str, typer.Option(help="The base model.")] = examples.BASE,
     out: Annotated[Path, typer.Option(help="The output folder.")] = Path("runs/paper"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Windows or examples per task; by default all.")] = None,
+    limit: Annotated[
+        list[str], typer.Option(metavar="TASK=NUMBER", help="Windows or examples of each task; by default all.")
+    ] = NONE,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     speed: Annotated[str, typer.Option(help="The task whose adapters and data latency is measured with.")] = "squad",
     context: Annotated[int, typer.Option(min=8, help="Tokens before the timed ones.")] = 512,
@@ -294,8 +297,12 @@ def main(
         row: {task: str(examples.find(path)) for task, path in named_paths(f"--{row}", paths).items()}
         for row, paths in given.items()
     }
-    inputs = Inputs(model, named_paths("--data", data), folders, limit, dtype)
-    for option, tasks in {"data": inputs.data, **folders}.items():
+    limits = named_paths("--limit", limit)
+    if bad := [task for task, number in limits.items() if not number.isdecimal() or int(number) < 1]:
+        raise ChunkWiseError(f"--limit {bad[0]}={limits[bad[0]]}: give a number of windows or examples, at least 1")
+    numbers = {task: int(number) for task, number in limits.items()}
+    inputs = Inputs(model, named_paths("--data", data), folders, numbers, dtype)
+    for option, tasks in {"data": inputs.data, "limit": numbers, **folders}.items():
         if unknown := set(tasks) - set(TASKS):
             raise ChunkWiseError(f"--{option} {min(unknown)}: choose from {', '.join(TASKS)}")
     table: dict[str, dict[str, Cell]] = {row: {} for row in ROWS}

@@ -64,13 +64,16 @@ def test_a_table_has_every_cell_that_was_given(inputs: dict[str, Any], monkeypat
     (out / "cells" / "squad-base.json").unlink()
     paper.main(**inputs)
     assert measured == [("base", "squad")], "all other cells were kept"
-    paper.main(**inputs | {"limit": 1, "rounds": 0})
-    assert len(measured) == 1 + sum(len({"perplexity", "F1"} & set(one)) for one in expected.values())
+    paper.main(**inputs | {"limit": ["squad=1"], "rounds": 0})
+    assert {task for _, task in measured[1:]} == {"squad"}, "a limit of one task"
+    assert len(measured) == 1 + sum("F1" in one for one in expected.values())
 
 
 def test_an_unknown_task_is_refused(inputs: dict[str, Any]) -> None:
     with pytest.raises(ChunkWiseError, match="--r8 chess: choose from wikitext, squad, e2e"):
         paper.main(**inputs | {"r8": ["chess=x/y"]})
+    with pytest.raises(ChunkWiseError, match="--limit squad=few: give a number"):
+        paper.main(**inputs | {"limit": ["squad=few"]})
 
 
 def test_a_cell_shows_its_interval() -> None:
