@@ -192,6 +192,9 @@ def _replaced_parameters(model: PeftModel, adapter: str) -> dict[str, Tensor]:
 
 def _copy(name: str, tensor: Tensor) -> Tensor:
     if tensor.device.type == "meta":
-        raise LadderError(f"{name}: the adapter's weights are offloaded; load the model without offloading")
+        raise LadderError(
+            f"{name}: the adapter's weights are offloaded; give ChunkWiseModel the base model and the adapter, "
+            "or load the model without offloading"
+        )
     check_layout(name, tensor, dtypes=DTYPES)
     return tensor.detach().cpu().clone()

@@ -49,25 +49,26 @@ def attend(query: Tensor, pools: Tensor, step: Tensor, heads: int, scaling: floa
     partial = torch.empty(batch, query_heads, splits, width, device=query.device)
     norms = torch.empty(batch, query_heads, splits, 2, device=query.device)
     output = query.new_empty(batch, 1, query_heads, width)
-    attend_kernel[(batch * heads, splits)](
-        query,
-        partial,
-        norms,
-        pools,
-        step,
-        scaling,
-        query.stride(0),
-        query.stride(1),
-        HEADS=heads,
-        GROUP=group,
-        WIDTH=width,
-        SPLITS=splits,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
-        BLOCK_D=block_width,
-        BLOCK_N=BLOCK_SLOTS,
-        WIDEN=query.device.type == "cpu",  # the interpreter
-    )
-    combine_kernel[(batch * query_heads,)](partial, norms, output, WIDTH=width, SPLITS=splits, BLOCK_D=block_width)
+    with torch.cuda.device_of(query):
+        attend_kernel[(batch * heads, splits)](
+            query,
+            partial,
+            norms,
+            pools,
+            step,
+            scaling,
+            query.stride(0),
+            query.stride(1),
+            HEADS=heads,
+            GROUP=group,
+            WIDTH=width,
+            SPLITS=splits,
+            BLOCK_G=max(16, triton.next_power_of_2(group)),
+            BLOCK_D=block_width,
+            BLOCK_N=BLOCK_SLOTS,
+            WIDEN=query.device.type == "cpu",  # the interpreter
+        )
+        combine_kernel[(batch * query_heads,)](partial, norms, output, WIDTH=width, SPLITS=splits, BLOCK_D=block_width)
     return output
 
 
@@ -77,19 +78,20 @@ def append(keys: Tensor, values: Tensor, pools: Tensor, step: Tensor) -> None:
     Their last dimension is contiguous, and their dtype that of the hot pool.
     """
     batch, heads, _, width = keys.shape
-    append_kernel[(batch * heads,)](
-        keys,
-        values,
-        pools,
-        step,
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        HEADS=heads,
-        WIDTH=width,
-        BLOCK_D=triton.next_power_of_2(width),
-    )
+    with torch.cuda.device_of(keys):
+        append_kernel[(batch * heads,)](
+            keys,
+            values,
+            pools,
+            step,
+            keys.stride(0),
+            keys.stride(1),
+            values.stride(0),
+            values.stride(1),
+            HEADS=heads,
+            WIDTH=width,
+            BLOCK_D=triton.next_power_of_2(width),
+        )
 
 
 def on_device(numbers: Sequence[int], target: Tensor) -> None:

@@ -221,34 +221,35 @@ class AdapterTable:
             "BLOCK_R": tiles.directions,
             "WIDEN": x.device.type == "cpu",  # the interpreter
         }
-        shrink_kernel[(triton.cdiv(self.max_rank, tiles.directions) * splits, blocks, slices)](
-            x,
-            hidden,
-            self.addresses,
-            self.ranks,
-            schedule.blocks,
-            schedule.order,
-            schedule.weights,
-            x.stride(0),
-            self.in_features,
-            tokens,
-            BLOCK_K=tiles.inputs,
-            **shared,
-        )
-        expand_kernel[(triton.cdiv(max(where.width for where in self.columns), tiles.outputs), blocks, slices)](
-            y,
-            hidden,
-            self.addresses,
-            self.ranks,
-            schedule.blocks,
-            schedule.order,
-            self._spans,
-            y.stride(0),
-            tokens,
-            BLOCK_N=tiles.outputs,
-            ALIGNED=self._aligned,
-            **shared,
-        )
+        with torch.cuda.device_of(x):
+            shrink_kernel[(triton.cdiv(self.max_rank, tiles.directions) * splits, blocks, slices)](
+                x,
+                hidden,
+                self.addresses,
+                self.ranks,
+                schedule.blocks,
+                schedule.order,
+                schedule.weights,
+                x.stride(0),
+                self.in_features,
+                tokens,
+                BLOCK_K=tiles.inputs,
+                **shared,
+            )
+            expand_kernel[(triton.cdiv(max(where.width for where in self.columns), tiles.outputs), blocks, slices)](
+                y,
+                hidden,
+                self.addresses,
+                self.ranks,
+                schedule.blocks,
+                schedule.order,
+                self._spans,
+                y.stride(0),
+                tokens,
+                BLOCK_N=tiles.outputs,
+                ALIGNED=self._aligned,
+                **shared,
+            )
 
     def _check(self, slot: int, adapter: Sequence[LadderModule | Directions | None]) -> None:
         if not 0 <= slot < self.slots:

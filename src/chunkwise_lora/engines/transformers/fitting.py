@@ -63,11 +63,27 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return int(features[0]), int(features[1])  # type: ignore[arg-type]
 
 
+def only_device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model that lies on one device.
+
+    Raises:
+        EngineError: It is spread over devices, or parts of it are offloaded.
+    """
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise EngineError(
+            f"the model lies on {' and '.join(sorted(map(str, devices)))} (meta means offloaded), but must lie on one "
+            "device here; load it without device_map, or with a device_map that names one device"
+        )
+    return devices.pop()
+
+
 def device_of(module: nn.Module, default: torch.device) -> torch.device:
     """Return the device on which a module computes."""
-    hook = getattr(module, "_hf_hook", None)  # set by accelerate if weights are offloaded
-    execution = getattr(hook, "execution_device", None)
-    if execution is not None:
-        return torch.device(execution)
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)  # set by accelerate if weights are spread over devices or offloaded
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
     weight = next(module.parameters(), None)
     return default if weight is None else weight.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,9 @@ def _refuse_another_base(model: PeftModel, adapter: Adapter) -> None:
 
 def _set_weights(model: PeftModel, adapter: Adapter) -> None:
     """Set the weights of an adapter that PEFT has added, which must be complete."""
-    result = set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=adapter.name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # see `_keep_in_memory`
+        result = set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=adapter.name)
     unknown = list(result.unexpected_keys)
     mark = f".{adapter.name}"
     tied = tuple(

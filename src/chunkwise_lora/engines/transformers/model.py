@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -123,6 +124,11 @@ class ChunkWiseModel(nn.Module):
     def base(self) -> PreTrainedModel:
         """The transformers model in which PEFT's layers stand."""
         return self._runner.base
+
+    @property
+    def input_device(self) -> torch.device:
+        """The device that takes token ids: that of the embedding. Other layers may lie on other devices."""
+        return self._runner.input_device
 
     @property
     def chunkwise_config(self) -> ChunkWiseConfig | None:

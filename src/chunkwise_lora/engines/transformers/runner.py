@@ -23,6 +23,7 @@ from chunkwise_lora.engines.transformers.calls import CALL, Call, running_call
 from chunkwise_lora.engines.transformers.checks import GenerateOptions, check_prompt, refuse_options, refuse_type
 from chunkwise_lora.engines.transformers.context import BETWEEN, PASS, REQUEST, ForwardPass, Request, request_of, within
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+from chunkwise_lora.engines.transformers.fitting import device_of
 from chunkwise_lora.engines.transformers.injection import Injection
 from chunkwise_lora.engines.transformers.layers import BASE, MERGED
 from chunkwise_lora.engines.transformers.session import Prompts, Session, SessionCache
@@ -67,6 +68,11 @@ class Runner(AttachedModel):
         self._last_trace: Trace | None = None
         self._said: set[str] = set()
         self._steps = DecodeSteps(self.base, fast.graphs and fast.kernels and fast.attention)
+
+    @property
+    def input_device(self) -> torch.device:
+        """The device that takes token ids."""
+        return device_of(self.base.get_input_embeddings(), self.base.device)
 
     # Calls
 
@@ -404,7 +410,7 @@ class Runner(AttachedModel):
         session, name = call.session, self.traits.cache_name
         given = inputs.get(name) if name is not None else None
         cache = call.cache if given is not None and given is call.cache else None
-        if self._fast.products and self.traits.picks_logits:
+        if self._fast.products and self.traits.picks_logits and self.input_device.type == "cpu":
             _index_last_token(inputs)
         with self.turns.a_pass():
             first = not session.columns

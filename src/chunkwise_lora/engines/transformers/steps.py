@@ -110,12 +110,12 @@ class Step:
     def begin(self) -> None:
         """Wait, on the device, until the step's last use has ended, which another stream may have queued."""
         if self._ended is not None:
-            torch.cuda.current_stream().wait_event(self._ended)
+            torch.cuda.current_stream(self._backend.device).wait_event(self._ended)
 
     def end(self) -> None:
         """Let the next use begin after all that is queued now."""
         if self._ended is not None:
-            self._ended.record()
+            self._ended.record(torch.cuda.current_stream(self._backend.device))
 
     def fill(self, inputs: Mapping[str, Any], position: int, plan: PassPlan) -> None:
         """Take the tokens, positions and plan of a pass.
