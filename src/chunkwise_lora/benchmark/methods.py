@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+from chunkwise_lora.engines.transformers.fitting import only_device_of
 from chunkwise_lora.engines.transformers.model import ChunkWiseModel
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
@@ -53,14 +54,18 @@ def methods(
     All of them share the weights of the base model, except the merged one.
 
     Args:
-        base: The base model, without an adapter.
+        base: The base model, without an adapter, on one device.
         adapters: Folders of PEFT adapters by name. With several, the sequences of a batch use them in turn, and there
             is no merged method.
         presets: Settings of ChunkWise by the name that the results show.
         ladders: The ladders of the adapters by name. By default they are loaded from the folders in `adapters`.
         caches: Also measure PEFT unmerged with the static and the quantised cache of transformers, if they can run.
         fast: The fast paths that ChunkWise may use. By default all that this machine allows.
+
+    Raises:
+        EngineError: The base model is spread over devices.
     """
+    only_device_of(base)
     for folder in adapters.values():
         refuse_backtracking(folder)
     (first, folder), *others = adapters.items()

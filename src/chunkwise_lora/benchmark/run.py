@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from itertools import cycle, islice
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chunkwise_lora.benchmark.methods import BASE, Method, cache_for
+from chunkwise_lora.calibration.work import now
 from chunkwise_lora.engines.transformers.runner import LONG_PROMPT, PREFILL_TOKENS
 from chunkwise_lora.engines.transformers.versions import CACHE
 
@@ -56,10 +56,10 @@ class Run:
 
     def prefill(self) -> float:
         """Run the prompts through the model; returns the time in ms for the whole batch."""
-        start = _now(self._next.device)
+        start = now(self._next.device)
         for piece in self._pieces:
             self._pass(piece)
-        return (_now(self._next.device) - start) * 1e3
+        return (now(self._next.device) - start) * 1e3
 
     def fill(self) -> None:
         """Fill a baseline's cache with random keys and values. This takes less time than running the prompts."""
@@ -69,14 +69,15 @@ class Run:
         for layer in range(config.num_hidden_layers):
             shape = (len(self._next), heads, self._columns, width)
             states = torch.randn(shape, device=self._next.device).to(self._model.dtype)
-            self.cache.update(states, states, layer, {"cache_position": torch.arange(self._columns)})
+            positions = torch.arange(self._columns, device=self._next.device)
+            self.cache.update(states, states, layer, {"cache_position": positions})
 
     def decode(self, steps: int) -> float:
         """Generate `steps` more tokens per sequence; returns the time in ms per step."""
-        start = _now(self._next.device)
+        start = now(self._next.device)
         for _ in range(steps):
             self._pass(self._next)
-        return (_now(self._next.device) - start) * 1e3 / steps
+        return (now(self._next.device) - start) * 1e3 / steps
 
     def _pass(self, tokens: Tensor) -> None:
         output = self._model(input_ids=tokens, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
@@ -107,10 +108,3 @@ class Run:
     def scheduler_seconds(self) -> float:
         """Seconds spent on planning so far; 0 for a baseline."""
         return 0.0 if self._call is None else self._call.trace().scheduler_seconds
-
-
-def _now(device: torch.device) -> float:
-    """Seconds on a clock, after all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

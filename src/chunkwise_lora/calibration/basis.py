@@ -85,15 +85,15 @@ def rotate_basis(
     Returns:
         The rotated basis. Its `sigma` is 1, so it can be rotated again.
     """
-    modules = basis.ladder.modules
+    modules, device = basis.ladder.modules, model.input_device
     scales = {name: m.sigma.clamp_min(1e-6 * float(m.sigma.max()) + 1e-12) for name, m in modules.items()}
-    ups = {name: m.up.float() * scales[name] for name, m in modules.items()}
-    downs = {name: m.down.float() / scales[name][:, None] for name, m in modules.items()}
-    rotations = {name: torch.zeros(m.rank, m.rank, requires_grad=True) for name, m in modules.items()}
+    ups = {name: (m.up.float() * scales[name]).to(device) for name, m in modules.items()}
+    downs = {name: (m.down.float() / scales[name][:, None]).to(device) for name, m in modules.items()}
+    rotations = {name: torch.zeros(m.rank, m.rank, device=device, requires_grad=True) for name, m in modules.items()}
     sizes = [m.rank for m in modules.values()]
-    cost = torch.cat([torch.full((m.rank,), float(m.cost)) for m in modules.values()])
-    priority = (torch.cat([basis.importance[name] for name in modules]).clamp_min(1e-12) / cost).log()
-    priority = priority.requires_grad_()
+    cost = torch.cat([torch.full((m.rank,), float(m.cost), device=device) for m in modules.values()])
+    importance = torch.cat([basis.importance[name] for name in modules]).to(device)
+    priority = (importance.clamp_min(1e-12) / cost).log().requires_grad_()
     optimizer = torch.optim.Adam(
         [{"params": [*rotations.values()], "lr": BASIS_RATE}, {"params": [priority], "lr": IMPORTANCE_RATE}],
         betas=(0.9, 0.98),
@@ -116,7 +116,7 @@ def rotate_basis(
             closed.clear()
             return
         for name, rotation in rotations.items():
-            matrix = torch.eye(len(rotation)) + rotation
+            matrix = torch.eye(len(rotation), device=device) + rotation
             matrices[name] = matrix, torch.linalg.inv(matrix)
         gates = _gates(priority, cost, chosen, rungs)
         closed.update(zip(modules, (1 - gates).split(sizes, dim=-1), strict=True))
@@ -126,12 +126,12 @@ def rotate_basis(
     with torch.no_grad():
         rotated = {}
         for name, module in modules.items():
-            matrix = torch.eye(module.rank) + rotations[name]
+            matrix = torch.eye(module.rank, device=device) + rotations[name]
             up, down = ups[name] @ matrix, torch.linalg.inv(matrix) @ downs[name]
-            up, down = up.to(module.up.dtype), down.to(module.down.dtype)
+            up, down = up.to(module.up), down.to(module.down)
             rotated[name] = replace(module, up=up, down=down, sigma=torch.ones(module.rank))
-        importance = (priority.exp() * cost).split(sizes)
-    return Basis(basis.ladder.with_modules(rotated), dict(zip(modules, importance, strict=True)))
+        learned = (priority.exp() * cost).cpu().split(sizes)
+    return Basis(basis.ladder.with_modules(rotated), dict(zip(modules, learned, strict=True)))
 
 
 def _gates(priority: Tensor, cost: Tensor, chosen: Tensor, rungs: int) -> Tensor:
@@ -148,7 +148,8 @@ def _gates(priority: Tensor, cost: Tensor, chosen: Tensor, rungs: int) -> Tensor
     """
     order = priority.detach().argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0) / cost.sum() * rungs
-    first_closed = torch.searchsorted(spent, torch.arange(rungs + 1) + 1e-4).clamp_max(len(order) - 1)
+    ends = torch.arange(rungs + 1, device=spent.device) + 1e-4
+    first_closed = torch.searchsorted(spent, ends).clamp_max(len(order) - 1)
     thresholds = priority.detach()[order][first_closed][chosen][..., None]
     soft = torch.sigmoid((priority - thresholds) / SOFTNESS)
     hard = (priority.detach() > thresholds).float()

@@ -35,6 +35,7 @@ from chunkwise_lora.calibration.self_generated import generate_text
 from chunkwise_lora.calibration.text import CalibrationText, TokenBlocks, block_length
 from chunkwise_lora.calibration.unfinished import Unfinished, Values, fingerprint
 from chunkwise_lora.calibration.work import Progress, Report
+from chunkwise_lora.engines.transformers.fitting import only_device_of
 from chunkwise_lora.errors import ChunkWiseError
 from chunkwise_lora.ladder import RankLadder
 from chunkwise_lora.method.config import ChunkWiseConfig
@@ -80,7 +81,7 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
     choosing settings, its second half for the check alone.
 
     Args:
-        model: The base model, on a CPU.
+        model: The base model, on one device. The same seed gives the same ladder on every device, up to rounding.
         ladder: The adapter as a ladder.
         tokens: (n,) token ids of the text, cut into blocks of `config.block` tokens.
         config: Budget and settings.
@@ -94,7 +95,7 @@ def calibrate(  # noqa: PLR0913 - each parameter is a choice of the user
 
     Raises:
         ChunkWiseError: The mean rank is below the lowest rung, the text or the held text is too short, `scored` is
-            combined with `config.self_generated_tokens`, or the model is not on a CPU.
+            combined with `config.self_generated_tokens`, or the model is spread over devices.
     """
     _refuse(model, ladder, config, scored)
     length, progress, kept = block_length(model, config.block), Progress(report), unfinished or Unfinished()
@@ -163,8 +164,7 @@ def _refuse(
             f"a mean rank of {config.mean_rank:.2%} is below the lowest rung that may be used, {lowest:.2%}; ask for "
             "that much, or use more rungs"
         )
-    if model.device.type != "cpu":
-        raise ChunkWiseError(f"calibration runs on a CPU, but the model is on {model.device}; move it: model.cpu()")
+    only_device_of(model)
     if config.self_generated_tokens and scored is not None:
         raise ChunkWiseError(
             "self-generated text continues plain text, but here only some tokens are scored; leave "

@@ -66,7 +66,9 @@ def match_full_rank(
                 rungs = training.sampler(batch.tokens, generator)
                 switch_rungs(rungs)
                 divergence = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored))
-                weights = rungs[batch.scored].square() if training.relative else torch.ones_like(divergence)
+                weights = torch.ones_like(divergence)
+                if training.relative:
+                    weights = rungs[batch.scored].square().to(divergence.device)
                 loss = (weights * divergence).sum() / weights.sum()
             optimizer.zero_grad()
             loss.backward()

@@ -28,9 +28,10 @@ def distil(model: ChunkWiseModel, training: RungTraining, rate: float, adapter: 
     Returns:
         The ladder with the learned weights. It has no learned estimator, because the old one no longer fits.
     """
-    ladder = model.ladders[adapter]
-    tables = {name: module.gate_table() for name, module in ladder.modules.items()}
-    factors = {name: module.balanced() for name, module in ladder.modules.items()}
+    ladder, device = model.ladders[adapter], model.input_device
+    tables = {name: module.gate_table().to(device) for name, module in ladder.modules.items()}
+    known = {name: (m.up.float().to(device), m.down.float().to(device)) for name, m in ladder.modules.items()}
+    factors = {name: [one.to(device) for one in module.balanced()] for name, module in ladder.modules.items()}
     parameters = [one.requires_grad_() for pair in factors.values() for one in pair]
     optimizer = torch.optim.AdamW(parameters, lr=rate)
     rungs: list[Tensor] = []
@@ -39,9 +40,9 @@ def distil(model: ChunkWiseModel, training: RungTraining, rate: float, adapter: 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not rungs:
                 return None
-            x, (up, down), known = args[0].float(), factors[name], ladder.modules[name]
+            x, (up, down), (known_up, known_down) = args[0].float(), factors[name], known[name]
             gates = tables[name][rungs[0]].view(*x.shape[:-1], -1)
-            added = (x @ down.T * gates) @ up.T - x @ known.down.float().T @ known.up.float().T
+            added = (x @ down.T * gates) @ up.T - x @ known_down.T @ known_up.T
             return output + added.to(output.dtype)
 
         return hook
@@ -54,5 +55,5 @@ def distil(model: ChunkWiseModel, training: RungTraining, rate: float, adapter: 
     modules = {}
     for name, module in ladder.modules.items():
         up, down = (one.detach() for one in factors[name])
-        modules[name] = replace(module, up=up.to(module.up.dtype), down=down.to(module.down.dtype))
+        modules[name] = replace(module, up=up.to(module.up), down=down.to(module.down))
     return ladder.with_modules(modules)

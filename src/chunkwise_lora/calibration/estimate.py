@@ -71,11 +71,12 @@ def measured_speed(run: CalibrationRun) -> Speed:
     few = steps.tokens[:, :TIMED_STEPS]
     config = ChunkWiseConfig.preset("balanced")
     with torch.no_grad(), ChunkWiseModel(run.base, run.given) as model:
-        read = seconds_of(lambda: at_full_rank(model, batch.tokens, scored=batch.scored))
-        learned = seconds_of(lambda: sensitivities(model, [batch]))
-        step = seconds_of(lambda: log_probabilities_as_generated(model, few, config))
+        device = model.input_device
+        read = seconds_of(lambda: at_full_rank(model, batch.tokens, scored=batch.scored), device)
+        learned = seconds_of(lambda: sensitivities(model, [batch]), device)
+        step = seconds_of(lambda: log_probabilities_as_generated(model, few, config), device)
     tokens, observations = batch.tokens.numel(), _any_observations(few.flatten())
-    fit = seconds_of(lambda: fit_costs(observations, run.vocab_size, run.config.rungs + 1), warm_up=False)
+    fit = seconds_of(lambda: fit_costs(observations, run.vocab_size, run.config.rungs + 1), device, warm_up=False)
     return Speed(read / tokens, learned / tokens, step / few.shape[1], fit / steps_of_fit(len(observations)))
 
 

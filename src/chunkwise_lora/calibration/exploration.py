@@ -51,8 +51,8 @@ def explore(
 
 
 def _of_all_tokens(values: Tensor, blocks: TokenBlocks) -> Tensor:
-    """(blocks, length) the values (scored,) of the scored tokens, and NaN for the other tokens."""
-    return torch.full(blocks.tokens.shape, math.nan).masked_scatter(blocks.scored, values)
+    """(blocks, length) the values (scored,) of the scored tokens, and NaN for the other tokens, on the CPU."""
+    return torch.full(blocks.tokens.shape, math.nan).masked_scatter(blocks.scored, values.cpu())
 
 
 def _signals(tokens: Tensor, entropies: Tensor, vocab_size: int) -> Tensor:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkwise_lora.calibration.log_probabilities import DEFAULT, ChunkWiseModel, at_full_rank, forward_hooks
+from chunkwise_lora.calibration.log_probabilities import (
+    DEFAULT,
+    ChunkWiseModel,
+    at_full_rank,
+    forward_hooks,
+    sampled,
+)
 from chunkwise_lora.calibration.text import TokenBlocks
 
 
@@ -67,9 +73,8 @@ def sensitivities(
         for batch in batches:
             with torch.enable_grad():
                 log_p = at_full_rank(model, batch.tokens, adapter, batch.scored)
-                probabilities = log_p.detach().exp().cpu()
-                drawn = torch.multinomial(probabilities, 1, generator=generator).to(log_p.device)
-                log_p.gather(1, drawn).sum().backward()
+                drawn = sampled(log_p.detach(), generator)
+                log_p.gather(1, drawn[:, None]).sum().backward()
             tokens += len(log_p)
             for name, (z, leaf) in leaves.items():
                 if leaf.grad is None:

@@ -1,4 +1,7 @@
-"""Log-probabilities of a model under plans. Calibration and evaluation run the model through this file."""
+"""Log-probabilities of a model under plans. Calibration and evaluation run the model through this file.
+
+Token ids may lie on the CPU, wherever the model lies. Log-probabilities lie where the model's output does.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ __all__ = [
     "log_probabilities_in_one_pass",
     "log_probabilities_as_generated",
     "next_token_losses",
+    "sampled",
     "scored_losses",
 ]
 
@@ -128,7 +132,7 @@ def log_probabilities_as_generated(
     the predictions after scored tokens are kept.
     """
     wanted = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
-    places = torch.arange(tokens.numel()).view(tokens.shape)
+    places = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
     steps, order = [], []
     with model.stream(batch=len(tokens), adapter_names=adapter, chunkwise_config=config) as call:
         options = {CACHE: call.cache, "use_cache": True}
@@ -153,6 +157,7 @@ def _log_p(model: ChunkWiseModel, tokens: Tensor, scored: Tensor | None, **optio
     Returns:
         (batch, tokens, vocabulary) log-probabilities; (predictions, vocabulary) with `scored` (batch, tokens).
     """
+    tokens = tokens.to(model.input_device)
     with _head_reads(model.base, scored):
         logits: Tensor = model.base(input_ids=tokens, **({"use_cache": False} | options)).logits
     if scored is not None:
@@ -214,6 +219,21 @@ def entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def sampled(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token from each of several distributions, the same on every device up to rounding.
+
+    Args:
+        log_p: (n, vocabulary) log-probabilities.
+        generator: A generator on the CPU.
+
+    Returns:
+        (n,) token ids, on the device of `log_p`.
+    """
+    ends = log_p.exp().cumsum(-1)
+    places = torch.rand(len(log_p), 1, generator=generator).to(ends.device) * ends[:, -1:]
+    return torch.searchsorted(ends, places, right=True).squeeze(1).clamp_max(log_p.shape[1] - 1)
+
+
 def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
     """The loss of every next token.
 
@@ -224,7 +244,7 @@ def next_token_losses(log_p: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (batch, tokens - 1) nats.
     """
-    return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+    return -log_p[:, :-1].gather(2, tokens[:, 1:, None].to(log_p.device)).squeeze(2)
 
 
 def scored_losses(log_p: Tensor, blocks: TokenBlocks) -> Tensor:
@@ -237,5 +257,5 @@ def scored_losses(log_p: Tensor, blocks: TokenBlocks) -> Tensor:
     Returns:
         (predictions,) nats.
     """
-    following = blocks.tokens.roll(-1, dims=1)[blocks.scored]
+    following = blocks.tokens.roll(-1, dims=1)[blocks.scored].to(log_p.device)
     return -log_p.gather(1, following[:, None]).squeeze(1)[blocks.has_next]

@@ -31,7 +31,7 @@ def block_length(model: PreTrainedModel, longest: int) -> int:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Sequences of equally many token ids, and which of their tokens are scored."""
+    """Sequences of equally many token ids, and which of their tokens are scored. Both lie on the CPU."""
 
     tokens: Tensor
     """(blocks, length) token ids."""
@@ -59,7 +59,7 @@ class TokenBlocks:
             raise ChunkWiseError(
                 f"the text has {len(tokens)} tokens, but `scored` has {len(scored)} entries; give one entry per token"
             )
-        ids, rows = torch.as_tensor(tokens), len(tokens) // length
+        ids, rows = torch.as_tensor(tokens, device="cpu"), len(tokens) // length
         mask = torch.ones_like(ids) if scored is None else torch.as_tensor(scored)
         return cls(*(one[: rows * length].view(rows, length) for one in (ids, mask.bool())))
 

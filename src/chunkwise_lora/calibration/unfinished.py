@@ -185,8 +185,11 @@ class Descent:
         with torch.no_grad():
             for i, parameter in enumerate(self._parameters()):
                 parameter.copy_(self.found[f"{i}/value"])
-                names = [name for name in self.found if name.startswith(f"{i}/state/")]
-                self.optimizer.state[parameter] = {name.split("/")[2]: self.found[name].clone() for name in names}
+                kept = {name.split("/")[2]: self.found[name] for name in self.found if name.startswith(f"{i}/state/")}
+                self.optimizer.state[parameter] = {  # as PyTorch does it, which counts steps on the CPU
+                    name: value.clone() if name == "step" else value.to(parameter, copy=True)
+                    for name, value in kept.items()
+                }
         self.generator.set_state(self.found["generator"])
         return int(self.found["steps"])
 
@@ -235,12 +238,12 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _tidy(values: Values) -> Values:
-    """The values with tensors in new memory, so that they look the same after an interruption as before it.
+    """The values with tensors in new memory on the CPU, so that they look the same after an interruption as before it.
 
     The memory layout of a tensor changes how products are rounded.
     """
     return {
-        name: value.detach().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
         for name, value in values.items()
     }
 

@@ -107,10 +107,17 @@ class Progress:
             handle.remove()
 
 
-def seconds_of(run: Callable[[], object], warm_up: bool = True) -> float:
-    """How long a call of `run` takes; with `warm_up`, the second call."""
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, warm_up: bool = True) -> float:
+    """How long a call of `run`, which uses a device, takes; with `warm_up`, the second call."""
     if warm_up:
         run()
-    begin = time.perf_counter()
+    begin = now(device)
     run()
-    return time.perf_counter() - begin
+    return now(device) - begin

@@ -129,7 +129,7 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
             folders = {"adapter": source}
-            base = load_base_and_tokenizer(model)[0].to(device_named(device), dtype_named(dtype))
+            base = load_base_and_tokenizer(model, device_named(device))[0].to(dtype_named(dtype))
         else:
             shape = SHAPES[random_weights]
             base = random_model(shape, dtype_named(dtype), device_named(device))

@@ -15,7 +15,16 @@ import typer
 from chunkwise_lora import examples
 from chunkwise_lora.calibration.config import QUICK, CalibrationConfig
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, LadderDTypeOption, ModelOption, given, path_given, share
+from chunkwise_lora.cli.options import (
+    DeviceOption,
+    JsonOption,
+    LadderDTypeOption,
+    ModelOption,
+    device_named,
+    given,
+    path_given,
+    share,
+)
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import in_words, progress
 from chunkwise_lora.cli.rendering import calibration_table
@@ -110,6 +119,7 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same ladder.")] = 0,
     dtype: LadderDTypeOption = "float32",
+    device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
     """Fit a ladder and its policy to an adapter, a text and a budget of quality or rank.
@@ -157,7 +167,7 @@ def calibrate(
     unfinished = Unfinished.beside(output, print_plain)
     with _ends_cleanly(unfinished), progress() as reports:
         ladder = RankLadder.load(adapter_of(task, adapter))
-        base, tokenizer = load_base_and_tokenizer(model)
+        base, tokenizer = load_base_and_tokenizer(model, device_named(device))
 
         def answer(examples: Sequence[Example]) -> list[Example]:
             track = partial(reports.track, description="answering prompts")

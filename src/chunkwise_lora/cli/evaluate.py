@@ -11,7 +11,15 @@ import typer
 
 from chunkwise_lora import examples
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
-from chunkwise_lora.cli.options import JsonOption, ModelOption, named_paths, path_given, share
+from chunkwise_lora.cli.options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    device_named,
+    named_paths,
+    path_given,
+    share,
+)
 from chunkwise_lora.cli.output import console, print_plain, write_json
 from chunkwise_lora.cli.progress import progress
 from chunkwise_lora.cli.rendering import evaluation_table
@@ -106,6 +114,7 @@ def evaluate(
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens of an answer.")] = NEW_TOKENS,
     batch: Annotated[int, typer.Option(min=1, help="Windows or prompts that run together.")] = 16,
+    device: DeviceOption = "cpu",
     report: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder to write report.html and report.md to.", parser=path_given),
@@ -116,6 +125,9 @@ def evaluate(
 
     Text is cut into windows and runs as in generation, with plan, cross-fades and KV policy in force. Answers are
     generated greedily. All metrics come with 95% intervals. `chunkwise bench` measures speed and memory.
+
+    Several processes share the work: `torchrun --nproc-per-node 8 -m chunkwise_lora.cli eval ... --device cuda` gives
+    each GPU its batches. The results are those of one process.
     """
     configs = {
         name: ChunkWiseConfig.from_json(read_text(Path(file), ChunkWiseError), file)
@@ -128,6 +140,7 @@ def evaluate(
 
     from chunkwise_lora.evaluation.baselines import Comparison, MethodSelection  # slow to import: after all refusals
     from chunkwise_lora.evaluation.plot import plot
+    from chunkwise_lora.evaluation.processes import Processes
     from chunkwise_lora.evaluation.report import markdown, page
     from chunkwise_lora.evaluation.settings import EvaluationSettings
     from chunkwise_lora.evaluation.tasks import adapter_of, calibrated_ladder, own_policy, run_task
@@ -139,17 +152,19 @@ def evaluate(
     selection = MethodSelection(
         [one for one in presets if one], [one for one in baselines if one], shares, peft_adapters, configs
     )
-    base, tokenizer = load_base_and_tokenizer(model)
-    with progress() as reports:
+    with Processes.launched() as processes, progress(shown=processes.is_main) as reports:
+        base, tokenizer = load_base_and_tokenizer(model, processes.device(device_named(device)))
         evaluation = run_task(
             task,
             data,
             Comparison(base, adapter, ladders),
             selection,
             tokenizer,
-            EvaluationSettings(limit, stride, new_tokens, batch),
+            EvaluationSettings(limit, stride, new_tokens, batch, processes),
             advance=reports.begin(f"evaluating {task}"),
         )
+    if not processes.is_main:
+        return
     print_plain(verdict(evaluation), style="bold")
     console.print(evaluation_table(evaluation))
     for sentence in findings(evaluation):

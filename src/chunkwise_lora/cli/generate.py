@@ -75,8 +75,8 @@ def generate(
     from chunkwise_lora.engines.transformers import ChunkWiseModel
 
     place, wanted = device_named(device), None if dtype is None else dtype_named(dtype)
-    base, tokenizer = load_base_and_tokenizer(model)
-    base = base.to(place, wanted)
+    base, tokenizer = load_base_and_tokenizer(model, place)
+    base = base.to(wanted)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
+def load_base_and_tokenizer(name: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
     """The base model and tokenizer of the example, in a folder or on the hub. On a CPU float16 weights become float32.
+
+    Args:
+        name: The name of the model.
+        device: Where to put the model.
 
     Raises:
         EngineError: The model or its tokenizer cannot be loaded.
@@ -25,7 +29,7 @@ def load_base_and_tokenizer(name: str) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     source = examples.find_base(name, _tell)
-    base = load_base(source)
+    base = load_base(source).to(device)
     if base.device.type == "cpu" and str(base.dtype) == "torch.float16":
         base = base.float()  # CPUs compute float16 slowly
     try:

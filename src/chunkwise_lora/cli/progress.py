@@ -143,8 +143,10 @@ class Lines(Progress):
         pass
 
 
-def progress() -> Progress:
-    """Bars if standard error is a terminal, otherwise lines."""
+def progress(shown: bool = True) -> Progress:
+    """Bars if standard error is a terminal, otherwise lines; nothing unless `shown`."""
+    if not shown:
+        return Lines(lambda line: None)
     console = Console(stderr=True)
     if sys.stderr.isatty() and console.is_interactive:
         return Bars(console)

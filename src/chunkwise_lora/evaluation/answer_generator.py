@@ -52,8 +52,8 @@ class AnswerGenerator:
         options |= {"pad_token_id": self.tokenizer.pad_token_id, "eos_token_id": eos}
         with ChunkWiseModel(self.base, self.ladder, ChunkWiseConfig.preset("lossless")) as model:
             for batch in track(batches_of(by_length, self.batch)):
-                inputs: dict[str, Any] = prompt_inputs(batch, self.tokenizer)
-                new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+                inputs: dict[str, Any] = prompt_inputs(batch, self.tokenizer, model.input_device)
+                new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].cpu()
                 answers = zip(batch, first_lines(new, self.tokenizer), (new == eos).any(1), strict=True)
                 answered += [replace(example, references=(text,)) for example, text, ended in answers if text and ended]
         return answered

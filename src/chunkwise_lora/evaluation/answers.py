@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from chunkwise_lora.ladder.contents import Expectation
 
 @dataclass
 class _Tally:
-    """The measurements of one method so far, one entry per example."""
+    """The measurements of one method, one entry per example."""
 
     answers: list[list[int]] = field(default_factory=list)
     """Token ids, with the token that ends the answer."""
@@ -40,13 +40,11 @@ class _Tally:
     kv_bytes_full: int = 0
     """The bytes that the same tokens take in full precision."""
 
-    def add(self, answers: list[list[int]], ranks: list[float], kl: list[float], kv_bytes: tuple[int, int]) -> None:
-        """Add the measurements of one batch."""
-        self.answers += answers
-        self.ranks += ranks
-        self.kl += kl
-        self.kv_bytes += kv_bytes[0]
-        self.kv_bytes_full += kv_bytes[1]
+    def __iadd__(self, other: _Tally) -> Self:
+        """Add the measurements of other examples."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        return self
 
 
 def evaluate_answers(
@@ -68,9 +66,9 @@ def evaluate_answers(
         examples: Prompts and references.
         tokenizer: The base model's tokenizer.
         metric: Scores the answers.
-        settings: The size of batches, and the largest number of tokens of an answer.
+        settings: The size of batches, the largest number of tokens of an answer, and the processes that share the work.
         expectations: By name of a method, what calibration expects of it. Its loss on the references is then measured.
-        advance: Called once per method and batch.
+        advance: Called once per method and batch of this process.
 
     Raises:
         ChunkWiseError: The tokenizer has no end-of-sequence token.
@@ -79,15 +77,24 @@ def evaluate_answers(
     expectations = expectations or {}
     judged = {FULL, *expectations} if expectations else set()
     full_rank = full_rank_of(methods)
-    tallies = {method.name: _Tally() for method in methods}
     order = by_topic(examples)
-    for indices in batches_of(order, settings.batch):
+
+    def measured(indices: Sequence[int]) -> dict[str, _Tally]:
         part = _Part([examples[i] for i in indices], tokenizer, full_rank, settings.new_tokens)
+        found = {}
         for method in methods:
-            part.measure(method, tallies[method.name])
+            found[method.name] = part.measure(method)
             if method.name in judged:
-                tallies[method.name].losses += part.losses(method)
+                found[method.name].losses += part.losses(method)
             advance()
+        return found
+
+    processes = settings.processes
+    mine = processes.share_of(batches_of(order, settings.batch))
+    tallies = {method.name: _Tally() for method in methods}
+    for part in processes.gathered([measured(indices) for indices in mine]):
+        for name, tally in part.items():
+            tallies[name] += tally
     places = np.argsort(order)
     answers = {
         name: first_lines([tally.answers[place] for place in places], tokenizer) for name, tally in tallies.items()
@@ -147,12 +154,11 @@ class _Part:
         with self.prompts.begin(self.full_rank) as run:
             return run.generate(self.new_tokens, self._ends)
 
-    def measure(self, method: Generator, tally: _Tally) -> None:
-        """Add what `method` answers, and how far it is from full rank."""
+    def measure(self, method: Generator) -> _Tally:
+        """What `method` answers, and how far it is from full rank; without losses."""
         answers, full = self.full
         if method is self.full_rank:
-            tally.add(answers, [self.full_rank.mean_rank] * len(answers), [0.0] * len(answers), (1, 1))
-            return
+            return _Tally(answers, [self.full_rank.mean_rank] * len(answers), [0.0] * len(answers), [], 1, 1)
         own, generated = list(answers), []
         with self.prompts.begin(method) as run:
             log_p = run.read(Tokens.padded([answer[:-1] for answer in answers], "right"))
@@ -169,7 +175,7 @@ class _Part:
             own[row], ranks[row] = answer, rank
         lengths = [max(1, len(answer) - self._ends(answer[-1])) for answer in answers]
         kl = [float(kl_divergence(full[row, :n], log_p[row, :n]).mean()) for row, n in enumerate(lengths)]
-        tally.add(own, ranks, kl, kv_bytes)
+        return _Tally(own, ranks, kl, [], *kv_bytes)
 
     def losses(self, method: Generator) -> list[float]:
         """The loss of `method` on the first reference of each example, in nats."""

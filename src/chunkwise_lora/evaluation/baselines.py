@@ -20,6 +20,7 @@ from chunkwise_lora.calibration.log_probabilities import (
     log_probabilities_in_one_pass,
 )
 from chunkwise_lora.calibration.rung_policy import multiplier_for
+from chunkwise_lora.engines.transformers.fitting import only_device_of
 from chunkwise_lora.errors import ChunkWiseError, ConfigError, first_line
 from chunkwise_lora.evaluation.methods import (
     FULL,
@@ -71,17 +72,19 @@ class Comparison:
     """Makes the methods that are compared, for one base model and one adapter.
 
     Args:
-        base: The base model.
+        base: The base model, on one device.
         adapter: The PEFT adapter: a folder, or a name on the hub. If the folder holds a ladder, presets run on it.
         calibrated: Calibrated ladders with their policies, by the name that results show.
 
     Raises:
         ConfigError: A calibrated ladder has no policy.
+        EngineError: The base model is spread over devices.
     """
 
     def __init__(
         self, base: PreTrainedModel, adapter: str | Path, calibrated: Mapping[str, RankLadder] | None = None
     ) -> None:
+        only_device_of(base)  # its copies would not be
         self.base = base
         self.adapter = adapter
         self.calibrated = {name: f"calibrated {number}" for number, name in enumerate(calibrated or {})}
@@ -227,9 +230,10 @@ class _CalibratedPlan:
 
     def at_its_mean_rank(self) -> ReplannedMethod:
         """Every token on one of the two rungs around the plan's mean rank, at random: the same mean rank, no choice."""
-        ranks, generator = self.ranks, np.random.default_rng(0)
+        ranks = self.ranks
 
         def rungs_for(tokens: Tensor, plan: np.ndarray) -> np.ndarray:
+            generator = _random_for(tokens)
             mean = ranks[plan].mean()
             above = min(int(np.searchsorted(ranks, mean)), len(ranks) - 1)
             below = max(above - 1, 0)
@@ -240,8 +244,9 @@ class _CalibratedPlan:
 
     def shuffled(self) -> ReplannedMethod:
         """The rungs of the plan, shuffled over the tokens."""
-        generator = np.random.default_rng(0)
-        return self._method("random", lambda tokens, plan: generator.permuted(plan.ravel()).reshape(plan.shape))
+        return self._method(
+            "random", lambda tokens, plan: _random_for(tokens).permuted(plan.ravel()).reshape(plan.shape)
+        )
 
     def oracle(self) -> ReplannedMethod:
         """The cheapest plan with the same rungs and mean rank, given every token's cost on every rung."""
@@ -254,7 +259,7 @@ class _CalibratedPlan:
                 full = log_probabilities(self.chunkwise, window, None, PLAIN)
                 for number, rung in enumerate(tried):
                     log_p = log_probabilities(self.chunkwise, window, int(rung), self.name, self.scale)
-                    by_rung[row, :, number] = kl_divergence(full, log_p)[0]
+                    by_rung[row, :, number] = kl_divergence(full, log_p)[0].cpu()
             return tried[cheapest(by_rung, self.ranks[tried], float(self.ranks[plan].mean()))]
 
         return self._method("oracle", rungs_for)
@@ -277,6 +282,11 @@ class _CalibratedPlan:
             for row in range(len(tokens))
         ]
         return np.abs(np.concatenate(rows)[..., None] - self.ranks).argmin(-1)
+
+
+def _random_for(tokens: Tensor) -> np.random.Generator:
+    """A generator that gives the same text (windows, tokens) the same numbers, in whatever order batches run."""
+    return np.random.default_rng(tokens.flatten().tolist())
 
 
 def cheapest(costs: np.ndarray, ranks: np.ndarray, mean_rank: float) -> np.ndarray:

@@ -21,7 +21,7 @@ NO_TOKEN = 0
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of several sequences, padded."""
+    """Token ids of several sequences, padded, on the CPU."""
 
     ids: Tensor
     """(sequences, columns) token ids."""
@@ -150,7 +150,7 @@ class Continuation:
         steps = [self.log_p]
         running = torch.ones(len(answers), 1, dtype=torch.long)
         while True:
-            tokens = steps[-1].argmax(-1)
+            tokens = steps[-1].argmax(-1).cpu()
             for row, token in enumerate(tokens.tolist()):
                 if running[row]:
                     answers[row].append(token)
@@ -177,8 +177,9 @@ class Continuation:
         """Run tokens; returns log-probabilities (batch, columns, vocabulary), or only those after the last column."""
         self._mask = torch.cat([self._mask, tokens.mask], dim=1)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.ids.shape[1] :]
-        options = {"attention_mask": self._mask, "position_ids": positions} | ({"logits_to_keep": 1} if last else {})
-        return self.method.read(self._opened, tokens.ids, **options).float().log_softmax(-1)
+        ids, mask, positions = (one.to(self.method.device) for one in (tokens.ids, self._mask, positions))
+        options = {"attention_mask": mask, "position_ids": positions} | ({"logits_to_keep": 1} if last else {})
+        return self.method.read(self._opened, ids, **options).float().log_softmax(-1)
 
     def _select(self, rows: Tensor) -> None:
         self._opened.cache.batch_select_indices(rows)

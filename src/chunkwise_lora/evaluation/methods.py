@@ -76,12 +76,17 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, windows: Tensor, visit: Visit) -> Spent:
-        """Run token ids (windows, tokens), and give `visit` all log-probabilities, part by part."""
+        """Run token ids (windows, tokens) on the CPU, and give `visit` all log-probabilities, part by part."""
 
 
 @dataclass(frozen=True)
 class Generator(Method):
     """A method that can also read prompts and generate: its plan does not need the whole text."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device that takes token ids."""
 
     @property
     @abstractmethod
@@ -115,6 +120,10 @@ class PlainMethod(Generator):
     """The rank of all tokens."""
 
     @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
     def rank(self) -> float:
         return self.mean_rank
 
@@ -125,7 +134,8 @@ class PlainMethod(Generator):
     @torch.no_grad()
     def score(self, windows: Tensor, visit: Visit) -> Spent:
         for row in _rows(windows):
-            visit(row, slice(None), _log_p(self.model(input_ids=windows[row], use_cache=False).logits))
+            tokens = windows[row].to(self.device)
+            visit(row, slice(None), _log_p(self.model(input_ids=tokens, use_cache=False).logits))
         return Spent(np.full(windows.shape, self.mean_rank))
 
 
@@ -136,6 +146,10 @@ class PlannedMethod(Generator):
     chunkwise: ChunkWiseModel
     ladder: str
     config: ChunkWiseConfig
+
+    @property
+    def device(self) -> torch.device:
+        return self.chunkwise.input_device
 
     @property
     def rank(self) -> float | None:
@@ -164,7 +178,7 @@ class PlannedMethod(Generator):
         if len(passes) > 1:
             with self.open(len(windows), 1) as opened:
                 end = 0
-                for tokens in windows.split(passes, dim=1):
+                for tokens in windows.to(self.device).split(passes, dim=1):
                     start, end = end, end + tokens.shape[1]
                     visit(slice(None), slice(start, end), _log_p(self.read(opened, tokens)))
                 assert opened.trace is not None
@@ -174,7 +188,8 @@ class PlannedMethod(Generator):
         ranks = []
         for row in _rows(windows):
             with self.open(1, windows.shape[1]) as opened:
-                visit(row, slice(None), _log_p(opened.model(input_ids=windows[row], use_cache=False).logits))
+                tokens = windows[row].to(self.device)
+                visit(row, slice(None), _log_p(opened.model(input_ids=tokens, use_cache=False).logits))
                 assert opened.trace is not None
                 ranks.append(opened.trace().sequences[0].ranks)
         return Spent(np.array(ranks))

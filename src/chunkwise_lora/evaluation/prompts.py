@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from chunkwise_lora.errors import ChunkWiseError
@@ -32,10 +33,10 @@ def set_padding(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def prompt_inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-    """Token ids and attention mask of the prompts, each (batch, tokens), padded on the left."""
+def prompt_inputs(examples: Sequence[Example], tokenizer: Any, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Token ids and attention mask of the prompts, each (batch, tokens), padded on the left, on a device."""
     prompts = [example.prompt for example in examples]
-    return dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
+    return dict(tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(device))
 
 
 def first_lines(new: Tensor | Sequence[Sequence[int]], tokenizer: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chunkwise_lora.evaluation.data import NEW_TOKENS
+from chunkwise_lora.evaluation.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -19,3 +20,5 @@ class EvaluationSettings:
     """Largest number of tokens of an answer."""
     batch: int = 16
     """Windows or prompts that run together."""
+    processes: Processes = ALONE
+    """The processes that share the work. All of them must evaluate the same, and get the same results."""

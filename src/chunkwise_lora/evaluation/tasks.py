@@ -146,7 +146,7 @@ def run_task(
         selection: Which methods to compare.
         tokenizer: The base model's tokenizer.
         settings: How much is evaluated, and how.
-        advance: Called with the number of finished pieces of work and their total number.
+        advance: Called with the number of finished pieces of work and their total number, in this process.
 
     Raises:
         ChunkWiseError: The data cannot be read, holds too little, or has prompts without answers; or a method cannot be
@@ -183,7 +183,7 @@ class _Job:
         shortest = min(map(len, ids))
         methods = self.comparison.methods(self.selection, torch.tensor([one[:shortest] for one in ids]))
         able = [method for method in methods if isinstance(method, Generator)]
-        total = len(able) * -(-len(examples) // batch)
+        total = len(able) * len(self.settings.processes.share_of(range(0, len(examples), batch)))
         results = evaluate_answers(
             able,
             examples,
@@ -214,13 +214,14 @@ class _Job:
             raise ChunkWiseError(f"{self.data}: has fewer than 2 tokens; give a longer text")
         methods = self.comparison.methods(self.selection, windows[:1])
         batch = min(self.settings.batch, self._most_windows(windows.shape[1]))
-        total = len(methods) * -(-len(windows) // batch)
+        total = len(methods) * len(self.settings.processes.share_of(range(0, len(windows), batch)))
         results, sample = evaluate_text(
             methods,
             windows,
             stride,
             batch=batch,
             expectations=self.comparison.expectations(),
+            processes=self.settings.processes,
             advance=lambda: self._advance(total),
         )
         apart = f", one every {_counted(stride, 'token')}" if stride < length else ""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunkwise_lora.calibration.log_probabilities import kl_divergence
 from chunkwise_lora.evaluation.methods import FULL, Method, Spent, Visit, full_rank_of
+from chunkwise_lora.evaluation.processes import ALONE, Processes
 from chunkwise_lora.evaluation.results import Prediction, Result
 from chunkwise_lora.evaluation.statistics import bootstrap, per_token, relative_increase, segments
 from chunkwise_lora.ladder.contents import Expectation
@@ -43,17 +44,18 @@ def windows_of(tokens: Sequence[int], length: int, stride: int) -> Tensor:
     return ids.unfold(0, length, stride) if len(ids) >= length else ids[None]
 
 
-class _Tally:
-    """The measurements of one method so far, one entry per batch of windows."""
+@dataclass(frozen=True)
+class _Measured:
+    """What one method gave on one batch of windows."""
 
-    def __init__(self) -> None:
-        self.losses: list[np.ndarray] = []
-        """(windows, scored tokens) nats."""
-        self.kl: list[np.ndarray] = []
-        """(windows, scored tokens) nats."""
-        self.spent: list[Spent] = []
+    losses: np.ndarray
+    """(windows, scored tokens) nats."""
+    kl: np.ndarray
+    """(windows, scored tokens) nats."""
+    spent: Spent
 
-    def add(self, score: Score, windows: Tensor, full: Tensor, scored_from: int) -> None:
+    @classmethod
+    def of(cls, score: Score, windows: Tensor, full: Tensor, scored_from: int) -> _Measured:
         """Run windows (windows, tokens), and compare with full rank's log-probabilities (windows, tokens, vocabulary).
 
         `scored_from` is the number of tokens at the start whose predictions are not scored.
@@ -62,14 +64,13 @@ class _Tally:
         following = windows[:, 1:, None]
 
         def visit(rows: slice, columns: slice, log_p: Tensor) -> None:
-            expected = following[rows, columns]
+            expected = following[rows, columns].to(log_p.device)
             found = log_p[:, : expected.shape[1]]  # the last token of a window has no next one
-            losses[rows, columns] = -found.gather(2, expected).squeeze(2)
-            kl[rows, columns] = kl_divergence(full[rows, columns][:, : expected.shape[1]], found)
+            losses[rows, columns] = -found.gather(2, expected).squeeze(2).cpu()
+            kl[rows, columns] = kl_divergence(full[rows, columns][:, : expected.shape[1]], found).cpu()
 
-        self.spent.append(score(windows, visit))
-        self.losses.append(losses[:, scored_from:])
-        self.kl.append(kl[:, scored_from:])
+        spent = score(windows, visit)
+        return cls(losses[:, scored_from:], kl[:, scored_from:], spent)
 
 
 def evaluate_text(
@@ -79,6 +80,7 @@ def evaluate_text(
     *,
     batch: int = 16,
     expectations: Mapping[str, Expectation] | None = None,
+    processes: Processes = ALONE,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[Result], Sample | None]:
     """Run every method on windows of text and compare it with full rank.
@@ -93,28 +95,35 @@ def evaluate_text(
         stride: Tokens from the start of one window to the start of the next.
         batch: Windows that run together. The log-probabilities of full rank are kept for all of them.
         expectations: By name of a method, what calibration expects of it.
-        advance: Called once per method and batch.
+        processes: The processes that share the batches. All of them get all results.
+        advance: Called once per method and batch of this process.
 
     Returns:
         One result per method, and the ranks of one window if a method chooses ranks token by token.
     """
     scored_from = max(0, windows.shape[1] - 1 - stride)
-    tallies = {method.name: _Tally() for method in methods}
-    sample = None
-    full_rank = full_rank_of(methods)
-    for group in windows.split(batch):
+    full_rank, expectations = full_rank_of(methods), expectations or {}
+
+    def measured(group: Tensor) -> dict[str, _Measured]:
         full, again = _scored_once(full_rank, group)
+        found = {}
         for method in methods:
             score = again if method is full_rank else method.score
-            tallies[method.name].add(score, group, full, scored_from)
-            ranks = tallies[method.name].spent[-1].ranks[0]
-            if np.ptp(ranks) > 0:
-                sample = Sample(group[0].tolist(), ranks.tolist())
+            found[method.name] = _Measured.of(score, group, full, scored_from)
             advance()
-    full_losses = np.concatenate(tallies[FULL].losses)
-    expectations = expectations or {}
-    results = [_result(one, tallies[one.name], full_losses, expectations.get(one.name)) for one in methods]
-    return results, sample
+        return found
+
+    groups = windows.split(batch)
+    parts = processes.gathered([measured(group) for group in processes.share_of(groups)])
+    by_method = {method.name: [part[method.name] for part in parts] for method in methods}
+    results = [_result(one, by_method[one.name], by_method[FULL], expectations.get(one.name)) for one in methods]
+    chosen = [
+        Sample(group[0].tolist(), one.spent.ranks[0].tolist())
+        for group, part in zip(groups, parts, strict=True)
+        for one in part.values()
+        if np.ptp(one.spent.ranks[0]) > 0
+    ]
+    return results, chosen[-1] if chosen else None
 
 
 def _scored_once(method: Method, windows: Tensor) -> tuple[Tensor, Score]:
@@ -135,15 +144,19 @@ def _scored_once(method: Method, windows: Tensor) -> tuple[Tensor, Score]:
     return together, again
 
 
-def _result(method: Method, tally: _Tally, full_losses: np.ndarray, expected: Expectation | None) -> Result:
-    losses, kl = np.concatenate(tally.losses), np.concatenate(tally.kl)
+def _result(
+    method: Method, parts: Sequence[_Measured], full: Sequence[_Measured], expected: Expectation | None
+) -> Result:
+    losses, kl, full_losses = (
+        np.concatenate(one) for one in ([p.losses for p in parts], [p.kl for p in parts], [p.losses for p in full])
+    )
     both = np.stack([segments(losses)[:, 0], segments(full_losses)[:, 0]], axis=-1)
     return Result(
         method.label,
-        float(np.mean(np.concatenate([spent.ranks.ravel() for spent in tally.spent]))),
+        float(np.mean(np.concatenate([part.spent.ranks.ravel() for part in parts]))),
         {PERPLEXITY: bootstrap(segments(losses), lambda means: np.exp(per_token(means)))},
         {PERPLEXITY: bootstrap(segments(losses - full_losses), lambda means: np.expm1(per_token(means)))},
         bootstrap(segments(kl), per_token),
-        float(np.average([spent.kv_share for spent in tally.spent], weights=[len(one) for one in tally.losses])),
+        float(np.average([part.spent.kv_share for part in parts], weights=[len(part.losses) for part in parts])),
         None if expected is None else Prediction(expected, bootstrap(both, relative_increase)),
     )
