@@ -69,7 +69,7 @@ def match_full_rank(
                 weights = torch.ones_like(divergence)
                 if training.relative:
                     weights = rungs[batch.scored].square().to(divergence.device)
-                loss = (weights * divergence).sum() / weights.sum()
+                loss = (weights * divergence).sum() / weights.sum().clamp_min(1)  # rung 0 alone teaches nothing
             optimizer.zero_grad()
             loss.backward()
             for group, highest in zip(optimizer.param_groups, rates, strict=True):
