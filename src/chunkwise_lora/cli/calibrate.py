@@ -237,4 +237,4 @@ def _print_result(result: Calibration, output: Path) -> None:
         f"{result.ladder.rung_ranks[-1]:g}, with {check.kv_share:.0%} of the KV bytes. This was measured on "
         f"{check.tokens:,} tokens of unseen text."
     )
-    print_plain(f"Written to {output}")
+    print_plain(f"Written to {output}", wrap=False)

@@ -71,7 +71,7 @@ def build(
         ladder = _data_aware(ladder, base, calibration_text)
     ladder.to(storage).save_pretrained(output)
     console.print(ladder_table(ladder))
-    print_plain(f"Written to {output}")
+    print_plain(f"Written to {output}", wrap=False)
     write_json(json_file, describe(ladder))
 
 
