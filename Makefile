@@ -10,11 +10,15 @@ demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small mode
 	else echo "SmolLM2 cannot be installed (see above), so this runs the small model of the tests."; \
 	  $(BIN)/chunkwise demo --folder tests/small; fi
 
+# The models of the tests are tiny: one thread each, and a process for every core. A worker takes up to 2 GB.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+
 test: check  ## Lint, types and tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-newest: .venv-newest/ready  ## Tests of the transformers engine with the newest transformers and PEFT
-	.venv-newest/bin/pytest $(patsubst %,tests/test_%.py,silence attach conversation edges cache peft_habits kv_policies)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(PARALLEL) $(patsubst %,tests/test_%.py,silence attach conversation edges cache peft_habits kv_policies)
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
 	$(BIN)/pytest -m vllm tests/vllm_engine

@@ -339,7 +339,7 @@ def calibrated() -> Calibration:
 
 def test_calibration_is_deterministic() -> None:
     calibrated, again = (
-        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(), CONFIG) for _ in range(2)
+        calibrate(build("llama"), RankLadder.from_peft(adapter("llama")), text(MIN_BLOCKS), CONFIG) for _ in range(2)
     )
     assert again.policy == calibrated.policy and again.check == calibrated.check
     for name, module in calibrated.ladder.modules.items():

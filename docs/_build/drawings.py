@@ -132,7 +132,9 @@ def rank_ladder() -> Figure:
     for rung, rank in enumerate(module.ranks[1:], 1):
         axis.axvline(rank + 0.5, color="grey", linewidth=1)
         axis.text(rank + 0.4, sigma[0], f"rung {rung}\n{kept[rank - 1]:.0%}", ha="right", va="top", fontsize=7)
-    axis.set(xlabel="direction", ylabel="singular value", title=name.removeprefix("model."), xlim=(0.4, len(sigma) + 0.6))
+    axis.set(
+        xlabel="direction", ylabel="singular value", title=name.removeprefix("model."), xlim=(0.4, len(sigma) + 0.6)
+    )
     axis.title.set_size(9)
     return figure
 
@@ -217,7 +219,9 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
 
 def draw(folder: Path) -> None:
     """Write all drawings as SVG files."""
-    mpl.rcParams.update({"svg.hashsalt": "chunkwise", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    mpl.rcParams.update(
+        {"svg.hashsalt": "chunkwise", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawing in DRAWINGS.items():
         drawing().savefig(folder / f"{name}.svg", metadata={"Date": None})
