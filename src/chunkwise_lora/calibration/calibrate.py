@@ -129,8 +129,7 @@ def _calibrated(run: CalibrationRun) -> Calibration:
         fitted = fit_ladder(run, ladder)
     else:
         basis = _kept(run, "directions", lambda: _initial_basis(run, training_text))
-        sampled = RandomRungs(*config.sampled_rungs(range(config.rungs + 1)))
-        basis = _rotated(run, basis, training_text, sampled, relative=True)
+        basis = _rotated(run, basis, training_text, RandomRungs(*config.sampled_rungs(range(config.rungs + 1))))
         fitted = fit_ladder(run, basis.on_rungs(config.rungs))
         for _ in range(config.rounds if config.refinements else 0):
             basis = _rotated(run, basis, training_text, fitted.sampler(run, _budget_share(run, fitted)))
@@ -201,15 +200,12 @@ def _initial_basis(run: CalibrationRun, text: TokenBlocks) -> Basis:
     return Basis(ladder, importance | {name: one.gates / 2 for name, one in gates.items()})
 
 
-def _rotated(
-    run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: RungSampler, relative: bool = False
-) -> Basis:
-    """The basis rotated for the sampled rungs, for `config.refinements` steps; see `RungTraining.relative`."""
+def _rotated(run: CalibrationRun, basis: Basis, text: TokenBlocks, sampler: RungSampler) -> Basis:
+    """The basis rotated for the sampled rungs, for `config.refinements` steps."""
     steps, seed = run.config.refinements, run.config.seed
     if not steps:
         return basis
-    batches = text.random_batches(steps, ROTATION_TOKENS, seed)
-    training = RungTraining(batches, steps, sampler, seed, relative, run.unfinished)
+    training = RungTraining(text.random_batches(steps, ROTATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
 
     def rotated() -> Basis:
         run.progress.begin("rotating the basis")
@@ -228,8 +224,7 @@ def _distilled(run: CalibrationRun, fitted: FittedLadder, text: TokenBlocks) -> 
     """The ladder distilled at the rungs of its policy, for `config.distillations` steps."""
     steps, seed = run.config.distillations, run.config.seed
     sampler = fitted.sampler(run, _budget_share(run, fitted))
-    batches = text.random_batches(steps, DISTILLATION_TOKENS, seed)
-    training = RungTraining(batches, steps, sampler, seed, unfinished=run.unfinished)
+    training = RungTraining(text.random_batches(steps, DISTILLATION_TOKENS, seed), steps, sampler, seed, run.unfinished)
 
     def distilled() -> Values:
         run.progress.begin("distilling")

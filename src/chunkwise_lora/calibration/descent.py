@@ -29,9 +29,6 @@ class RungTraining:
     """Samples the rungs that are brought closer to full rank."""
     seed: int = 0
     """Seed of the sampled rungs."""
-    relative: bool = False
-    """Whether a token's divergence counts in proportion to the square of its rung. As divergences fall about with the
-    square of the rank, all sampled rungs then count alike. By default the lowest rungs, which lose most, count most."""
     unfinished: Unfinished = field(default_factory=Unfinished)
     """Keeps the state of the descent."""
 
@@ -43,7 +40,7 @@ def match_full_rank(
     switch_rungs: Callable[[Tensor | None], None],
     adapter: str,
 ) -> None:
-    """Minimise the KL divergence of sampled rungs from full rank, averaged over scored tokens; see `relative`.
+    """Minimise the KL divergence of sampled rungs from full rank, averaged over scored tokens.
 
     Args:
         model: A model with the ladder attached.
@@ -63,13 +60,8 @@ def match_full_rank(
             with torch.no_grad():
                 full = at_full_rank(model, batch.tokens, adapter, batch.scored)
             with torch.enable_grad():
-                rungs = training.sampler(batch.tokens, generator)
-                switch_rungs(rungs)
-                divergence = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored))
-                weights = torch.ones_like(divergence)
-                if training.relative:
-                    weights = rungs[batch.scored].square().to(divergence.device)
-                loss = (weights * divergence).sum() / weights.sum().clamp_min(1)  # rung 0 alone teaches nothing
+                switch_rungs(training.sampler(batch.tokens, generator))
+                loss = kl_divergence(full, at_full_rank(model, batch.tokens, adapter, batch.scored)).mean()
             optimizer.zero_grad()
             loss.backward()
             for group, highest in zip(optimizer.param_groups, rates, strict=True):
