@@ -29,7 +29,7 @@ SAMPLE = Path(__file__).parents[1] / "sample"
 SCORES = {"squad": "exact match", "e2e": "BLEU", "wiki": "perplexity"}
 """By adapter: the score of its part of the sample."""
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 """Tokens that a round of decoding adds."""
 
 WINDOW = 128
