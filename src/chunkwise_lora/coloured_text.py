@@ -8,14 +8,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from chunkwise_lora.errors import escaped_lines, shown
-from chunkwise_lora.rank_colour import rank_colour, rank_shown
+from chunkwise_lora.rank_colour import LEGEND, rank_colour, rank_shown
 from chunkwise_lora.token_text import token_texts
 
 if TYPE_CHECKING:
     from chunkwise_lora.method.trace import SequenceTrace, Trace
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Ranks in a legend, as shares of the full rank."""
 BAR = "border-left:2px solid #d62728"
 """The style of the first token of a chunk."""
 
@@ -62,7 +60,7 @@ class ColouredText:
 
     def _legend(self, full_rank: float) -> str:
         ranks = "".join(
-            f'<span style="{_style(share)};padding:0 .5em">{rank_shown(share * full_rank)}</span>' for share in SHARES
+            f'<span style="{_style(share)};padding:0 .5em">{rank_shown(share * full_rank)}</span>' for share in LEGEND
         )
         prompt = "; <i>the prompt is in italics</i>" if any(self._prompts) else ""
         return f'rank {ranks} &emsp;<span style="{BAR}">&nbsp;</span>a chunk begins{prompt}'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 COLD, WARM = (198, 219, 239), (253, 141, 60)
 """Red, green and blue (0 to 255) of rank 0, a light blue, and of the full rank, an orange."""
+LEGEND = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""The ranks that a legend shows, as shares of the full rank."""
 
 
 def rank_colour(share: float) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chunkwise_lora.cli.output import is_ascii_only, shows_colours
 from chunkwise_lora.errors import escaped_lines, shown
-from chunkwise_lora.rank_colour import rank_colour, rank_shown
+from chunkwise_lora.rank_colour import LEGEND, rank_colour, rank_shown
 
 if TYPE_CHECKING:
     from chunkwise_lora.benchmark.llama_cpp import LlamaMeasurement
@@ -74,7 +74,7 @@ def rank_legend(full_rank: float, colours: bool | None = None) -> Text:
     if not (shows_colours() if colours is None else colours):
         return Text(f"[n] the next tokens have rank n of {rank_shown(full_rank)}   {_bar()} a chunk begins")
     text = Text("rank ")
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for share in LEGEND:
         text.append(f" {rank_shown(share * full_rank)} ", style=_style(share, italic=False))
     text.append("   ").append(_bar(), style="bold red").append(" a chunk begins   ")
     return text.append("the prompt is in italics", style="italic")
