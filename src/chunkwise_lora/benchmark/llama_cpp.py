@@ -16,12 +16,15 @@ from llama_cpp import Llama
 
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.engines.llama_cpp.base_model import base_of
+from chunkwise_lora.engines.llama_cpp.batch import fill
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule, RankLadder, even_ranks
 from chunkwise_lora.ladder.gguf import GgufBase, write_gguf
 from chunkwise_lora.method.config import ChunkWiseConfig
 
-BASE, OWN = "base, no adapter", "llama.cpp's own LoRA"
+NO_ADAPTER, OWN = "base, no adapter", "llama.cpp's own LoRA"
+DEFAULTS = "base, llama-cpp-python's defaults"
+"""The base model without flash attention. All others have it."""
 MODULES = {
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -41,10 +44,13 @@ class LlamaMeasurement:
 
     name: str
     context: int
-    """Prompt tokens."""
+    """Prompt tokens of each sequence."""
+    batch: int
+    """Sequences."""
     prefill_ms: float
+    """Milliseconds for all prompts."""
     decode_ms: float
-    """Milliseconds per new token."""
+    """Milliseconds for a new token of every sequence."""
     prefill_over_base: float
     decode_over_base: float
     prefill_over_own: float
@@ -60,19 +66,23 @@ class _Record:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured, and how."""
 
     new_tokens: int = 32
-    """Tokens that a round decodes."""
+    """Tokens that every sequence decodes in a round."""
     rounds: int = 7
     """Rounds of each context."""
     threads: int = 1
     """Threads of llama.cpp."""
+    batch: int = 1
+    """Sequences. They use the adapters in turn; llama.cpp's own LoRA runs them one after another."""
+    factors: str = "float16"
+    """Element type of the adapters in ChunkWise: float16, float32 or int8."""
 
 
 def measure_llama(
     model: str | Path,
-    ladder: RankLadder | int,
+    ladders: Sequence[RankLadder],
     presets: Mapping[str, ChunkWiseConfig],
     contexts: Sequence[int],
     sizes: Sizes,
@@ -82,58 +92,143 @@ def measure_llama(
 
     Args:
         model: A GGUF file.
-        ladder: The adapter, or the rank of a random one on all linear modules.
+        ladders: The adapters; one for each sequence, or fewer.
         presets: Settings of ChunkWise by the name that the results show.
         contexts: Prompt lengths in tokens.
         sizes: How much is measured.
-        advance: Called after each method of a round.
+        advance: Called in each round after each of the methods, of which there are `methods_of(presets)`.
 
     Raises:
-        EngineError: The model cannot be loaded, or the adapter does not fit it.
+        EngineError: The model cannot be loaded, or an adapter does not fit it.
     """
+    length = max(contexts) + sizes.new_tokens
     options: dict[str, Any] = {
-        "n_ctx": max(contexts) + sizes.new_tokens,
+        "n_ctx": length,
         "n_threads": sizes.threads,
         "n_threads_batch": sizes.threads,
         "flash_attn": True,
         "verbose": False,
     }
-    base = ChunkWiseLlama(str(model), **options)  # it refuses what cannot be read
-    facts = base_of(base)
-    adapter = random_ladder(facts, ladder) if isinstance(ladder, int) else ladder
-    methods: dict[str, Any] = {BASE: Llama(str(model), **options)}
+    facts = base_of(ChunkWiseLlama(str(model), **options))  # it refuses what cannot be read
+    adapters = {str(number): ladder for number, ladder in enumerate(ladders)}
+    names = [str(row % len(ladders)) for row in range(sizes.batch)]
+    methods: dict[str, _Method] = {
+        DEFAULTS: _plain(model, sizes.batch, {**options, "flash_attn": False}),
+        NO_ADAPTER: _plain(model, sizes.batch, options),
+    }
     with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder:
-        path = Path(folder) / "adapter.gguf"
-        write_gguf(adapter, path, base=facts, dtype="f16")
-        methods[OWN] = Llama(str(model), lora_path=str(path), **options)
+        own = {}
+        for name in dict.fromkeys(names):
+            path = Path(folder) / f"{name}.gguf"
+            write_gguf(adapters[name], path, base=facts, dtype="f16")
+            own[name] = Llama(str(model), lora_path=str(path), **options)
+    methods[OWN] = _OneByOne([own[name] for name in names])
+    several = {"n_ctx": length * sizes.batch, "max_sequences": sizes.batch, "factors": sizes.factors}
     for name, config in presets.items():
-        methods[f"ChunkWise {name}"] = ChunkWiseLlama(str(model), adapter, chunkwise_config=config, **options)
+        llm = ChunkWiseLlama(str(model), adapters, chunkwise_config=config, **{**options, **several})
+        methods[f"ChunkWise {name}"] = _OneByOne([llm]) if sizes.batch == 1 else _Together(llm, sizes.batch, names)
     results = []
     for context in contexts:
         records = {name: _Record() for name in methods}
-        ids = np.random.default_rng(0).integers(3, base.n_vocab(), context + sizes.new_tokens).tolist()
+        shape = (sizes.batch, context + sizes.new_tokens)
+        ids = np.random.default_rng(0).integers(3, methods[DEFAULTS].n_vocab, shape).tolist()
         for number in range(sizes.rounds):
             order = list(methods)
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 _round(methods[name], ids, context, records[name])
                 advance()
-        results += [_result(name, context, records) for name in methods]
+        results += [_result(name, context, sizes.batch, records) for name in methods]
     return results
 
 
-def _round(llm: Llama, ids: Sequence[int], context: int, record: _Record) -> None:
-    llm.reset()
+def methods_of(presets: Mapping[str, ChunkWiseConfig]) -> int:
+    """Return the number of methods that `measure_llama` compares."""
+    return 3 + len(presets)
+
+
+class _OneByOne:
+    """Sequences that run one after another, each in a context of its own, as `llama_cpp.Llama` runs them."""
+
+    def __init__(self, llms: Sequence[Llama]) -> None:
+        self.llms = llms
+        self.n_vocab = llms[0].n_vocab()
+
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        for llm, prompt in zip(self.llms, prompts, strict=True):
+            llm.reset()
+            llm.eval(prompt)
+
+    def step(self, tokens: Sequence[int]) -> None:
+        for llm, token in zip(self.llms, tokens, strict=True):
+            llm.eval([token])
+
+
+class _Together:
+    """Sequences that run in one batch. In ChunkWise, `names` are their adapters."""
+
+    def __init__(self, llm: Llama, count: int, names: Sequence[str] = ()) -> None:
+        self.llm, self.count, self.names = llm, count, names
+        self.n_vocab = llm.n_vocab()
+
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        if isinstance(self.llm, ChunkWiseLlama):
+            requests = [self.llm.request(name) for name in self.names]
+            self.llm._session.begin_batch(list(zip(range(self.count), requests, prompts, strict=True)))
+        else:
+            self.llm._ctx.kv_cache_clear()
+        self.position = len(prompts[0])
+        for sequence, prompt in enumerate(prompts):
+            for start in range(0, len(prompt), self.llm.n_batch):
+                self._run([(sequence, start, prompt[start : start + self.llm.n_batch])])
+
+    def step(self, tokens: Sequence[int]) -> None:
+        self._run([(sequence, self.position, [token]) for sequence, token in enumerate(tokens)])
+        self.position += 1
+
+    def _run(self, parts: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        fill(self.llm, parts)
+        self.llm._ctx.decode(self.llm._batch)
+
+
+_Method = _OneByOne | _Together
+
+
+class _Several(Llama):
+    """A model without adapters whose context holds `sequences` sequences."""
+
+    def __init__(self, sequences: int, *arguments: Any, **options: Any) -> None:
+        self.sequences = sequences
+        super().__init__(*arguments, **options)
+
+    @property
+    def context_params(self) -> Any:
+        return self.__dict__["context_params"]
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        params.n_seq_max, params.kv_unified = self.sequences, True  # before the context is made
+        self.__dict__["context_params"] = params
+
+
+def _plain(model: str | Path, batch: int, options: Mapping[str, Any]) -> _Method:
+    """The base model."""
+    if batch == 1:
+        return _OneByOne([Llama(str(model), **options)])
+    return _Together(_Several(batch, str(model), **{**options, "n_ctx": options["n_ctx"] * batch}), batch)
+
+
+def _round(method: _Method, ids: Sequence[list[int]], context: int, record: _Record) -> None:
     start = time.perf_counter()
-    llm.eval(ids[:context])
+    method.begin([row[:context] for row in ids])
     middle = time.perf_counter()
-    for token in ids[context:]:
-        llm.eval([token])
+    for position in range(context, len(ids[0])):
+        method.step([row[position] for row in ids])
     end = time.perf_counter()
     record.prefills.append(1e3 * (middle - start))
-    record.decodes.append(1e3 * (end - middle) / (len(ids) - context))
+    record.decodes.append(1e3 * (end - middle) / (len(ids[0]) - context))
 
 
-def _result(name: str, context: int, records: Mapping[str, _Record]) -> LlamaMeasurement:
+def _result(name: str, context: int, batch: int, records: Mapping[str, _Record]) -> LlamaMeasurement:
     def ratio(times: str, other: str) -> float:
         pairs = zip(getattr(records[name], times), getattr(records[other], times), strict=True)
         return statistics.median(own / its for own, its in pairs)
@@ -141,9 +236,10 @@ def _result(name: str, context: int, records: Mapping[str, _Record]) -> LlamaMea
     return LlamaMeasurement(
         name,
         context,
+        batch,
         statistics.median(records[name].prefills),
         statistics.median(records[name].decodes),
-        *(ratio(times, BASE) for times in ("prefills", "decodes")),
+        *(ratio(times, NO_ADAPTER) for times in ("prefills", "decodes")),
         *(ratio(times, OWN) for times in ("prefills", "decodes")),
     )
 

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
 
 
+ONLY = {
+    "transformers": ("methods", "prefill_rounds", "dtype", "device", "slow", "plot"),
+    "llama-cpp": ("threads", "factors"),
+}
+"""Options that one engine alone has."""
+
+
 def bench(
+    ctx: typer.Context,
     engine: Annotated[
         str,
         typer.Option(help="transformers, or llama-cpp, which is compared with llama.cpp's own LoRA."),
@@ -57,7 +65,8 @@ def bench(
         int,
         typer.Option(
             min=1,
-            help="Number of random adapters, with --random-weights. The sequences of a batch use them in turn.",
+            help="Number of random adapters, with --random-weights; for llama-cpp also without. The sequences of a "
+            "batch use them in turn.",
         ),
     ] = 1,
     contexts: Annotated[list[int], typer.Option(min=16, help="Prompt lengths in tokens, one or more.")] = CONTEXTS,
@@ -86,6 +95,9 @@ def bench(
         str, typer.Option(help="Number format of weights and KV cache: float32, bfloat16 or float16.")
     ] = "bfloat16",
     threads: Annotated[int, typer.Option(min=1, help="Threads of llama-cpp.")] = 1,
+    factors: Annotated[
+        str, typer.Option(help="Number format of llama-cpp's adapters in ChunkWise: float16, float32 or int8.")
+    ] = "float16",
     device: DeviceOption = "cpu",
     slow: Annotated[
         list[str] | None, typer.Option(help="Fast paths to switch off: kernels, attention, products, graphs.")
@@ -106,26 +118,30 @@ def bench(
     of PEFT unmerged in the same round; the table shows their median over rounds. The base model without an adapter
     shows what the adapter costs. Peak memory is the memory of the process, or of the GPU, above the loaded weights.
     """
+    if engine not in ONLY:
+        raise ChunkWiseError(f"--engine {engine}: choose {' or '.join(ONLY)}")
+    _refuse_others(ctx, engine)
+    from chunkwise_lora.benchmark.shapes import SHAPES
+
+    if random_weights is not None and random_weights not in SHAPES:
+        raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
+    configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     if engine == "llama-cpp":
-        sizes = (new_tokens, rounds, threads)
-        write_json(json_file, {"results": _bench_llama(model, adapter or rank, contexts, presets, sizes)})
+        sizes = [(new_tokens, rounds, threads, size, factors) for size in batch]
+        bases, random = (model, random_weights), (adapters, rank)
+        write_json(json_file, {"results": _bench_llama(bases, adapter, random, contexts, configs, sizes)})
         return
-    if engine != "transformers":
-        raise ChunkWiseError(f"--engine {engine}: choose transformers or llama-cpp")
     model = model or examples.BASE
     source = examples.find(adapter or "wiki")
 
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
     from chunkwise_lora.benchmark.methods import methods as all_methods
-    from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
+    from chunkwise_lora.benchmark.shapes import random_adapter, random_model
 
     fast = _fast_paths(slow or [])
-    if random_weights is not None and random_weights not in SHAPES:
-        raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
     if adapters > 1 and random_weights is None:
         raise ChunkWiseError("--adapters makes random adapters and needs --random-weights; give both or neither")
-    configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
             folders = {"adapter": source}
@@ -164,26 +180,61 @@ def bench(
     write_json(json_file, {"machine": machine(base.device), "results": [asdict(result) for result in results]})
 
 
+def _refuse_others(ctx: typer.Context, engine: str) -> None:
+    """Refuse options that were given but that only the other engine has."""
+    for other, names in ONLY.items():
+        for name in names:
+            source = ctx.get_parameter_source(name)
+            if other != engine and source is not None and source.name == "COMMANDLINE":
+                raise ChunkWiseError(f"--{name.replace('_', '-')} belongs to --engine {other}; leave it out")
+
+
 def _bench_llama(
-    model: str | None, adapter: str | int, contexts: list[int], presets: list[str], sizes: tuple[int, int, int]
+    bases: tuple[str | None, str | None],
+    adapter: str | None,
+    random: tuple[int, int],
+    contexts: list[int],
+    configs: dict[str, ChunkWiseConfig],
+    sizes: list[tuple[int, int, int, int, str]],
 ) -> list[dict[str, Any]]:
-    """Measure llama.cpp and print the table. `adapter` may be the rank of a random one."""
-    source = examples.find(adapter) if isinstance(adapter, str) else adapter
-    configs = {name: ChunkWiseConfig.preset(name) for name in presets}
-    path = examples.find_gguf(model)
+    """Measure llama.cpp and print the table.
+
+    Args:
+        bases: A GGUF file, and the name of a shape for random weights instead.
+        adapter: A name or folder; None for random ones.
+        random: The number of random adapters and their rank.
+        contexts: Prompt lengths.
+        configs: Settings of ChunkWise by name.
+        sizes: `Sizes` for each table.
+    """
+    if adapter is not None and random[0] > 1:
+        raise ChunkWiseError("--adapters makes random adapters; leave out --adapter or --adapters")
+    source = None if adapter is None else examples.find(adapter)
+    model, shape = bases
+    path = examples.find_gguf(model) if shape is None else Path()
 
     from chunkwise_lora.engines.llama_cpp.library import check_installed
 
     check_installed()
 
-    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama
+    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama, methods_of, random_ladder
+    from chunkwise_lora.benchmark.random_gguf import write_random_gguf
+    from chunkwise_lora.benchmark.shapes import SHAPES
     from chunkwise_lora.ladder import RankLadder
+    from chunkwise_lora.ladder.gguf import GgufBase
 
-    ladder = source if isinstance(source, int) else RankLadder.load(source)
-    given = Sizes(*sizes)
-    with progress() as reports:
-        advance = reports.steps("llama.cpp", len(contexts) * given.rounds * (len(configs) + 2))
-        results = measure_llama(path, ladder, configs, contexts, given, advance)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder, progress() as reports:
+        if shape is not None:
+            path = write_random_gguf(SHAPES[shape], Path(folder) / "model.gguf")
+        count, rank = random
+        if source is None:
+            ladders = [random_ladder(GgufBase.load(path), rank, seed) for seed in range(count)]
+        else:
+            ladders = [RankLadder.load(source)]
+        for one in (Sizes(*given) for given in sizes):
+            advance = reports.steps(f"llama.cpp, batch {one.batch}", len(contexts) * one.rounds * methods_of(configs))
+            results += measure_llama(path, ladders, configs, contexts, one, advance)
     console.print(llama_table(results))
     return [asdict(result) for result in results]
 

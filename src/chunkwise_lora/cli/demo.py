@@ -126,7 +126,7 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     model = examples.gguf_file()
     check_installed()
 
-    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama
+    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama, methods_of
     from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
 
     ladders, policy = _with_policies(adapters)
@@ -151,8 +151,8 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     assert ladder.policy is not None
     configs = {"lossless": ChunkWiseConfig.preset("lossless"), policy: ladder.policy}
     with progress() as reports:
-        advance = reports.steps("comparing with llama.cpp", rounds * (2 + len(configs)))
-        results = measure_llama(model, ladder, configs, [256], Sizes(32, rounds, threads), advance)
+        advance = reports.steps("comparing with llama.cpp", rounds * methods_of(configs))
+        results = measure_llama(model, [ladder], configs, [256], Sizes(32, rounds, threads), advance)
     console.print(llama_table(results))
     print_plain(f"Adapter {name}, one sequence, medians of {rounds} rounds; x is a ratio.")
     return {"generations": generations, "comparison": [asdict(result) for result in results]}

@@ -249,11 +249,12 @@ def llama_table(results: Sequence[LlamaMeasurement]) -> Table:
     table.add_column("", no_wrap=True)
     for column in ("decode\nms/token", "x\nbase", "x own\nLoRA", "prompt\nms", "x\nbase", "x own\nLoRA"):
         table.add_column(column, justify="right")
-    context = None
+    group = None
     for result in results:
-        if result.context != context:
-            context = result.context
-            table.add_row(f"[bold]context {context:,}[/]")
+        if (result.batch, result.context) != group:
+            group = result.batch, result.context
+            batch = "" if result.batch == 1 else f", batch {result.batch}"
+            table.add_row(f"[bold]context {result.context:,}{batch}[/]")
         table.add_row(
             Text(shown(result.name, 60)),
             f"{result.decode_ms:.2f}",

@@ -61,23 +61,32 @@ def complete(llm: Any, session: Session, rows: Sequence[Row], max_tokens: int, s
 
 def _fill(llm: Any, rows: Sequence[Row]) -> list[tuple[Row, int]]:
     """Fill llama.cpp's batch; returns the rows in it, and where the last token of each is."""
-    batch, filled, places = llm._batch.batch, 0, []
+    room, parts, taken = llm.n_batch, [], []
     for row in rows:
         position = row.position
-        tokens = row.take(llm.n_batch - filled)
-        for offset, token in enumerate(tokens):
-            place = filled + offset
-            batch.token[place], batch.pos[place] = token, position + offset
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, row.sequence
-            batch.logits[place] = False
-        filled += len(tokens)
+        tokens = row.take(room)
         if tokens:
-            batch.logits[filled - 1] = True
-            places.append((row, filled - 1))
-        if filled == llm.n_batch:
-            break
-    batch.n_tokens = filled
-    return places
+            parts.append((row.sequence, position, tokens))
+            taken.append(row)
+            room -= len(tokens)
+    return list(zip(taken, fill(llm, parts), strict=True))
+
+
+def fill(llm: Any, parts: Sequence[tuple[int, int, Sequence[int]]]) -> list[int]:
+    """Fill llama.cpp's batch with runs of tokens: the sequence, the position of the first token, and the tokens.
+
+    Logits are computed for the last token of each run. Returns where these are in the batch.
+    """
+    batch, place, lasts = llm._batch.batch, 0, []
+    for sequence, position, tokens in parts:
+        for offset, token in enumerate(tokens):
+            batch.token[place], batch.pos[place] = token, position + offset
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
+            batch.logits[place] = offset == len(tokens) - 1
+            place += 1
+        lasts.append(place - 1)
+    batch.n_tokens = place
+    return lasts
 
 
 def _append(llm: Any, row: Row, token: int, max_tokens: int, stops: Sequence[bytes]) -> None:
