@@ -124,7 +124,7 @@ def quality(rows: Sequence[str], task: str, inputs: Inputs, report: Any) -> dict
     evaluation = run_task(task, inputs.data[task], comparison, selection, tokenizer, settings, report)
     names = {row: f"ChunkWise {row}" for row in OURS} | {"base": "base, no adapter", "r8": "r8", "r16": FULL}
     names |= {row: f"{PLAIN} at {share * evaluation.full_rank:.3g}" for row, share in truncated.items()}
-    results = {one.name: asdict(replace(one, answers=[])) for one in evaluation.results}
+    results = {one.name: asdict(replace(one, answers=[], prediction=None)) for one in evaluation.results}
     return {row: {"how": evaluation.how, "full_rank": evaluation.full_rank, **results[names[row]]} for row in rows}
 
 

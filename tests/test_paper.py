@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import paper
 import small
 from chunkwise_lora import ChunkWiseError
+from chunkwise_lora.ladder.contents import Expectation
 
 QUESTION = {"question": "When?", "answers": [{"text": "1889"}]}
 SQUAD = {"data": [{"paragraphs": [{"context": "The tower was built in 1889.", "qas": [QUESTION]}]}]}
@@ -21,7 +23,8 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
     """Options of a run with two tasks, of which only one has a calibrated ladder."""
     (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
     (tmp_path / "test.txt").write_text(" = Karsund = \n \n Karsund is a small town . \n")
-    small.calibrated().save_pretrained(tmp_path / "half")
+    expectation = Expectation(asked_rank=8, mean_rank=8, loss_increase=0.01, loss_increase_error=0.005)
+    replace(small.calibrated(), expectation=expectation).save_pretrained(tmp_path / "half")
     return {
         "data": [f"squad={tmp_path / 'dev.json'}", f"wikitext={tmp_path / 'test.txt'}"],
         "r16": [f"squad={small.WIKI}", f"wikitext={small.WIKI}"],
