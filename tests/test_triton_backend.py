@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from chunkwise_lora.method.sequence import AdapterInfo, SequencePlanner
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from chunkwise_lora.backends.triton import table as tables
 from chunkwise_lora.backends.triton.backend import FIRST_RANK, FIRST_RUNGS, FIRST_SLOTS, TritonBackend
 from chunkwise_lora.backends.triton.schedule import Schedule
 
@@ -319,3 +323,117 @@ def test_a_layer_may_compute_in_another_dtype(x_dtype: torch.dtype, y_dtype: tor
     assert torch.equal(result[3], y[3]), "padding"
     assert not torch.equal(result, y)
     assert torch.allclose(result, expected, atol=0.05)
+
+
+def capture(run: Callable[[], object]) -> Callable[[], object]:
+    """Capture what `run` launches, without computing it. Returns what replays it: a CUDA graph, or on a CPU the same
+    launches with the same arguments."""
+    if DEVICE.type == "cuda":
+        run()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+    launches: list[Callable[[], object]] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            launch = self.kernel[grid]
+            return lambda *given, **named: launches.append(partial(launch, *given, **named))
+
+    with (
+        patch.object(tables, "shrink_kernel", Recorder(tables.shrink_kernel)),
+        patch.object(tables, "expand_kernel", Recorder(tables.expand_kernel)),
+    ):
+        run()
+    return lambda: [launch() for launch in launches]
+
+
+def test_a_captured_pass_follows_each_plan_and_each_change_of_the_adapters() -> None:
+    """One pass per number of tokens, captured before any adapter is loaded; plans have as many tokens or fewer."""
+    backend = TritonBackend(DEVICE, torch.float32, Limits(512, 3, rank=40))
+    triton, torch_run = BackendRun(backend), BackendRun(TorchBackend(DEVICE, torch.float32))
+    fixed = {tokens: backend.fixed_pass(tokens) for tokens in (1, 4, 9, 300)}
+    layout, graphs = backend.layout, []
+    for tokens, prepared in fixed.items():
+        for name, (inputs, columns) in LAYERS.items():
+            x = torch.zeros(tokens, inputs, device=DEVICE)
+            y = torch.zeros(tokens, columns[-1].offset + columns[-1].width, device=DEVICE)
+            run = partial(backend.apply, triton.layers[name], y, x, prepared)
+            graphs.append((tokens, name, x, y, capture(run)))
+
+    def load(name: str, rank: int, rungs: int, seed: int) -> None:
+        for each in (triton, torch_run):
+            each.backend.load(name, adapter(rank, rungs, seed))
+
+    def check(*segments: Segment, tokens: int) -> bool:
+        """Whether anything is added. Rows of padding are not read, and do not change."""
+        plan, changed = PassPlan(segments, 1, tokens), False
+        torch_run.plan(plan)
+        for size, name, x, y, replay in graphs:
+            if size < tokens:
+                continue
+            backend.refill(fixed[size], plan)
+            x.normal_()
+            x[tokens:] = torch.nan
+            before = y.normal_().clone()
+            replay()
+            expected = torch_run.added(name, before, x)
+            assert torch.allclose(y, expected, atol=1e-4)
+            assert torch.equal(y[tokens:], before[tokens:])
+            changed |= not torch.equal(y, before)
+        return changed
+
+    fading = np.array([[0, 0.25, 0.75, 0], [0, 0, 0, 1.5], [0, 0, 0, 0]], np.float32)
+    mixed = [Segment("a", 0, None, np.array([0, 5])), Segment("b", 3, fading, np.array([1, 3, 8]))]
+    assert not check(tokens=4), "no adapter"
+    load("a", 3, 1, 0)
+    load("b", 17, 4, 2)
+    assert check(*mixed, tokens=9)
+    assert check(Segment("a", 0), tokens=1), "fewer tokens, on the same graphs"
+    load("a", 40, 1, 4)  # in its own place, with a higher rank
+    assert check(*mixed, tokens=9)
+    load("b", 5, 4, 6)  # with fewer directions, as under a budget
+    assert check(*mixed, tokens=9)
+    for each in (triton, torch_run):
+        each.backend.unload("a")
+    assert not check(Segment("a", 0, None, np.array([1, 2])), tokens=3), "an adapter that is gone"
+    load("c", 7, 9, 8)  # in the place of a, where the schedules still name it
+    assert check(*mixed, tokens=9), "b alone"
+    assert check(Segment("c", 8, None, np.array([0])), mixed[1], tokens=9)
+    assert not check(tokens=2)
+    assert backend.layout == layout
+
+
+def test_a_reserved_rank_keeps_captured_passes_valid() -> None:
+    backend = TritonBackend(DEVICE, torch.float32, Limits(64, 3, rank=40))
+    BackendRun(backend)
+    layout = backend.layout
+    backend.load("a", adapter(64, FIRST_RUNGS))
+    assert backend.layout == layout, "40 is doubled from 16, and so are the sizes of the kernels"
+    backend.load("b", adapter(65, 2))
+    assert backend.layout > layout
+    layout = backend.layout
+    backend.load("c", adapter(3, FIRST_RUNGS + 1))
+    assert backend.layout > layout
+
+
+def test_a_fixed_pass_is_filled_again_only_for_another_plan_or_other_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, _ = both()
+    triton.backend.load("a", adapter(3, 1))
+    fixed, sizes, update = triton.backend.fixed_pass(4), list[int](), Schedule.update
+
+    def count(schedule: Schedule, slots: Any, weights: Any, tokens: int) -> None:
+        sizes.append(len(slots))
+        update(schedule, slots, weights, tokens)
+
+    monkeypatch.setattr(Schedule, "update", count)
+    two, three = PassPlan((Segment("a", 0),), 1, 2), PassPlan((Segment("a", 0),), 1, 3)
+    for plan in [two, two, three, three]:
+        triton.backend.refill(fixed, plan)
+    triton.backend.load("a", adapter(5, 1))
+    triton.backend.refill(fixed, three)
+    assert sizes == [2, 3, 3]

@@ -44,6 +44,8 @@ class Limits:
     """Tokens of a pass."""
     adapters: int
     """Adapters that are loaded at the same time."""
+    rank: int = 0
+    """The largest rank that needs no more memory than is reserved at first. Larger adapters may be loaded, too."""
 
 
 class Layer:

@@ -20,7 +20,7 @@ from chunkwise_lora.method.segments import PassPlan
 
 FIRST_RANK, FIRST_RUNGS, FIRST_SLOTS = 16, 32, 8
 """Sizes of new tables. They double if an adapter needs more, because the kernels are compiled for each size. An engine
-with limits fixes the number of slots."""
+with limits fixes the number of slots, and may reserve a larger rank."""
 
 FEWEST_TOKENS = 16
 """Without limits, schedules have room for this number of tokens, or a power of two of it."""
@@ -53,6 +53,8 @@ class TritonPass(PreparedPass):
         """The version of the tables that the schedule was filled for."""
         self.is_fixed = False
         """Whether it always runs with this schedule, whatever that holds."""
+        self.held: PassPlan | None = None
+        """The plan that the schedule of a fixed pass holds, at this version."""
 
 
 class TritonBackend(Backend[TritonLayer, TritonPass]):
@@ -70,6 +72,7 @@ class TritonBackend(Backend[TritonLayer, TritonPass]):
         self._rungs = FIRST_RUNGS
         self._room = FIRST_SLOTS if limits is None else limits.adapters
         """Number of slots."""
+        self._first_rank = _doubled(FIRST_RANK, 0 if limits is None else limits.rank)
         self._version = 0
         """Counts the changes of the tables. Schedules of older versions are not used any more."""
         self.layout = 0
@@ -94,7 +97,7 @@ class TritonBackend(Backend[TritonLayer, TritonPass]):
             in_features,
             columns,
             slots=self._room,
-            max_rank=FIRST_RANK,
+            max_rank=self._first_rank,
             rungs=self._rungs,
             device=self.device,
             dtype=self.dtype,
@@ -126,16 +129,23 @@ class TritonBackend(Backend[TritonLayer, TritonPass]):
         return prepared
 
     def fixed_pass(self, tokens: int) -> TritonPass:
-        """Return a pass for any plan of this number of tokens, which a CUDA graph may capture. Every layer runs, also
-        those without an adapter. Call `refill` before each use. It is valid as long as `layout` does not change."""
+        """Return a pass for plans of up to this number of tokens, which a CUDA graph may capture. It holds no plan yet.
+
+        Every layer runs, also those without an adapter. Layers get x and y of exactly `tokens` rows; those after the
+        tokens of the plan are padding. Call `refill` before each use. The pass is valid as long as `layout` does not
+        change.
+        """
         prepared = TritonPass(PassPlan((), 1, tokens))
         prepared.schedule, prepared.is_fixed = Schedule(tokens, self._room, self._rungs, self.device), True
+        self.refill(prepared, prepared.plan)
         return prepared
 
     def refill(self, prepared: TritonPass, plan: PassPlan) -> None:
         """Let a fixed pass run `plan` from now on. It queues copies and does not wait for the device."""
         assert prepared.schedule is not None
-        prepared.schedule.update(*self._slots_and_weights(plan))
+        if prepared.held is not plan or prepared.version != self._version:
+            prepared.schedule.update(*self._slots_and_weights(plan), tokens=prepared.plan.tokens)
+            prepared.held, prepared.version = plan, self._version
 
     def apply(self, layer: TritonLayer, y: Tensor, x: Tensor, prepared: TritonPass) -> Tensor:
         """Add all segments and modules in two launches, or in PyTorch if gradients are recorded."""

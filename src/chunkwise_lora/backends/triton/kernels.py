@@ -17,8 +17,8 @@ highest rank. A direction below that rank is computed even if its gate is 0.
 
 CUDA graphs: grids and memory depend on shapes alone (tokens of the pass, slots, the table's largest rank), no call
 waits for the GPU, and `Schedule.update`, `AdapterTable.set` and `AdapterTable.remove` write in place. So a captured
-pass stays valid for every content of its schedule and its tables until a table grows. The vLLM plug-in turns graphs
-off. Sums have a fixed order, so the same pass gives the same bits.
+pass stays valid for every content of its schedule and its tables until a table grows. Sums have a fixed order, so the
+same pass gives the same bits.
 
 This module needs Triton, which CUDA builds of PyTorch bring. On CPU tensors it runs in Triton's interpreter
 (`TRITON_INTERPRET=1`, set before Triton is first imported), for tests.
