@@ -86,8 +86,8 @@ def test_the_switch_keeps_vllm_unchanged(monkeypatch: pytest.MonkeyPatch) -> Non
     ("changes", "says"),
     [
         ({"speculative_config": object()}, "speculative decoding"),
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, enable_dbo=False)}, "pipeline parallelism"),
-        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_dbo=True)}, "dual-batch overlap"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2, use_ubatching=False)}, "pipeline parallelism"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, use_ubatching=True)}, "dual-batch overlap"),
         (
             {"lora_config": SimpleNamespace(fully_sharded_loras=True, enable_tower_connector_lora=False)},
             "fully_sharded_loras",
@@ -98,7 +98,7 @@ def test_the_switch_keeps_vllm_unchanged(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_options_that_ladders_do_not_support_are_refused_by_name(changes: dict[str, Any], says: str) -> None:
     config: Any = SimpleNamespace(
         lora_config=SimpleNamespace(fully_sharded_loras=False, enable_tower_connector_lora=False),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
         speculative_config=None,
         use_v2_model_runner=False,
         additional_config={},

@@ -45,7 +45,7 @@ def prepare(config: VllmConfig) -> None:
     refused = {
         "speculative decoding (speculative_config)": config.speculative_config is not None,
         "pipeline parallelism (pipeline_parallel_size)": parallel.pipeline_parallel_size > 1,
-        "dual-batch overlap (enable_dbo)": parallel.enable_dbo,
+        "dual-batch overlap (enable_dbo, ubatch_size)": parallel.use_ubatching,
         "fully_sharded_loras": lora.fully_sharded_loras,
         "enable_tower_connector_lora": lora.enable_tower_connector_lora,
         "Model Runner V2 (VLLM_USE_V2_MODEL_RUNNER=1)": config.use_v2_model_runner,
