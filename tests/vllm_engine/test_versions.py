@@ -25,16 +25,17 @@ SOURCES = [INSTALLED, *map(Path, filter(None, os.environ.get("CHUNKWISE_VLLM_SOU
 PLATFORM = versions.HOOKS["check_and_update_config"]
 FIELDS = {
     "vllm.config:CacheConfig": ("cache_dtype",),
-    "vllm.config:CompilationConfig": ("cudagraph_mode", "static_forward_context"),
+    "vllm.config:CompilationConfig": ("cudagraph_mode", "cudagraph_capture_sizes", "static_forward_context"),
     "vllm.config:LoRAConfig": (
         "max_loras",
         "max_cpu_loras",
+        "max_lora_rank",
         "fully_sharded_loras",
         "enable_tower_connector_lora",
         "lora_dtype",
     ),
-    "vllm.config:ModelConfig": ("dtype", "get_vocab_size"),
-    "vllm.config:ParallelConfig": ("pipeline_parallel_size", "enable_dbo"),
+    "vllm.config:ModelConfig": ("dtype", "get_vocab_size", "runner_type"),
+    "vllm.config:ParallelConfig": ("pipeline_parallel_size", "use_ubatching"),
     "vllm.config:SchedulerConfig": ("scheduler_cls",),
     "vllm.config:VllmConfig": (
         *("lora_config", "parallel_config", "model_config", "compilation_config", "speculative_config"),
@@ -118,7 +119,8 @@ FIELDS = {
     "vllm.distributed.parallel_state:GroupCoordinator": ("cpu_group", "world_size"),
     "vllm.lora.utils:": ("get_adapter_absolute_path", "parse_fine_tuned_lora_name", "replace_submodule"),
     "vllm.utils.torch_utils:": ("direct_register_custom_op",),
-    "vllm.forward_context:ForwardContext": ("no_compile_layers",),
+    "vllm.forward_context:BatchDescriptor": ("num_tokens", "has_lora"),
+    "vllm.forward_context:ForwardContext": ("no_compile_layers", "cudagraph_runtime_mode", "batch_descriptor"),
 }
 """Fields and functions of vLLM that the plug-in reads, calls or overrides, by module and class."""
 
@@ -224,6 +226,29 @@ def test_each_field_that_is_read_exists(source: Source, place: str) -> None:
 
 def test_each_hook_has_a_wrapper() -> None:
     assert plugin._wrappers().keys() == versions.HOOKS.keys()
+
+
+def test_passes_with_plans_choose_a_graph_and_run_it_by_the_wrapped_methods(source: Source) -> None:
+    _, runner = source.find("vllm.v1.worker.gpu_model_runner", "GPUModelRunner") or ("", None)
+    assert isinstance(runner, ast.ClassDef)
+    methods = {node.name: node for node in runner.body if isinstance(node, ast.FunctionDef)}
+
+    def calls(method: str, called: str) -> list[ast.Call]:
+        nodes = (node for node in ast.walk(methods[method]) if isinstance(node, ast.Call))
+        return [node for node in nodes if isinstance(node.func, ast.Attribute) and node.func.attr == called]
+
+    choose = "_determine_batch_execution_and_padding"
+    arguments = methods[choose].args
+    assert "force_eager" in {one.arg for one in (*arguments.args, *arguments.kwonlyargs)}
+    for method in ("execute_model", "_dummy_run"):
+        (call,) = calls(method, choose)
+        assert not call.args, "options are given by name"
+    assert len(calls("execute_model", "_model_forward")) == 1 and not calls("execute_model", "model")
+    assert not calls("_dummy_run", "_model_forward") and len(calls("_dummy_run", "model")) == 1
+    assert [call.lineno for call in calls("execute_model", "_prepare_inputs")] < [
+        call.lineno for call in calls("execute_model", choose)
+    ], "the plan is made first"
+    assert calls("_prepare_inputs", "set_active_loras")
 
 
 def test_heads_of_classifiers_can_be_replaced(source: Source) -> None:

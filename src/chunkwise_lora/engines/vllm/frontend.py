@@ -9,12 +9,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.logger import init_logger
 from vllm.lora.utils import get_adapter_absolute_path
+from vllm.platforms import current_platform
 
+from chunkwise_lora.backends import triton
 from chunkwise_lora.engines.requested_config import KEY, Choice, of_request
 from chunkwise_lora.engines.vllm import loading, metrics, settings, versions
 from chunkwise_lora.engines.vllm.budget import Ask
@@ -23,6 +28,8 @@ from chunkwise_lora.engines.vllm.settings import ServerSettings
 from chunkwise_lora.errors import ChunkWiseError, EngineError, LadderError, shown
 from chunkwise_lora.method.config import ChunkWiseConfig
 from chunkwise_lora.method.selection import RankScaleSelector
+
+logger = init_logger("vllm.chunkwise")
 
 OFF = "or set CHUNKWISE_VLLM=0 to run vLLM's own LoRA"
 
@@ -55,12 +62,48 @@ def prepare(config: VllmConfig) -> None:
     server = settings.of_server(config.additional_config)
     if server.adapter_memory is not None:
         _refuse_without_budget(config)
+    if not _keeps_graphs(config, server):
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE  # a graph would repeat the plan of one pass
+        server = server.model_copy(update={"cuda_graphs": False})
     if isinstance(config.additional_config, dict):  # workers on other machines have another environment
         choice = server.model_dump(mode="json", exclude_none=True)
         config.additional_config = {**config.additional_config, KEY: choice}
-    # A captured graph would repeat the plan of one pass.
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     metrics.open_folder()
+
+
+def _keeps_graphs(config: VllmConfig, server: ServerSettings) -> bool:
+    """Return whether vLLM's CUDA graphs stay on, and log it."""
+    if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+        return False
+    if not server.cuda_graphs:
+        logger.info_once(
+            "ChunkWise LoRA switches CUDA graphs off. They can be tried with "
+            """--additional-config '{"chunkwise": {"cuda_graphs": true}}', but were never tested on a GPU."""
+        )
+    elif why := _graph_obstacle(config):
+        logger.warning_once("ChunkWise LoRA switches CUDA graphs off: %s", why)
+    else:
+        logger.warning_once(
+            "ChunkWise LoRA runs adapters of up to rank %d in CUDA graphs, which was never tested on a GPU",
+            config.lora_config.max_lora_rank,
+        )
+        return True
+    return False
+
+
+def _graph_obstacle(config: VllmConfig) -> str | None:
+    """Return why CUDA graphs cannot run adapters here, or None."""
+    if not current_platform.is_cuda():
+        return "the device is no CUDA device"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not triton.may_run(torch.device("cuda"), None):
+        return "CHUNKWISE_TRITON=0 switches the kernels off"
+    if config.model_config.dtype not in triton.DTYPES:
+        return f"the kernels do not run in {config.model_config.dtype}"
+    if config.model_config.runner_type == "pooling":
+        return "the model is a pooling model, which may run its head within a graph"
+    return None
 
 
 def _refuse_without_budget(config: VllmConfig) -> None:

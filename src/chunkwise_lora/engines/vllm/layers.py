@@ -45,8 +45,7 @@ class RunningPass:
     def plan(self, plan: PassPlan, last: np.ndarray) -> None:
         """Set the plan that all layers follow in this pass. `last` (requests,) are the positions of each request's last
         token, of which logits are computed."""
-        self._prepared = self.backend.prepare(plan) if plan.segments else None
-        self._embedded = None
+        self._prepared = self._embedded = None
         if not self.embeddings.adapters.isdisjoint(plan.adapters):
             self._embedded = self.embeddings.prepare(plan)
         self._plan, self._last = plan, last
@@ -54,10 +53,13 @@ class RunningPass:
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> None:
         """Add the adapter product for x (tokens, in) to y (tokens, width), in place. Rows after the pass's tokens are
         padding and do not change."""
-        if self._prepared is not None:
-            if len(x) > self.tokens:
-                y, x = y[: self.tokens], x[: self.tokens]
-            self.backend.apply(layer, y, x, self._prepared)
+        if self._plan is None or not self._plan.segments:
+            return
+        if self._prepared is None:
+            self._prepared = self.backend.prepare(self._plan)
+        if len(x) > self.tokens:
+            y, x = y[: self.tokens], x[: self.tokens]
+        self.backend.apply(layer, y, x, self._prepared)
 
     def add_to_embeddings(self, layer: Layer, y: Tensor, ids: Tensor) -> None:
         """Add the adapter product to the embeddings y (tokens, width) of the token ids (tokens,), in place.

@@ -32,6 +32,7 @@ from chunkwise_lora.backends import AnyBackend, Columns, Limits, backend_on
 from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.vllm import loading, reports, settings
 from chunkwise_lora.engines.vllm.budget import ABSENT, WHOLE
+from chunkwise_lora.engines.vllm.graphs import GraphPass
 from chunkwise_lora.engines.vllm.layers import (
     ClassifierWithLadders,
     EmbeddingAdapters,
@@ -103,10 +104,12 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._dtype = vllm_config.model_config.dtype
         self._adapters_of_head: set[str] = set()
         self._classifier: ClassifierWithLadders | None = None
-        self.rungs: dict[int, int] | None = None
+        server = settings.of_server(vllm_config.additional_config)
+        self.rungs: dict[int, int] | None = None if server.adapter_memory is None else {}
         """The highest rung that each adapter may have on the device, by id. None: there is no budget."""
-        if settings.of_server(vllm_config.additional_config).adapter_memory is not None:
-            self.rungs = {}
+        sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+        self._graph_sizes: list[int] | None = sizes if server.cuda_graphs else None
+        """Numbers of tokens for which vLLM captures CUDA graphs. None: it captures none."""
         self.on_load = lambda _: None
         self.on_unload = lambda _: None
         super().__init__(model, *arguments, vllm_config=vllm_config, **options)
@@ -134,9 +137,7 @@ class LadderManager(LRUCacheLoRAModelManager):
         self._has_slots = False
         super()._create_lora_modules()
         self._has_slots = True
-        limits = Limits(self.max_num_batched_tokens, self.lora_slots)
-        self.backend = backend_on(self.device, self._dtype, limits)
-        self.running = RunningPass(self.backend)
+        self._choose_backend()
         self.layers = {}
         for name, module in [*self.modules.items()]:
             if isinstance(module, LogitsProcessorWithLoRA):
@@ -159,6 +160,15 @@ class LadderManager(LRUCacheLoRAModelManager):
             adapters = self.layers[name] = LayerAdapters(layer, self.running)
             self._static_context[adapters.key] = adapters
             module.set_mapping(adapters)
+        if isinstance(self.running, GraphPass) and self._graph_sizes is not None:
+            self.running.reserve(self._graph_sizes)
+
+    def _choose_backend(self) -> None:
+        graphs = self._graph_sizes is not None
+        rank = self.lora_config.max_lora_rank if graphs else 0
+        limits = Limits(self.max_num_batched_tokens, self.lora_slots, rank)
+        self.backend = backend_on(self.device, self._dtype, limits)
+        self.running = GraphPass(self.backend) if graphs else RunningPass(self.backend)
 
     def _adapt_embedding(self, name: str, base_layer: VocabParallelEmbedding) -> None:
         """Replace vLLM's LoRA layer of an embedding, which needs slots."""

@@ -26,10 +26,13 @@ ASK = f"{KEY}_ask"
 
 
 class ServerSettings(Choice):
-    """The settings of a server: the config of its requests, and the memory for adapters."""
+    """The settings of a server: the config of its requests, the memory for adapters, and CUDA graphs."""
 
     adapter_memory: ByteSize | None = Field(
         None, gt=0, description='Bytes that adapters may take on the device, such as "512MiB"; by default no limit.'
+    )
+    cuda_graphs: bool = Field(
+        False, description="Whether vLLM may run passes as CUDA graphs, up to `--max-lora-rank`; not tested on a GPU."
     )
 
 

@@ -16,6 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from chunkwise_lora.engines.base import entropies_of
 from chunkwise_lora.engines.vllm import loading, metrics, settings
 from chunkwise_lora.engines.vllm.admission import Decisions
+from chunkwise_lora.engines.vllm.graphs import GraphPass
 from chunkwise_lora.engines.vllm.manager import LadderWorkerManager
 from chunkwise_lora.engines.vllm.reports import SAYS, PassReport
 from chunkwise_lora.method.batch import BatchPlanner, Span
@@ -34,11 +35,12 @@ def load_ladder_model(runner: Any, model: Any, vllm_config: VllmConfig, device: 
 
 
 class RunnerPlanner:
-    """Plans the passes of one model runner. It wraps five methods of the runner.
+    """Plans the passes of one model runner. It wraps methods of the runner.
 
     `_update_states` tells which requests have ended. `set_active_loras` is called when the requests of a pass are
     known. `sample_tokens` has the logits of the pass. It returns the output of the pass; where nothing is sampled,
     `execute_model` does. `_get_prompt_logprobs_dict` computes logits of other tokens than those to be sampled.
+    With CUDA graphs, `_determine_batch_execution_and_padding` chooses one or none, and `_model_forward` replays it.
     """
 
     def __init__(self, runner: Any, manager: LadderWorkerManager, vllm_config: VllmConfig) -> None:
@@ -64,13 +66,17 @@ class RunnerPlanner:
             manager.ladders.on_load = self._recorder.loaded
             manager.ladders.on_unload = self._recorder.unloaded
             manager.on_remove = self._recorder.removed
-        for name, hook in (
-            ("_update_states", self._update_states),
-            ("set_active_loras", self._set_active_loras),
-            ("execute_model", self._execute_model),
-            ("_get_prompt_logprobs_dict", self._get_prompt_logprobs),
-            ("sample_tokens", self._sample_tokens),
-        ):
+        hooks: dict[str, Callable[..., Any]] = {
+            "_update_states": self._update_states,
+            "set_active_loras": self._set_active_loras,
+            "execute_model": self._execute_model,
+            "_get_prompt_logprobs_dict": self._get_prompt_logprobs,
+            "sample_tokens": self._sample_tokens,
+        }
+        running = manager.ladders.running
+        if isinstance(running, GraphPass):
+            hooks |= {"_determine_batch_execution_and_padding": running.choose, "_model_forward": running.forward}
+        for name, hook in hooks.items():
             setattr(runner, name, _around(getattr(runner, name), hook))
 
     def kv_left_undone(self, config: KVCacheConfig) -> list[str]:
