@@ -10,7 +10,7 @@ demo: .venv/ready  ## Run the whole method on SmolLM2-135M, or on the small mode
 	else echo "SmolLM2 cannot be installed (see above), so this runs the small model of the tests."; \
 	  $(BIN)/chunkwise demo --folder tests/small; fi
 
-# The models of the tests are tiny: one thread each, and a process for every core. A worker takes up to 2 GB.
+# The models of the tests are tiny: one thread each, and a process for every core. A worker takes up to 2 GB, with vLLM 5 GB.
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 
@@ -21,7 +21,7 @@ test-newest: .venv-newest/ready  ## Tests of the transformers engine with the ne
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(PARALLEL) $(patsubst %,tests/test_%.py,silence attach conversation edges cache peft_habits kv_policies)
 
 test-vllm: .venv/vllm-ready  ## Tests of the plug-in inside vLLM
-	$(BIN)/pytest -m vllm tests/vllm_engine
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m vllm tests/vllm_engine
 
 VLLM_VERSIONS := 0.30.0 0.31.0 0.32.0 0.33.0
 
