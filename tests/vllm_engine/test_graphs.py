@@ -7,6 +7,7 @@ exactly these launches run again, whatever Python would decide now.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -136,14 +137,28 @@ def batches(with_embedding: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 @pytest.fixture(scope="module")
-def expected(new_engine: Callable[..., Engine], batches: dict[str, Batch]) -> dict[str, list[list[int]]]:
+def expected(
+    new_engine: Callable[..., Engine], batches: dict[str, Batch], singles: list[Batch]
+) -> dict[str, list[list[int]]]:
     """What an engine without graphs generates for each batch."""
     engine = new_engine()
     found = {name: batch.run(engine) for name, batch in batches.items()}
+    found["alone"] = [single.run(engine)[0] for single in singles]
     base = Batch(SHORT, [None] * 4, {}).run(engine)
     for name in ("mixed", "one", "other ranks", "embedding", "high"):
         assert any(tokens != plain for tokens, plain in zip(found[name], base, strict=False))
     return found
+
+
+@pytest.fixture(scope="module")
+def singles(batches: dict[str, Batch]) -> list[Batch]:
+    """Requests of many kinds."""
+    chance, low = random.Random(0), batches["other ranks"].adapters[0]
+    extra = [{}, {"chunkwise_preset": "balanced"}, {"chunkwise_preset": "compact"}, {"chunkwise_mean_rank": 0.25}]
+    return [
+        Batch([chance.choice(PROMPTS + SHORT)], [chance.choice([WIKI, E2E, low, None])], chance.choice(extra))
+        for _ in range(30)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +181,10 @@ def graphed(expected: dict[str, list[list[int]]], new_engine: Callable[..., Engi
             engine = new_engine(additional_config={KEY: {"cuda_graphs": True}}, max_lora_rank=16, enforce_eager=False)
         runner = engine.runner
         graphs = runner.model = Graphs(runner.model, runner.chunkwise._manager.ladders.running)
-        runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.PIECEWISE)
+        runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.FULL_AND_PIECEWISE)
         for mode, descriptors in runner.cudagraph_dispatcher.get_capture_descs():
             runner._capture_cudagraphs(descriptors, mode)
-        assert len(graphs.launches) == 2 * len(SIZES), "with and without adapters"
+        assert len(graphs.launches) == 4 * len(SIZES), "whole and in pieces, with and without adapters"
         yield engine, graphs
 
 
@@ -182,6 +197,22 @@ def test_replays_follow_the_plan_of_each_pass(
     assert batches[name].run(engine) == expected[name]
     assert graphs.counts["replayed" if name == "base" else "replayed with adapters"] >= TOKENS - 1
     assert graphs.counts["eager"] <= 1, "the prompts"
+
+
+def test_requests_that_come_and_go_get_what_they_get_alone(
+    singles: list[Batch], expected: dict[str, list[list[int]]], graphed: tuple[Engine, Graphs]
+) -> None:
+    engine, graphs = graphed
+    graphs.counts.clear()
+    chance, found = random.Random(1), dict[str, list[int]]()
+    for number, single in enumerate(singles):
+        (prompt,), (adapter,) = single.prompts, single.adapters
+        engine.add(str(number), prompt, adapter, TOKENS, **(single.extra if adapter else {}))
+        for _ in range(chance.randrange(4)):
+            found |= engine.step()
+    found |= engine.run()
+    assert [found[str(number)] for number in range(len(singles))] == expected["alone"]
+    assert graphs.counts["replayed with adapters"] > graphs.counts["eager"] > 0
 
 
 def test_an_adapter_is_replaced_under_its_graphs(
