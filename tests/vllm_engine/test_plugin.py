@@ -108,6 +108,14 @@ def test_options_that_ladders_do_not_support_are_refused_by_name(changes: dict[s
         frontend.prepare(config)
 
 
+def test_a_sleep_that_would_discard_the_adapters_is_refused(engine: Engine) -> None:
+    with pytest.raises(EngineError, match=r"sleep level 2.*level 1"):
+        engine.llm.sleep(level=2)
+    engine.llm.sleep(level=1)
+    engine.llm.wake_up()
+    assert engine.greedy(["A town"], [None], 2)
+
+
 def test_the_environment_is_settled_for_all_processes(engine: Engine) -> None:
     config = engine.llm.llm_engine.vllm_config
     assert settings.of_server(config.additional_config) == ServerSettings()

@@ -241,6 +241,17 @@ _of_beam_search: ContextVar[ChunkWiseConfig | None] = ContextVar("_of_beam_searc
 """The config that the running HTTP request asks for, if it is a beam search."""
 
 
+def sleep(original: Callable[..., Any], core: Any, level: int = 1, *rest: Any, **options: Any) -> Any:
+    """Put the engine to sleep, except at level 2, which would discard what the adapters' kernels read.
+
+    Raises:
+        EngineError: Level 2.
+    """
+    if level > 1 and core.vllm_config.lora_config is not None:
+        raise EngineError(f"sleep level {level} discards what adapters need; use level 1, or start the server again")
+    return original(core, level, *rest, **options)
+
+
 def note_beam_search(original: Callable[..., Any], request: Any, *arguments: Any, **options: Any) -> Any:
     """Make the parameters of a beam search. They have no place for extra arguments, so these are kept for `accept`.
 

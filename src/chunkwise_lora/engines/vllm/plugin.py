@@ -103,6 +103,7 @@ def _wrappers() -> dict[str, Callable[..., Any]]:
         "schedule": admission.schedule,
         "may_start": admission.may_start,
         "remove_lora": admission.remove_lora,
+        "sleep": frontend.sleep,
         "update_from_output": reports.update_from_output,
         "make_request_output": reports.make_request_output,
         "metrics": get_prometheus_registry,

@@ -101,6 +101,7 @@ HOOKS = {
         since=MEMORY_SINCE,
     ),
     "remove_lora": Hook("vllm.v1.engine.core", "EngineCore", "remove_lora", ("self", "lora_id")),
+    "sleep": Hook("vllm.v1.engine.core", "EngineCore", "sleep", ("self", "level")),
     "make_request_output": Hook(
         "vllm.v1.engine.output_processor",
         "RequestState",
