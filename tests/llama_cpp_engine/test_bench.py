@@ -11,6 +11,7 @@ import pytest
 from llama_models import ARCHITECTURES, base_file, text_file
 from transformers import LlamaConfig
 
+import small
 from chunkwise_lora.benchmark.llama_cpp import random_ladder
 from chunkwise_lora.benchmark.random_gguf import write_random_gguf
 from chunkwise_lora.benchmark.shapes import SHAPES
@@ -52,6 +53,15 @@ def test_bench_runs_several_adapters_in_a_batch(run: Any, tmp_path: Path) -> Non
     assert "context 16, batch 3" in out
     results = json.loads((tmp_path / "b.json").read_text())["results"]
     assert [result["batch"] for result in results] == [1] * 4 + [3] * 4
+
+
+def test_bench_measures_the_policy_of_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:
+    small.calibrated().save_pretrained(tmp_path / "ladder")
+    lists = ("--contexts", 16, "--presets", "lossless", "--adapter", tmp_path / "ladder")
+    options = ("--model", text_file(), "--rounds", 1, "--new-tokens", 2)
+    code, out, error = run("bench", "--engine", "llama-cpp", *lists, *options)
+    assert code == 0, error
+    assert "ChunkWise calibrated" in out
 
 
 def test_bench_measures_random_weights_in_a_known_shape(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

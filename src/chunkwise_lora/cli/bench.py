@@ -204,7 +204,7 @@ def _bench_llama(
         adapter: A name or folder; None for random ones.
         random: The number of random adapters and their rank.
         contexts: Prompt lengths.
-        configs: Settings of ChunkWise by name.
+        configs: Settings of ChunkWise by name. If the adapter is a calibrated ladder, its policy is added.
         sizes: `Sizes` for each table.
     """
     if adapter is not None and random[0] > 1:
@@ -232,6 +232,8 @@ def _bench_llama(
             ladders = [random_ladder(GgufBase.load(path), rank, seed) for seed in range(count)]
         else:
             ladders = [RankLadder.load(source)]
+            if ladders[0].policy is not None:
+                configs = {**configs, "calibrated": ladders[0].policy}
         for one in (Sizes(*given) for given in sizes):
             advance = reports.steps(f"llama.cpp, batch {one.batch}", len(contexts) * one.rounds * methods_of(configs))
             results += measure_llama(path, ladders, configs, contexts, one, advance)
