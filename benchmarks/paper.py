@@ -146,7 +146,8 @@ def latency(task: str, inputs: Inputs, sizes: Mapping[str, int], report: Any) ->
             continue
         ladder = RankLadder.load(folders[task])
         presets = {"paper": rule} if row == "r16" else {row: ladder.policy} if row in CALIBRATED else {}
-        made = {one.name: one for one in methods(base, {row: folders[task]}, presets, ladders={row: ladder})}
+        name = f"of {row}"  # PEFT cannot hold an adapter that is called half
+        made = {one.name: one for one in methods(base, {name: folders[task]}, presets, ladders={name: ladder})}
         if row == "r16":
             of_rows |= {"base": made[BASE], "r16": made[UNMERGED], "paper": made["ChunkWise paper"]}
         else:

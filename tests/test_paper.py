@@ -20,7 +20,7 @@ SQUAD = {"data": [{"paragraphs": [{"context": "The tower was built in 1889.", "q
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> dict[str, Any]:
-    """Options of a run with two tasks, of which only one has a calibrated ladder."""
+    """Options of a run with two tasks, each with one calibrated ladder."""
     (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
     (tmp_path / "test.txt").write_text(" = Karsund = \n \n Karsund is a small town . \n")
     expectation = Expectation(asked_rank=8, mean_rank=8, loss_increase=0.01, loss_increase_error=0.005)
@@ -29,7 +29,8 @@ def inputs(tmp_path: Path) -> dict[str, Any]:
         "data": [f"squad={tmp_path / 'dev.json'}", f"wikitext={tmp_path / 'test.txt'}"],
         "r16": [f"squad={small.WIKI}", f"wikitext={small.WIKI}"],
         "r8": [f"squad={small.E2E}"],
-        "half": [f"wikitext={tmp_path / 'half'}"],
+        "half": [f"squad={tmp_path / 'half'}"],
+        "eighth": [f"wikitext={tmp_path / 'half'}"],
         "model": str(small.BASE),
         "out": tmp_path / "out",
         "context": 16,
@@ -47,12 +48,13 @@ def test_a_table_has_every_cell_that_was_given(inputs: dict[str, Any], monkeypat
     }
     both = ["F1", "exact match", "perplexity"]
     everyone = dict.fromkeys(("base", "r16", *paper.TRUNCATED, "paper"), both)
-    expected = {**everyone, "r8": ["F1", "exact match"], "half": ["perplexity"]}
+    expected = {**everyone, "r8": ["F1", "exact match"], "half": ["F1", "exact match"], "eighth": ["perplexity"]}
     assert scores == expected
     assert told["table"]["base"]["adapter"]["value"] == 0 < told["table"]["paper"]["adapter"]["value"]
     assert told["quality"]["svd-quarter"]["squad"]["mean_rank"] == 4 and "half" in told["quality"]
     assert told["quality"]["svd-half"]["squad"]["kl"]["value"] < told["quality"]["svd-eighth"]["squad"]["kl"]["value"]
-    assert "latency" in told["table"]["r8"] and "latency" not in told["table"]["half"]
+    assert "latency" in told["table"]["r8"] and "latency" in told["table"]["half"]
+    assert "latency" not in told["table"]["eighth"]
     assert (out / "paper.png").read_bytes().startswith(b"\x89PNG")
     assert all(paper.ROWS[row] in (out / "paper.md").read_text() for row in expected)
 
