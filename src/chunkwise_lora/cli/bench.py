@@ -121,6 +121,8 @@ def bench(
     if engine not in ONLY:
         raise ChunkWiseError(f"--engine {engine}: choose {' or '.join(ONLY)}")
     _refuse_others(ctx, engine)
+    source = None if adapter is None else examples.find(adapter)
+
     from chunkwise_lora.benchmark.shapes import SHAPES
 
     if random_weights is not None and random_weights not in SHAPES:
@@ -129,10 +131,9 @@ def bench(
     if engine == "llama-cpp":
         sizes = [(new_tokens, rounds, threads, size, factors) for size in batch]
         bases, random = (model, random_weights), (adapters, rank)
-        write_json(json_file, {"results": _bench_llama(bases, adapter, random, contexts, configs, sizes)})
+        write_json(json_file, {"results": _bench_llama(bases, source, random, contexts, configs, sizes)})
         return
     model = model or examples.BASE
-    source = examples.find(adapter or "wiki")
 
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
@@ -144,7 +145,7 @@ def bench(
         raise ChunkWiseError("--adapters makes random adapters and needs --random-weights; give both or neither")
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
-            folders = {"adapter": source}
+            folders = {"adapter": source or examples.find("wiki")}
             base = load_base_and_tokenizer(model, device_named(device))[0].to(dtype_named(dtype))
         else:
             shape = SHAPES[random_weights]
@@ -191,7 +192,7 @@ def _refuse_others(ctx: typer.Context, engine: str) -> None:
 
 def _bench_llama(
     bases: tuple[str | None, str | None],
-    adapter: str | None,
+    source: str | Path | None,
     random: tuple[int, int],
     contexts: list[int],
     configs: dict[str, ChunkWiseConfig],
@@ -201,15 +202,14 @@ def _bench_llama(
 
     Args:
         bases: A GGUF file, and the name of a shape for random weights instead.
-        adapter: A name or folder; None for random ones.
+        source: The adapter; None for random ones.
         random: The number of random adapters and their rank.
         contexts: Prompt lengths.
         configs: Settings of ChunkWise by name. If the adapter is a calibrated ladder, its policy is added.
         sizes: `Sizes` for each table.
     """
-    if adapter is not None and random[0] > 1:
+    if source is not None and random[0] > 1:
         raise ChunkWiseError("--adapters makes random adapters; leave out --adapter or --adapters")
-    source = None if adapter is None else examples.find(adapter)
     model, shape = bases
     path = examples.find_gguf(model) if shape is None else Path()
 
