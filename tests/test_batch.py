@@ -29,8 +29,12 @@ def info(key: str, rungs: int = 9, name: str = "") -> AdapterInfo:
 ADAPTER = info("a")
 
 
+def scheduler(config: ChunkWiseConfig) -> RuntimeScheduler:
+    return RuntimeScheduler(config, ADAPTER.rung_ranks.tolist(), VOCABULARY)
+
+
 def planned(config: ChunkWiseConfig, tokens: list[int], entropies: list[float | None]) -> np.ndarray:
-    return RuntimeScheduler(config, ADAPTER.rung_ranks.tolist(), VOCABULARY).step(tokens, entropies).weights
+    return scheduler(config).step(tokens, entropies).weights
 
 
 def sequence(prompt: list[int], config: ChunkWiseConfig = BALANCED, adapter: AdapterInfo = ADAPTER) -> SequencePlanner:
@@ -62,6 +66,21 @@ def test_a_token_that_is_sampled_again_is_planned_again(tokens: list[int], other
     one.plan(0, tokens)
     changed = tokens[:keep] + others
     assert np.array_equal(one.plan(0, changed), planned(BALANCED, changed, [None] * len(changed)))
+
+
+@given(tokens_of, tokens_of, st.integers(0, 60), st.lists(st.booleans(), min_size=60, max_size=60))
+def test_a_constant_plan_has_the_chunks_of_its_tokens_whenever_they_are_read(
+    tokens: list[int], others: list[int], keep: int, reads: list[bool]
+) -> None:
+    keep = min(keep, len(tokens))
+    one, changed = sequence([], LOSSLESS), tokens[:keep] + others
+    for position, token in enumerate(tokens):
+        assert np.array_equal(one.plan(position, [token]), planned(LOSSLESS, [token], [None]))
+        assert not reads[position] or sum(chunk.chunk.end is None for chunk in one.chunks) == 1
+    one.plan(0, changed)
+    expected = scheduler(LOSSLESS)
+    assert np.array_equal(one.weights, expected.step(changed).weights)
+    assert one.tokens == changed and one.chunks == expected.chunks
 
 
 @given(tokens_of, st.integers(1, 9), st.integers(0, 60), st.sampled_from([BALANCED, LOSSLESS]))

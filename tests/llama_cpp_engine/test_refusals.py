@@ -167,7 +167,7 @@ def test_a_module_that_the_graph_does_not_use_is_an_error() -> None:
 def test_tokens_that_were_not_planned_are_an_error() -> None:
     llm = tiny("llama")
     begin = llm._graph.begin
-    llm._graph.begin = lambda tokens, plan: begin(tokens + 1, plan)
+    llm._graph.begin = lambda tokens, plan: begin([token + 1 for token in tokens], plan)
     with pytest.raises(EngineError, match="other tokens than were planned"):
         llm.eval(token_ids(5))
 

@@ -81,6 +81,7 @@ class SequencePlanner:
         self._known = list(prompt)
         self._scheduler: RuntimeScheduler | FixedScheduler = self._new_scheduler()
         self._tokens: list[int] = []
+        self._scheduled = 0  # tokens that the scheduler has got
         self._entropies: dict[int, float] = {}
         self._weights = np.empty((0, len(adapter.rung_ranks)), np.float32)
         self._decisions: list[KVDecision] = []
@@ -90,6 +91,8 @@ class SequencePlanner:
         if config.levels == 1:
             self.constant_weights = limited(self._new_scheduler().step([0]).weights[0], highest_rung)
             self._constant_rank = float(ranks_of(self.constant_weights[None], adapter.rung_ranks)[0])
+        self._waits = self.constant_weights is not None and not config.kv_cache.acts
+        """Whether the scheduler gets tokens only when somebody asks for its chunks: it has nothing to decide."""
 
     @property
     def tokens(self) -> list[int]:
@@ -99,17 +102,19 @@ class SequencePlanner:
     @property
     def weights(self) -> np.ndarray:
         """(tokens, rungs) weights over the rungs of all planned tokens."""
+        self._schedule()
         return self._weights[: len(self._tokens)]
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
         """All chunks so far. The last one is open."""
+        self._schedule()
         return self._scheduler.chunks
 
     @property
     def padding(self) -> np.ndarray:
         """(rungs,) weights of padding: those of the last planned token, or zeros before the first token."""
-        return self._weights[len(self._tokens) - 1] if self._tokens else np.zeros(self._weights.shape[1], np.float32)
+        return self.weights[-1] if self._tokens else np.zeros(self._weights.shape[1], np.float32)
 
     @property
     def full_rank(self) -> float:
@@ -132,7 +137,7 @@ class SequencePlanner:
     def follow(self, scheduler: FixedScheduler) -> None:
         """Take the plan of `scheduler` instead of planning by the config. Call this before the first token."""
         self._scheduler = scheduler
-        self.constant_weights = None
+        self.constant_weights, self._waits = None, False
 
     def learn(self, position: int, entropy: float) -> None:
         """Store the entropy, in nats, of the distribution that predicts the token at `position`. Entropies of prompt
@@ -150,11 +155,14 @@ class SequencePlanner:
             self.rewind(start + changed)
             planned = planned[:changed]
         self._feed(tokens[len(planned) :])
+        if self._waits:
+            assert self.constant_weights is not None
+            return self.constant_weights[None].repeat(len(tokens), axis=0)
         return self._weights[start : start + len(tokens)]
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. The tokens before it are planned again, with their KV decisions."""
-        tokens, self._tokens = self._tokens[:position], []
+        tokens, self._tokens, self._scheduled = self._tokens[:position], [], 0
         self._rank_sum = 0.0
         self._entropies = {at: value for at, value in self._entropies.items() if at <= position}
         self._scheduler = self._new_scheduler()
@@ -186,9 +194,18 @@ class SequencePlanner:
         return RuntimeScheduler(self.config, ranks, self._vocab_size, self.adapter.learned)
 
     def _feed(self, tokens: Sequence[int]) -> None:
-        start, end = len(self._tokens), len(self._tokens) + len(tokens)
-        plan = self._scheduler.step(tokens, [self._entropies.get(position) for position in range(start, end)])
         self._tokens += tokens
+        if not self._waits:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        """Give the scheduler the tokens that it has not got."""
+        start, end = self._scheduled, len(self._tokens)
+        if start == end:
+            return
+        tokens = self._tokens[start:end]
+        plan = self._scheduler.step(tokens, [self._entropies.get(position) for position in range(start, end)])
+        self._scheduled = end
         self._decisions += plan.decisions
         if end > len(self._weights):
             grown = np.empty((max(end, 2 * len(self._weights)), self._weights.shape[1]), np.float32)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from chunkwise_lora.backends.native.build import BuildError
 from chunkwise_lora.engines.llama_cpp.adapters import LoadedAdapter
@@ -71,7 +69,7 @@ class OwnLora:
         self._carrier.use(None)
         self._adapters, self._running = dict(adapters), None
 
-    def begin(self, tokens: np.ndarray, plan: PassPlan) -> None:
+    def begin(self, tokens: Sequence[int], plan: PassPlan) -> None:
         """Let llama.cpp run the rung of a pass.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ class Graph:
         """The place of each adapter among a module's factors, by its key."""
         self._owners: list[Any] = []
         """What the structures of the installed adapters point to."""
-        self._tokens = np.empty(0, np.int32)
+        self._tokens: Any = ()
         self._plan: PassPlan | None = None
         self._has_failed = False
 
@@ -102,8 +102,8 @@ class Graph:
         finally:
             self._pass.is_off = 0
 
-    def begin(self, tokens: np.ndarray, plan: PassPlan) -> None:
-        """Prepare a pass over `tokens` (n,) int32.
+    def begin(self, tokens: Sequence[int], plan: PassPlan) -> None:
+        """Prepare a pass over `tokens` (n,).
 
         Raises:
             EngineError: An earlier pass failed, so that llama.cpp's graph may be half changed.
@@ -111,8 +111,8 @@ class Graph:
         if self._has_failed:
             raise EngineError("this model has failed before; load it again")
         run = self._pass
-        self._tokens = tokens
-        run.tokens, run.rows = tokens.ctypes.data, len(tokens)
+        self._tokens = (ctypes.c_int32 * len(tokens))(*tokens)
+        run.tokens, run.rows = ctypes.addressof(self._tokens), len(tokens)
         run.first_row = run.graph_rows = run.graphs = run.patterns = run.attentions = run.error = 0
         if plan is not self._plan:
             self._set_rows(plan)

@@ -25,11 +25,11 @@ def type_options(config: ChunkWiseConfig | None) -> dict[str, Any]:
 
 def carry_out(llm: Any, sequence: int, decisions: Sequence[KVDecision]) -> list[tuple[int, int]]:
     """Drop the positions that `decisions` drop, and return them as (start, end)."""
-    from llama_cpp import llama_cpp
-
     dropped = []
     for decision in decisions:
         if decision.action == "drop":
+            from llama_cpp import llama_cpp
+
             memory = llama_cpp.llama_get_memory(llm.ctx)
             if llama_cpp.llama_memory_seq_rm(memory, sequence, decision.start, decision.end):
                 dropped.append((decision.start, decision.end))

@@ -157,13 +157,11 @@ class Session:
                 runs the model in a way that this engine does not know.
         """
         raw = batch.batch
-        count = raw.n_tokens
-        tokens = np.ctypeslib.as_array(raw.token, (count,)).astype(np.int32)
-        if count and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+        tokens = raw.token[: raw.n_tokens]
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
             raise EngineError(f"token ids must be from 0 to {self._vocab_size - 1}; the text was tokenized otherwise")
-        ids = tokens.tolist()
-        spans, ends = self._spans(raw, ids)
-        parts = [ids[end - span.count : end] for span, end in zip(spans, ends, strict=True)]
+        spans, ends = self._spans(raw, tokens)
+        parts = [tokens[end - span.count : end] for span, end in zip(spans, ends, strict=True)]
         plan = self.planner.plan(spans, lambda: parts)
         self._graph.begin(tokens, plan)
         self._decode(batch)
@@ -177,13 +175,14 @@ class Session:
     def _spans(self, raw: Any, tokens: list[int]) -> tuple[list[Span], list[int]]:
         """Return the runs of tokens of one sequence in a batch, and the row behind each of them."""
         count = len(tokens)
-        positions = np.ctypeslib.as_array(raw.pos, (count,))
-        owners = np.fromiter((raw.seq_id[row][0] for row in range(count)), np.int32, count)
-        cuts = np.flatnonzero((np.diff(owners) != 0) | (np.diff(positions) != 1)) + 1
-        starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), count]
+        positions, owners = raw.pos[:count], [raw.seq_id[row][0] for row in range(count)]
+        cuts = [
+            row for row in range(1, count) if owners[row] != owners[row - 1] or positions[row] != positions[row - 1] + 1
+        ]
+        starts, ends = [0, *cuts], [*cuts, count]
         spans = []
         for start, end in zip(starts, ends, strict=True):
-            sequence, position = int(owners[start]), int(positions[start])
+            sequence, position = owners[start], positions[start]
             running = self._running.get(sequence)
             if running is None or (position == 0 and running.planner.tokens and sequence):
                 self._open(sequence, self._request(), tokens[start:end])
