@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from llama_cpp import Llama
 
+from chunkwise_lora.benchmark.sizes import Sizes
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.engines.llama_cpp.base_model import base_of
 from chunkwise_lora.engines.llama_cpp.batch import fill
@@ -62,22 +63,6 @@ class LlamaMeasurement:
 class _Record:
     prefills: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is measured, and how."""
-
-    new_tokens: int = 32
-    """Tokens that every sequence decodes in a round."""
-    rounds: int = 7
-    """Rounds of each context."""
-    threads: int = 1
-    """Threads of llama.cpp."""
-    batch: int = 1
-    """Sequences. They use the adapters in turn; llama.cpp's own LoRA runs them one after another."""
-    factors: str = "float16"
-    """Element type of the adapters in ChunkWise: float16, float32 or int8."""
 
 
 def measure_llama(

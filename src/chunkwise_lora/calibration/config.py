@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from chunkwise_lora.errors import ConfigError
 from chunkwise_lora.method.config import StrictConfig
 
-QUICK: dict[str, int] = {"tokens": 6_000, "refinements": 20, "rounds": 0, "explorations": 1}
+QUICK: dict[str, int] = {"tokens": 6_000, "refinements": 18, "rounds": 0, "explorations": 1}
 """Settings of `chunkwise calibrate --quick`, for a first result on a large model."""
 ROTATION_TOKENS = 1_024
 """Tokens per step of rotating the basis."""

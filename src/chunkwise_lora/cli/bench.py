@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chunkwise_lora import examples
+from chunkwise_lora.benchmark.sizes import Sizes
 from chunkwise_lora.cli.loading import load_base_and_tokenizer
 from chunkwise_lora.cli.options import DeviceOption, JsonOption, device_named, dtype_named, path_given
 from chunkwise_lora.cli.output import console, print_plain, write_json
@@ -20,6 +23,7 @@ from chunkwise_lora.method.config import PRESETS, ChunkWiseConfig
 
 if TYPE_CHECKING:
     from chunkwise_lora.engines.transformers.fast_paths import FastPaths
+    from chunkwise_lora.ladder import RankLadder
 
 CONTEXTS, BATCHES, ALL_PRESETS = [128, 512], [1], list(PRESETS)
 
@@ -129,9 +133,12 @@ def bench(
         raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     if engine == "llama-cpp":
-        sizes = [(new_tokens, rounds, threads, size, factors) for size in batch]
-        bases, random = (model, random_weights), (adapters, rank)
-        write_json(json_file, {"results": _bench_llama(bases, source, random, contexts, configs, sizes)})
+        if source is not None and adapters > 1:
+            raise ChunkWiseError("--adapters makes random adapters; leave out --adapter or --adapters")
+        sizes = [Sizes(new_tokens, rounds, threads, size, factors) for size in batch]
+        with _gguf_file(model, random_weights) as path:
+            ladders = _random_ladders(path, adapters, rank) if source is None else [_ladder(source)]
+            write_json(json_file, {"results": _bench_llama(path, ladders, contexts, configs, sizes)})
         return
     model = model or examples.BASE
 
@@ -190,51 +197,55 @@ def _refuse_others(ctx: typer.Context, engine: str) -> None:
                 raise ChunkWiseError(f"--{name.replace('_', '-')} belongs to --engine {other}; leave it out")
 
 
-def _bench_llama(
-    bases: tuple[str | None, str | None],
-    source: str | Path | None,
-    random: tuple[int, int],
-    contexts: list[int],
-    configs: dict[str, ChunkWiseConfig],
-    sizes: list[tuple[int, int, int, int, str]],
-) -> list[dict[str, Any]]:
-    """Measure llama.cpp and print the table.
-
-    Args:
-        bases: A GGUF file, and the name of a shape for random weights instead.
-        source: The adapter; None for random ones.
-        random: The number of random adapters and their rank.
-        contexts: Prompt lengths.
-        configs: Settings of ChunkWise by name. If the adapter is a calibrated ladder, its policy is added.
-        sizes: `Sizes` for each table.
-    """
-    if source is not None and random[0] > 1:
-        raise ChunkWiseError("--adapters makes random adapters; leave out --adapter or --adapters")
-    model, shape = bases
-    path = examples.find_gguf(model) if shape is None else Path()
+@contextmanager
+def _gguf_file(model: str | None, shape: str | None) -> Iterator[Path]:
+    """Give the GGUF file of a model, or a temporary one with random weights of a shape."""
+    path = examples.find_gguf(model) if shape is None else None
 
     from chunkwise_lora.engines.llama_cpp.library import check_installed
 
     check_installed()
+    if path is not None:
+        yield path
+        return
 
-    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama, methods_of, random_ladder
     from chunkwise_lora.benchmark.random_gguf import write_random_gguf
     from chunkwise_lora.benchmark.shapes import SHAPES
+
+    assert shape is not None
+    with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder:
+        yield write_random_gguf(SHAPES[shape], Path(folder) / "model.gguf")
+
+
+def _ladder(source: str | Path) -> RankLadder:
     from chunkwise_lora.ladder import RankLadder
+
+    return RankLadder.load(source)
+
+
+def _random_ladders(path: Path, count: int, rank: int) -> list[RankLadder]:
+    from chunkwise_lora.benchmark.llama_cpp import random_ladder
     from chunkwise_lora.ladder.gguf import GgufBase
 
+    base = GgufBase.load(path)
+    return [random_ladder(base, rank, seed) for seed in range(count)]
+
+
+def _bench_llama(
+    path: Path,
+    ladders: list[RankLadder],
+    contexts: list[int],
+    configs: dict[str, ChunkWiseConfig],
+    sizes: list[Sizes],
+) -> list[dict[str, Any]]:
+    """Measure llama.cpp and print the table. If the first adapter has a policy of its own, it is measured too."""
+    from chunkwise_lora.benchmark.llama_cpp import measure_llama, methods_of
+
+    if ladders[0].policy is not None:
+        configs = {**configs, "calibrated": ladders[0].policy}
     results = []
-    with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder, progress() as reports:
-        if shape is not None:
-            path = write_random_gguf(SHAPES[shape], Path(folder) / "model.gguf")
-        count, rank = random
-        if source is None:
-            ladders = [random_ladder(GgufBase.load(path), rank, seed) for seed in range(count)]
-        else:
-            ladders = [RankLadder.load(source)]
-            if ladders[0].policy is not None:
-                configs = {**configs, "calibrated": ladders[0].policy}
-        for one in (Sizes(*given) for given in sizes):
+    with progress() as reports:
+        for one in sizes:
             advance = reports.steps(f"llama.cpp, batch {one.batch}", len(contexts) * one.rounds * methods_of(configs))
             results += measure_llama(path, ladders, configs, contexts, one, advance)
     console.print(llama_table(results))

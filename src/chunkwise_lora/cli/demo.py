@@ -126,7 +126,8 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     model = examples.gguf_file()
     check_installed()
 
-    from chunkwise_lora.benchmark.llama_cpp import Sizes, measure_llama, methods_of
+    from chunkwise_lora.benchmark.llama_cpp import measure_llama, methods_of
+    from chunkwise_lora.benchmark.sizes import Sizes
     from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
 
     ladders, policy = _with_policies(adapters)
