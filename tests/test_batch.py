@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from chunkwise_lora import ChunkWiseConfig, RuntimeScheduler
 from chunkwise_lora.method.batch import BatchPlanner, Span, Usage
 from chunkwise_lora.method.complexity import LearnedComplexity
+from chunkwise_lora.method.config import CompositionConfig, SelectionConfig
 from chunkwise_lora.method.segments import PassPlan, Segment, segments_of
 from chunkwise_lora.method.sequence import NO_ADAPTER, AdapterInfo, SequencePlanner
 
@@ -77,10 +78,23 @@ def test_a_constant_plan_has_the_chunks_of_its_tokens_whenever_they_are_read(
     for position, token in enumerate(tokens):
         assert np.array_equal(one.plan(position, [token]), planned(LOSSLESS, [token], [None]))
         assert not reads[position] or sum(chunk.chunk.end is None for chunk in one.chunks) == 1
+    one.rewind(keep)
     one.plan(0, changed)
     expected = scheduler(LOSSLESS)
     assert np.array_equal(one.weights, expected.step(changed).weights)
     assert one.tokens == changed and one.chunks == expected.chunks
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.95, 0.8])
+def test_a_constant_plan_gives_all_tokens_the_same_weights(scale: float) -> None:
+    selection = SelectionConfig(rank_shares=(0.5,), scales=(scale,))
+    config = LOSSLESS.model_copy(update={"selection": selection, "composition": CompositionConfig(window=2)})
+    tokens = [position % VOCABULARY for position in range(300)]
+    one, other = sequence([], config), sequence([], config)
+    all_at_once = one.plan(0, tokens)
+    steps = np.concatenate([other.plan(position, [token]) for position, token in enumerate(tokens)])
+    assert np.array_equal(all_at_once, steps) and np.array_equal(steps, other.weights)
+    assert (steps == other.last_weights).all() and len(other.chunks) > 1
 
 
 @given(tokens_of, st.integers(1, 9), st.integers(0, 60), st.sampled_from([BALANCED, LOSSLESS]))
@@ -140,6 +154,22 @@ def test_constant_plans_see_tokens_if_the_engine_needs_their_chunks() -> None:
     assert planner.plan([Span(0, 4, 1)], lambda: [[5]], width=1) is second is not first
     assert planner[0].tokens == [1, 2, 3, 4, 5]
     assert len(planner[0].chunks) == 1
+
+
+def test_a_plan_is_not_reused_after_its_sequence_has_ended_or_moved() -> None:
+    planner = BatchPlanner(VOCABULARY)
+    planner.open("x", sequence([1], LOSSLESS))
+    spans = [Span("x", 1, 1)]
+    assert planner.plan(spans, no_ids).adapters == ("a",)
+    planner.close(["x"])
+    assert planner.plan(spans, no_ids).adapters == ()
+    for number, adapter in enumerate((ADAPTER, info("b"))):
+        planner.open(number, sequence([1], LOSSLESS, adapter))
+    spans = [Span(0, 1, 1), Span(1, 1, 1)]
+    before = planner.plan(spans, no_ids)
+    planner.reorder({0: 1, 1: 0})
+    after = planner.plan(spans, no_ids)
+    assert [before.adapters, after.adapters] == [("a", "b"), ("b", "a")]
 
 
 def test_two_adapters_of_one_name_are_counted_apart() -> None:

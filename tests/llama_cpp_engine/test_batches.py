@@ -54,6 +54,17 @@ def test_long_prompts_run_in_several_passes(llm: ChunkWiseLlama) -> None:
     assert 7 <= llm.trace.passes <= 12
 
 
+def test_more_prompts_than_a_pass_has_room_for_take_turns() -> None:
+    with pytest.raises(EngineError, match="n_batch=3: give at least 5"):
+        text_model(max_sequences=5, n_ctx=512, n_batch=3)
+    llm = text_model(max_sequences=5, n_ctx=512, n_batch=5)
+    prompts = [token_ids(length, seed=length, vocabulary=4000) for length in (7, 3, 2, 5, 4)]
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0}
+    expected = [alone(llm, prompt, "wiki", **options)["text"] for prompt in prompts]
+    answer = llm.create_completions(prompts, adapter="wiki", **options)
+    assert [choice["text"] for choice in answer["choices"]] == expected
+
+
 def test_stop_strings_and_seeds(llm: ChunkWiseLlama) -> None:
     options: dict[str, Any] = {"adapter": "wiki", "max_tokens": 16, "temperature": 1.0}
     texts = [choice["text"] for choice in llm.create_completions([PROMPTS[0]] * 3, seed=5, **options)["choices"]]
@@ -83,6 +94,8 @@ def test_batches_that_cannot_work_are_refused(llm: ChunkWiseLlama) -> None:
         llm.create_completions(["text"], adapter=["x"])
     with pytest.raises(EngineError, match="empty"):
         llm.create_completions(["text", []])
+    with pytest.raises(EngineError, match="max_tokens=0: give at least 1"):
+        llm.create_completions(["text"], max_tokens=0)
     with pytest.raises(EngineError, match="larger n_ctx"):
         llm.create_completions(["text"] * 4, max_tokens=200)
     with pytest.raises(EngineError, match="max_sequences=0"):

@@ -55,6 +55,14 @@ def test_bench_runs_several_adapters_in_a_batch(run: Any, tmp_path: Path) -> Non
     assert [result["batch"] for result in results] == [1] * 4 + [3] * 4
 
 
+def test_sequences_of_one_adapter_run_in_contexts_of_their_own(run: Any) -> None:
+    lists = ("--contexts", 200, "--presets", "lossless", "--batch", 3)
+    code, _, error = run(
+        *("bench", "--engine", "llama-cpp", *lists, "--model", text_file(), "--rounds", 1, "--new-tokens", 60)
+    )
+    assert code == 0, error  # three of them do not fit into one
+
+
 def test_bench_measures_the_policy_of_a_calibrated_ladder(run: Any, tmp_path: Path) -> None:
     small.calibrated().save_pretrained(tmp_path / "ladder")
     lists = ("--contexts", 16, "--presets", "lossless", "--adapter", tmp_path / "ladder")
@@ -88,6 +96,10 @@ def test_bench_refuses_what_it_cannot_measure(run: Any, tmp_path: Path) -> None:
         (("--engine", "llama-cpp", "--dtype", "float32"), "--dtype belongs to --engine transformers"),
         (("--engine", "transformers", "--factors", "int8"), "--factors belongs to --engine llama-cpp"),
         (("--engine", "llama-cpp", "--adapter", "wiki", "--adapters", 2), "leave out --adapter"),
+        (("--engine", "llama-cpp", "--adapter", "wiki", "--rank", 4), "--rank is for random adapters"),
+        (("--rank", 4), "--rank is for random adapters; it needs --random-weights"),
+        (("--random-weights", "135M", "--model", "x"), "stands for --model"),
+        (("--random-weights", "135M", "--adapter", "wiki"), "leave out --adapter"),
         (("--engine", "llama-cpp", "--random-weights", "2B"), "choose one of 135M"),
         (("--engine", "llama"), "choose transformers or llama-cpp"),
         (("--engine", "llama-cpp", "--model", tmp_path / "missing.gguf"), "missing.gguf"),

@@ -79,6 +79,18 @@ def test_bytes_of_dropped_positions_are_free() -> None:
         llm.eval(IDS[:60])
 
 
+def test_a_text_does_not_go_back_to_what_was_dropped() -> None:
+    llm = text_model()
+    with llm.using("wiki", dropping(8)):
+        for token in IDS:
+            llm.eval([token])
+        llm.n_tokens = 50
+        with pytest.raises(EngineError, match="begin it again"):
+            llm.eval(IDS[50:51])
+        llm.reset()
+        llm.eval(IDS)
+
+
 def test_after_drops_a_prompt_runs_anew() -> None:
     llm = text_model(chunkwise_config=dropping(8))
     options: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0}

@@ -30,7 +30,7 @@ from models import adapter
 PROMPT = " = Aldhaven = \n \n Aldhaven is a town in"
 FACTS = "name[Blue Spice], eatType[coffee shop], area[city centre] ->"
 GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0.0}
-BALANCED = ChunkWiseConfig.preset("balanced")
+BALANCED, HALF = ChunkWiseConfig.preset("balanced"), ChunkWiseConfig.uniform(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,35 @@ def test_a_stream_that_another_request_interrupts_is_refused(llm: ChunkWiseLlama
     assert text(llm, PROMPT, adapter="wiki") == fresh(PROMPT, "wiki")
     with pytest.raises(EngineError, match="another request began"):
         list(stream)
+    state = llm.save_state()
+    stream = llm.create_completion(FACTS, adapter="e2e", stream=True, **GREEDY)
+    next(stream)
+    llm.load_state(state)
+    with pytest.raises(EngineError, match="another request began"):
+        list(stream)
+
+
+def test_a_stream_that_an_embedding_interrupts_is_refused() -> None:
+    llm = text_model(embedding=True)
+    stream = llm.create_completion(PROMPT, adapter="wiki", stream=True, **GREEDY)
+    next(stream)
+    llm.embed("a text")
+    with pytest.raises(EngineError, match="another request began"):
+        list(stream)
+
+
+def test_what_a_call_leaves_open_is_that_of_the_block_around_it(llm: ChunkWiseLlama) -> None:
+    with llm.using("e2e", BALANCED):
+        for options, adapter, config in (
+            ({}, "e2e", BALANCED),
+            ({"adapter": "wiki"}, "wiki", BALANCED),
+            ({"config": HALF}, "e2e", HALF),
+            ({"adapter": BASE}, BASE, BALANCED),
+        ):
+            request = llm.request(**options)
+            assert (request.adapter.name or BASE, request.config) == (adapter, config)
+    with llm.using(BASE):
+        assert llm.request(config=HALF).adapter.name == ""
 
 
 def test_a_stream_that_is_given_up_leaves_nothing_behind(llm: ChunkWiseLlama) -> None:

@@ -43,7 +43,8 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_options_that_cannot_work_are_refused() -> None:
-    for options in ({"lora_path": "adapter.gguf"}, {"draft_model": object()}, {"factors": "float64"}):
+    sizes = ({"n_batch": -1}, {"n_batch": 0}, {"n_ubatch": 0}, {"n_ctx": -1}, {"n_ctx": 3, "max_sequences": 4})
+    for options in ({"lora_path": "adapter.gguf"}, {"draft_model": object()}, {"factors": "float64"}, *sizes):
         with pytest.raises(EngineError, match=next(iter(options))):
             tiny("llama", **options)
 

@@ -81,7 +81,7 @@ def measure_llama(
         presets: Settings of ChunkWise by the name that the results show.
         contexts: Prompt lengths in tokens.
         sizes: How much is measured.
-        advance: Called in each round after each of the methods, of which there are `methods_of(presets)`.
+        advance: Called in each round after each of the methods, of which there are `method_count(presets)`.
 
     Raises:
         EngineError: The model cannot be loaded, or an adapter does not fit it.
@@ -102,12 +102,10 @@ def measure_llama(
         NO_ADAPTER: _plain(model, sizes.batch, options),
     }
     with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder:
-        own = {}
-        for name in dict.fromkeys(names):
-            path = Path(folder) / f"{name}.gguf"
+        files = {name: Path(folder) / f"{name}.gguf" for name in dict.fromkeys(names)}
+        for name, path in files.items():
             write_gguf(adapters[name], path, base=facts, dtype="f16")
-            own[name] = Llama(str(model), lora_path=str(path), **options)
-    methods[OWN] = _OneByOne([own[name] for name in names])
+        methods[OWN] = _OneByOne([Llama(str(model), lora_path=str(files[name]), **options) for name in names])
     several = {"n_ctx": length * sizes.batch, "max_sequences": sizes.batch, "factors": sizes.factors}
     for name, config in presets.items():
         llm = ChunkWiseLlama(str(model), adapters, chunkwise_config=config, **{**options, **several})
@@ -126,7 +124,7 @@ def measure_llama(
     return results
 
 
-def methods_of(presets: Mapping[str, ChunkWiseConfig]) -> int:
+def method_count(presets: Mapping[str, ChunkWiseConfig]) -> int:
     """Return the number of methods that `measure_llama` compares."""
     return 3 + len(presets)
 
@@ -216,7 +214,7 @@ def _round(method: _Method, ids: Sequence[list[int]], context: int, record: _Rec
 def _result(name: str, context: int, batch: int, records: Mapping[str, _Record]) -> LlamaMeasurement:
     def ratio(times: str, other: str) -> float:
         pairs = zip(getattr(records[name], times), getattr(records[other], times), strict=True)
-        return statistics.median(own / its for own, its in pairs)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
     return LlamaMeasurement(
         name,

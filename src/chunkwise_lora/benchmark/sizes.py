@@ -1,4 +1,4 @@
-"""How much a measurement of llama.cpp measures. This needs no llama.cpp."""
+"""What a measurement of llama.cpp runs. This needs no llama.cpp."""
 
 from __future__ import annotations
 

@@ -122,20 +122,16 @@ def bench(
     of PEFT unmerged in the same round; the table shows their median over rounds. The base model without an adapter
     shows what the adapter costs. Peak memory is the memory of the process, or of the GPU, above the loaded weights.
     """
-    if engine not in ONLY:
-        raise ChunkWiseError(f"--engine {engine}: choose {' or '.join(ONLY)}")
-    _refuse_others(ctx, engine)
+    _check_options(ctx)
     source = None if adapter is None else examples.find(adapter)
-
-    from chunkwise_lora.benchmark.shapes import SHAPES
-
-    if random_weights is not None and random_weights not in SHAPES:
-        raise ChunkWiseError(f"--random-weights {random_weights}: choose one of {', '.join(SHAPES)}")
     configs = {name: ChunkWiseConfig.preset(name) for name in presets}
     if engine == "llama-cpp":
-        if source is not None and adapters > 1:
-            raise ChunkWiseError("--adapters makes random adapters; leave out --adapter or --adapters")
-        sizes = [Sizes(new_tokens, rounds, threads, size, factors) for size in batch]
+        from chunkwise_lora.engines.llama_cpp.library import check_installed
+
+        check_installed()
+        sizes = [
+            Sizes(new_tokens=new_tokens, rounds=rounds, threads=threads, batch=size, factors=factors) for size in batch
+        ]
         with _gguf_file(model, random_weights) as path:
             ladders = _random_ladders(path, adapters, rank) if source is None else [_ladder(source)]
             write_json(json_file, {"results": _bench_llama(path, ladders, contexts, configs, sizes)})
@@ -145,11 +141,9 @@ def bench(
     from chunkwise_lora.benchmark.measure import machine, measure, random_prompt
     from chunkwise_lora.benchmark.methods import chosen
     from chunkwise_lora.benchmark.methods import methods as all_methods
-    from chunkwise_lora.benchmark.shapes import random_adapter, random_model
+    from chunkwise_lora.benchmark.shapes import SHAPES, random_adapter, random_model
 
     fast = _fast_paths(slow or [])
-    if adapters > 1 and random_weights is None:
-        raise ChunkWiseError("--adapters makes random adapters and needs --random-weights; give both or neither")
     with tempfile.TemporaryDirectory() as scratch:
         if random_weights is None:
             folders = {"adapter": source or examples.find("wiki")}
@@ -188,31 +182,47 @@ def bench(
     write_json(json_file, {"machine": machine(base.device), "results": [asdict(result) for result in results]})
 
 
-def _refuse_others(ctx: typer.Context, engine: str) -> None:
-    """Refuse options that were given but that only the other engine has."""
+def _check_options(ctx: typer.Context) -> None:
+    """Refuse options that the engine does not have, or that contradict one another."""
+    given, engine = ctx.params, ctx.params["engine"]
+    if engine not in ONLY:
+        raise ChunkWiseError(f"--engine {engine}: choose {' or '.join(ONLY)}")
     for other, names in ONLY.items():
         for name in names:
-            source = ctx.get_parameter_source(name)
-            if other != engine and source is not None and source.name == "COMMANDLINE":
+            if other != engine and _is_given(ctx, name):
                 raise ChunkWiseError(f"--{name.replace('_', '-')} belongs to --engine {other}; leave it out")
+    shape, is_transformers = given["random_weights"], engine == "transformers"
+    if shape is not None:
+        from chunkwise_lora.benchmark.shapes import SHAPES
+
+        if shape not in SHAPES:
+            raise ChunkWiseError(f"--random-weights {shape}: choose one of {', '.join(SHAPES)}")
+        if given["model"] is not None:
+            raise ChunkWiseError("--random-weights stands for --model; leave out one of them")
+        if given["adapter"] is not None and is_transformers:
+            raise ChunkWiseError("--random-weights comes with random adapters; leave out --adapter")
+    if given["adapter"] is not None or (shape is None and is_transformers):
+        for name in ("adapters", "rank"):
+            if _is_given(ctx, name):
+                remedy = "it needs --random-weights" if is_transformers else "leave out --adapter"
+                raise ChunkWiseError(f"--{name} is for random adapters; {remedy}")
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextmanager
 def _gguf_file(model: str | None, shape: str | None) -> Iterator[Path]:
     """Give the GGUF file of a model, or a temporary one with random weights of a shape."""
-    path = examples.find_gguf(model) if shape is None else None
-
-    from chunkwise_lora.engines.llama_cpp.library import check_installed
-
-    check_installed()
-    if path is not None:
-        yield path
+    if shape is None:
+        yield examples.find_gguf(model)
         return
 
     from chunkwise_lora.benchmark.random_gguf import write_random_gguf
     from chunkwise_lora.benchmark.shapes import SHAPES
 
-    assert shape is not None
     with tempfile.TemporaryDirectory(prefix="chunkwise-") as folder:
         yield write_random_gguf(SHAPES[shape], Path(folder) / "model.gguf")
 
@@ -239,14 +249,14 @@ def _bench_llama(
     sizes: list[Sizes],
 ) -> list[dict[str, Any]]:
     """Measure llama.cpp and print the table. If the first adapter has a policy of its own, it is measured too."""
-    from chunkwise_lora.benchmark.llama_cpp import measure_llama, methods_of
+    from chunkwise_lora.benchmark.llama_cpp import measure_llama, method_count
 
     if ladders[0].policy is not None:
         configs = {**configs, "calibrated": ladders[0].policy}
     results = []
     with progress() as reports:
         for one in sizes:
-            advance = reports.steps(f"llama.cpp, batch {one.batch}", len(contexts) * one.rounds * methods_of(configs))
+            advance = reports.steps(f"llama.cpp, batch {one.batch}", len(contexts) * one.rounds * method_count(configs))
             results += measure_llama(path, ladders, configs, contexts, one, advance)
     console.print(llama_table(results))
     return [asdict(result) for result in results]

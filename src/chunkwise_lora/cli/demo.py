@@ -126,7 +126,7 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     model = examples.gguf_file()
     check_installed()
 
-    from chunkwise_lora.benchmark.llama_cpp import measure_llama, methods_of
+    from chunkwise_lora.benchmark.llama_cpp import measure_llama, method_count
     from chunkwise_lora.benchmark.sizes import Sizes
     from chunkwise_lora.engines.llama_cpp import BASE, ChunkWiseLlama
 
@@ -152,7 +152,7 @@ def _in_llama_cpp(adapters: Mapping[str, Path], new_tokens: int, rounds: int) ->
     assert ladder.policy is not None
     configs = {"lossless": ChunkWiseConfig.preset("lossless"), policy: ladder.policy}
     with progress() as reports:
-        advance = reports.steps("comparing with llama.cpp", rounds * methods_of(configs))
+        advance = reports.steps("comparing with llama.cpp", rounds * method_count(configs))
         results = measure_llama(model, [ladder], configs, [256], Sizes(32, rounds, threads), advance)
     console.print(llama_table(results))
     print_plain(f"Adapter {name}, one sequence, medians of {rounds} rounds; x is a ratio.")

@@ -86,7 +86,8 @@ class BatchPlanner:
     def close(self, sequences: Iterable[Hashable]) -> None:
         """Remove sequences that have ended. Sequences that are not open are ignored."""
         for sequence in sequences:
-            self._sequences.pop(sequence, None)
+            if self._sequences.pop(sequence, None) is not None:
+                self._constant = None
 
     def reorder(self, sources: Mapping[Hashable, Hashable]) -> None:
         """Replace every sequence's planner by a copy of its source's planner, as a beam search demands.
@@ -95,6 +96,7 @@ class BatchPlanner:
             sources: By sequence, the sequence to copy. Sequences that are not among the keys are closed.
         """
         if len(sources) != len(self._sequences) or any(sequence != source for sequence, source in sources.items()):
+            self._constant = None
             self._sequences = {sequence: self._sequences[source].fork() for sequence, source in sources.items()}
 
     def plan(
@@ -150,7 +152,7 @@ class BatchPlanner:
                 assert ids is not None
                 weights = sequence.plan(span.start, ids[i])
             if span.columns is not None:
-                weights = spread(weights, span.columns, end - start, sequence.padding)
+                weights = spread(weights, span.columns, end - start, sequence.last_weights)
             if sequence.adapter is NO_ADAPTER:
                 continue
             _, all_weights, rows = by_adapter.setdefault(sequence.adapter.key, (sequence.adapter, [], []))

@@ -92,7 +92,7 @@ class SequencePlanner:
             self.constant_weights = limited(self._new_scheduler().step([0]).weights[0], highest_rung)
             self._constant_rank = float(ranks_of(self.constant_weights[None], adapter.rung_ranks)[0])
         self._waits = self.constant_weights is not None and not config.kv_cache.acts
-        """Whether the scheduler gets tokens only when somebody asks for its chunks: it has nothing to decide."""
+        """Whether the scheduler runs only when `chunks` is read, because all that it can decide is known."""
 
     @property
     def tokens(self) -> list[int]:
@@ -102,8 +102,7 @@ class SequencePlanner:
     @property
     def weights(self) -> np.ndarray:
         """(tokens, rungs) weights over the rungs of all planned tokens."""
-        self._schedule()
-        return self._weights[: len(self._tokens)]
+        return self._weights_of(0, len(self._tokens))
 
     @property
     def chunks(self) -> list[ScheduledChunk]:
@@ -112,9 +111,10 @@ class SequencePlanner:
         return self._scheduler.chunks
 
     @property
-    def padding(self) -> np.ndarray:
-        """(rungs,) weights of padding: those of the last planned token, or zeros before the first token."""
-        return self.weights[-1] if self._tokens else np.zeros(self._weights.shape[1], np.float32)
+    def last_weights(self) -> np.ndarray:
+        """(rungs,) weights of the last planned token, or zeros before the first token."""
+        count = len(self._tokens)
+        return self._weights_of(count - 1, count)[0] if count else np.zeros(self._weights.shape[1], np.float32)
 
     @property
     def full_rank(self) -> float:
@@ -155,10 +155,13 @@ class SequencePlanner:
             self.rewind(start + changed)
             planned = planned[:changed]
         self._feed(tokens[len(planned) :])
+        return self._weights_of(start, start + len(tokens))
+
+    def _weights_of(self, start: int, end: int) -> np.ndarray:
         if self._waits:
             assert self.constant_weights is not None
-            return self.constant_weights[None].repeat(len(tokens), axis=0)
-        return self._weights[start : start + len(tokens)]
+            return self.constant_weights[None].repeat(end - start, axis=0)
+        return self._weights[start:end]
 
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. The tokens before it are planned again, with their KV decisions."""
@@ -207,6 +210,8 @@ class SequencePlanner:
         plan = self._scheduler.step(tokens, [self._entropies.get(position) for position in range(start, end)])
         self._scheduled = end
         self._decisions += plan.decisions
+        if self._waits:
+            return
         if end > len(self._weights):
             grown = np.empty((max(end, 2 * len(self._weights)), self._weights.shape[1]), np.float32)
             grown[:start] = self._weights[:start]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from llama_cpp import llama_cpp
+
 from chunkwise_lora.engines.llama_cpp.library import ggml_function
 from chunkwise_lora.errors import EngineError, shown
 from chunkwise_lora.ladder.gguf import GgufBase
@@ -17,8 +19,6 @@ def base_of(llm: Any) -> GgufBase:
     Raises:
         EngineError: The engine does not know the architecture's modules.
     """
-    from llama_cpp import llama_cpp
-
     name = llm.metadata.get("general.architecture")
     architecture = {known.name: known for known in ARCHITECTURES.values()}.get(name)
     if architecture is None:

@@ -32,7 +32,7 @@ class Row:
     def take(self, room: int) -> list[int]:
         """Return the next tokens to run, at most `room`."""
         if self.new:
-            return self.new[-1:]
+            return self.new[-1:][:room]
         tokens = self.prompt[self._read : self._read + room]
         self._read += len(tokens)
         return tokens
@@ -132,8 +132,11 @@ def check_room(llm: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> N
     """Check that a batch fits into the context.
 
     Raises:
-        EngineError: There are more prompts than sequences, a prompt is empty, or the tokens exceed the context.
+        EngineError: There are more prompts than sequences, a prompt is empty, `max_tokens` is below 1, or the tokens
+            exceed the context.
     """
+    if max_tokens < 1:
+        raise EngineError(f"max_tokens={max_tokens}: give at least 1")
     if len(prompts) > llm.max_sequences:
         raise EngineError(f"{len(prompts)} prompts, but max_sequences is {llm.max_sequences}; load the model with more")
     if not all(prompts):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_cpp import llama_cpp
 
 from chunkwise_lora.engines.llama_cpp.library import quiet
 from chunkwise_lora.errors import EngineError
@@ -51,14 +52,12 @@ class Carrier:
                 _write(path, architecture, shapes, factors or {})
             self.use(path if shapes else None)
 
-    def use(self, path: Path | None, scale: float = 1.0) -> None:
+    def use(self, path: Path | None) -> None:
         """Let llama.cpp run the GGUF LoRA adapter in the file `path`, or none.
 
         Raises:
             EngineError: llama.cpp refuses the adapter.
         """
-        from llama_cpp import llama_cpp
-
         adapter = None
         if path is not None:
             with quiet(self._llm.verbose):
@@ -67,15 +66,13 @@ class Carrier:
                 raise EngineError("llama.cpp cannot load an adapter for these modules; verbose=True shows why")
         count = int(adapter is not None)
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
-        if llama_cpp.llama_set_adapters_lora(self._llm.ctx, adapters, count, (ctypes.c_float * 1)(scale)):
+        if llama_cpp.llama_set_adapters_lora(self._llm.ctx, adapters, count, (ctypes.c_float * 1)(1)):
             raise EngineError("llama.cpp refuses to run an adapter with this model")
         self.free()
         self._adapter = adapter
 
     def free(self) -> None:
         """Free the adapter. The context must not use it any more."""
-        from llama_cpp import llama_cpp
-
         if self._adapter is not None:
             llama_cpp.llama_adapter_lora_free(self._adapter)
             self._adapter = None

@@ -48,7 +48,10 @@ class OwnLora:
     attentions = 0
 
     def __init__(self, reason: str) -> None:
-        self.notes = (f"one rung for each request, the highest of its levels, without a KV policy: {reason}",)
+        self.notes = (
+            "one rung for each request, the highest of its levels, with scale 1, factors in float16 and no KV policy: "
+            f"{reason}",
+        )
         self._carrier: Carrier | None = None
         self._base: GgufBase | None = None
         self._adapters: Mapping[str, LoadedAdapter] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llama_cpp import llama_cpp
+
 from chunkwise_lora.method.config import ChunkWiseConfig, KVCacheConfig
 from chunkwise_lora.method.kv_policy import KVDecision
 
@@ -28,8 +30,6 @@ def carry_out(llm: Any, sequence: int, decisions: Sequence[KVDecision]) -> list[
     dropped = []
     for decision in decisions:
         if decision.action == "drop":
-            from llama_cpp import llama_cpp
-
             memory = llama_cpp.llama_get_memory(llm.ctx)
             if llama_cpp.llama_memory_seq_rm(memory, sequence, decision.start, decision.end):
                 dropped.append((decision.start, decision.end))
@@ -57,8 +57,6 @@ def left_undone(llm: Any, config: KVCacheConfig) -> list[str]:
 
 def used_bytes(llm: Any, sequence: int) -> int:
     """Return the bytes of a sequence's keys and values, measured by llama.cpp."""
-    from llama_cpp import llama_cpp
-
     return int(llama_cpp.llama_state_seq_get_size(llm.ctx, sequence))
 
 
@@ -66,17 +64,14 @@ def reserved_bytes(llm: Any) -> int:
     """Return the bytes that llama.cpp has reserved for the keys and values of the whole context."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    heads = full_bytes_per_token(llm) // (2 * sum(head_widths(llm)))
     kinds = (llm.context_params.type_k, llm.context_params.type_v)
     sizes = (GGML_QUANT_SIZES[GGMLQuantizationType(kind)] for kind in kinds)
     per_head = sum(width * size / block for width, (block, size) in zip(head_widths(llm), sizes, strict=True))
-    return int(llm.n_ctx() * heads * per_head)
+    return int(llm.n_ctx() * _kv_heads(llm) * per_head)
 
 
 def head_widths(llm: Any) -> tuple[int, int]:
     """Return the numbers of a key and of a value per head."""
-    from llama_cpp import llama_cpp
-
     architecture = llm.metadata.get("general.architecture")
     width = llama_cpp.llama_model_n_embd(llm.model) // llama_cpp.llama_model_n_head(llm.model)
     key, value = (llm.metadata.get(f"{architecture}.attention.{side}_length", width) for side in ("key", "value"))
@@ -85,7 +80,9 @@ def head_widths(llm: Any) -> tuple[int, int]:
 
 def full_bytes_per_token(llm: Any) -> int:
     """Return the bytes that the keys and values of a token take in float16, llama.cpp's default, over all layers."""
-    from llama_cpp import llama_cpp
+    return 2 * sum(head_widths(llm)) * _kv_heads(llm)
 
-    heads = llama_cpp.llama_model_n_head_kv(llm.model) * llama_cpp.llama_model_n_layer(llm.model)
-    return int(2 * sum(head_widths(llm)) * heads)
+
+def _kv_heads(llm: Any) -> int:
+    """Return the number of key-value heads of all layers."""
+    return int(llama_cpp.llama_model_n_head_kv(llm.model) * llama_cpp.llama_model_n_layer(llm.model))

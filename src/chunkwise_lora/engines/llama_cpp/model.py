@@ -95,9 +95,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
             )
         self.max_sequences = max_sequences
         """Largest number of prompts of `create_completions`."""
-        for name, remedy in _REFUSED.items():
-            if options.get(name) is not None:
-                raise EngineError(f"{name} cannot be used with this engine; {remedy}")
+        _check_options(options, max_sequences)
         self.chunkwise_config = chunkwise_config
         """The config for all adapters; None if each ladder follows its own policy."""
         self._factors = factors
@@ -249,17 +247,25 @@ class ChunkWiseLlama(llama_cpp.Llama):
             self._request = before
 
     def request(self, adapter: str | None = None, config: ChunkWiseConfig | None = None) -> Request:
-        """Return what `using` runs with, checked."""
+        """Return what `using` runs with, checked. What is not given is that of the block around it."""
+        outer = self._request
+        if outer is None:
+            return self.request_alone(adapter, config)
+        if adapter is None and config is None:
+            return outer  # another method of the same request, for example
+        adapter = (outer.adapter.name or BASE) if adapter is None else adapter
+        return self.request_alone(adapter, outer.asked if config is None else config)
+
+    def request_alone(self, adapter: str | None = None, config: ChunkWiseConfig | None = None) -> Request:
+        """Return what a text runs with outside of all blocks, checked."""
         if config is not None and not isinstance(config, ChunkWiseConfig):
             raise EngineError(f"chunkwise_config is a {type(config).__name__}; give a ChunkWiseConfig")
-        if adapter is None and config is None and self._request is not None:
-            return self._request  # inside of `using`, or of another method of this request
         name = adapter if adapter is not None else self.default_adapter
         loaded = None if name == BASE else self._adapter(name)
         applied = config_for(None if loaded is None else loaded.ladder, call=config, model=self.chunkwise_config)
         if isinstance(self._graph, OwnLora):
             applied = one_rung(applied)
-        return Request(NO_ADAPTER if loaded is None else loaded.info, applied)
+        return Request(NO_ADAPTER if loaded is None else loaded.info, applied, config)
 
     def create_completion(
         self,
@@ -365,6 +371,7 @@ class ChunkWiseLlama(llama_cpp.Llama):
     ) -> Any:
         """Embed texts like `Llama.embed`. For the two new arguments see `using`."""
         self._session.end()
+        self._turn += 1
         with self.using(adapter, chunkwise_config):
             return super().embed(*arguments, **options)
 
@@ -436,5 +443,17 @@ class ChunkWiseLlama(llama_cpp.Llama):
         """
         if not isinstance(state, ChunkWiseState):
             raise EngineError("this state was not saved by a model with adapters; run the text again")
+        self._turn += 1
         self._session.restore(state.running, {adapter.info.key: adapter.info for adapter in self._adapters.values()})
         super().load_state(state)
+
+
+def _check_options(options: Mapping[str, Any], max_sequences: int) -> None:
+    """Refuse options of `llama_cpp.Llama` that this engine does not have, or for which llama.cpp ends the process."""
+    for name, remedy in _REFUSED.items():
+        if options.get(name) is not None:
+            raise EngineError(f"{name} cannot be used with this engine; {remedy}")
+    for name, least in (("n_ctx", max_sequences), ("n_batch", max_sequences), ("n_ubatch", 1)):
+        given = options.get(name, least)
+        if given < least and (name, given) != ("n_ctx", 0):  # 0: as many as the model has positions
+            raise EngineError(f"{name}={given}: give at least {least}")

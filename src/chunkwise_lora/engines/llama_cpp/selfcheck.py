@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llama_cpp import llama_cpp
 
 from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.llama_cpp.adapters import LoadedAdapter, ModuleFactors
@@ -71,8 +72,6 @@ def _rank_1(adapter: LoadedAdapter) -> LoadedAdapter:
 
 def _logits(llm: Any) -> np.ndarray:
     """Return (vocabulary,) logits behind `TOKENS`."""
-    from llama_cpp import llama_cpp
-
     llm._ctx.kv_cache_clear()
     llm._batch.set_batch(list(TOKENS), n_past=0, logits_all=False)
     type(llm._ctx).decode(llm._ctx, llm._batch)  # not planned

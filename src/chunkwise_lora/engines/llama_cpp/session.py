@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from llama_cpp import llama_cpp
 
 from chunkwise_lora.engines.llama_cpp import kv
 from chunkwise_lora.engines.llama_cpp.fallback import OwnLora
@@ -24,6 +25,8 @@ class Request:
 
     adapter: AdapterInfo
     config: ChunkWiseConfig
+    asked: ChunkWiseConfig | None = None
+    """The config that the caller gave, if any."""
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Session:
     Args:
         llm: The `llama_cpp.Llama` whose context it is.
         graph: Runs the adapters.
-        request: Returns what a text runs with that begins without a request.
+        request: Returns the request of a text that begins without one.
     """
 
     def __init__(self, llm: Any, graph: Graph | OwnLora, request: Callable[[], Request]) -> None:
@@ -86,9 +89,9 @@ class Session:
         """Sequence 0, if it is running."""
         return self._running.get(0)
 
-    def begins(self, position: int) -> bool:
-        """Return whether tokens at `position` of sequence 0 begin a text that was not opened yet."""
-        running = self._running.get(0)
+    def begins(self, position: int, sequence: int = 0) -> bool:
+        """Return whether tokens at `position` of a sequence begin a text that was not opened yet."""
+        running = self._running.get(sequence)
         return running is None or (position == 0 and bool(running.planner.tokens))
 
     def end(self) -> None:
@@ -98,7 +101,7 @@ class Session:
 
     def saved(self) -> Running | None:
         """Return a copy of sequence 0, to save it with the context; None if there is none."""
-        running = self._running.get(0)
+        running = self.first
         return running and replace(running, planner=running.planner.fork(), dropped=list(running.dropped))
 
     def restore(self, running: Running | None, adapters: Mapping[str, AdapterInfo]) -> None:
@@ -137,7 +140,7 @@ class Session:
         Their keys and values must be those that the request would compute itself: the same tokens, planned in the same
         way, none of them dropped. So an answer does not depend on what ran before.
         """
-        running = self._running.get(0)
+        running = self.first
         if running is None or running.request.adapter.key != request.adapter.key:
             return 0
         before = running.planner
@@ -183,9 +186,11 @@ class Session:
         spans = []
         for start, end in zip(starts, ends, strict=True):
             sequence, position = owners[start], positions[start]
-            running = self._running.get(sequence)
-            if running is None or (position == 0 and running.planner.tokens and sequence):
+            if self.begins(position, sequence):
                 self._open(sequence, self._request(), tokens[start:end])
+            running = self._running[sequence]
+            if running.dropped and position < len(running.planner.tokens):
+                raise EngineError("the text goes back, but some of its keys and values were dropped; begin it again")
             if position + end - start > self._llm.n_ctx():
                 raise EngineError(
                     f"the context is full: it has room for {self._llm.n_ctx()} tokens; give a larger n_ctx"
@@ -196,8 +201,6 @@ class Session:
     def _after(self, running: Running, span: Span, raw: Any, last: int) -> None:
         """Give the next token's entropy to the plan, and drop what the plan drops."""
         if running.request.config.reads_entropy and raw.logits[last]:
-            from llama_cpp import llama_cpp
-
             logits = llama_cpp.llama_get_logits_ith(self._llm.ctx, last)
             if logits:
                 running.planner.learn(span.start + span.count, self._graph.entropy(logits, self._vocab_size))

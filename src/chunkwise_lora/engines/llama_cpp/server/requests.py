@@ -82,7 +82,7 @@ class ReadsAdapter:
         model = fields.get("model") or self._llm.default_adapter
         if not isinstance(model, str):
             raise EngineError("model must be a string: the name of an adapter")
-        return self._llm.request(model, of_request(fields))
+        return self._llm.request_alone(model, of_request(fields))
 
 
 async def _body_of(receive: Receive) -> bytes | None:

@@ -53,11 +53,11 @@ class ServedLlama(ChunkWiseLlama):
         running = self._session.first
         if running is not None and running.planner.tokens:
             adapter = running.request.adapter
-            ranks = ranks_of(running.planner.weights, adapter.rung_ranks)
+            rank = ranks_of(running.planner.last_weights[None], adapter.rung_ranks)[0]
             answer[KEY] = {
                 "adapter": adapter.name or None,
                 "full_rank": round(float(adapter.rung_ranks[-1]), 3),
-                "mean_rank": round(float(ranks.mean()), 3),
-                "rank": round(float(ranks[-1]), 3),
+                "mean_rank": round(running.planner.mean_rank, 3),
+                "rank": round(float(rank), 3),
             }
         return answer
