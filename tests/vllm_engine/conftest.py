@@ -53,6 +53,14 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+def needs_vllm(version: str) -> None:
+    """Skip a test in an older vLLM, in which what it tests is refused."""
+    from chunkwise_lora.engines.vllm import versions
+
+    if not versions.is_at_least(version):
+        pytest.skip(f"needs vLLM {version}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark all tests in this folder: they need vLLM."""
     for item in items:

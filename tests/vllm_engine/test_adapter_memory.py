@@ -20,7 +20,7 @@ from chunkwise_lora.engines.base import adapter_info
 from chunkwise_lora.engines.requested_config import KEY
 from chunkwise_lora.engines.vllm import frontend, loading, settings, versions
 from chunkwise_lora.engines.vllm.settings import ServerSettings
-from conftest import BLOCK, E2E, OPTIONS, PROMPTS, WIKI, Engine
+from conftest import BLOCK, E2E, OPTIONS, PROMPTS, WIKI, Engine, needs_vllm
 
 TOKENS = 8
 RUNGS = 8
@@ -69,6 +69,7 @@ def at_rung(new_engine: Callable[..., Engine]) -> Answers:
 @pytest.fixture(scope="module")
 def engine(new_engine: Callable[..., Engine], at_rung: Answers) -> Engine:
     """An engine whose adapters share memory for two whole ones."""
+    needs_vllm(versions.MEMORY_SINCE)
     return new_engine(additional_config={KEY: {"adapter_memory": LIMIT}})
 
 

@@ -25,7 +25,8 @@ import pytest
 import small
 from chunkwise_lora import RankLadder
 from chunkwise_lora.engines.requested_config import KEY
-from conftest import E2E, WIKI
+from chunkwise_lora.engines.vllm import versions
+from conftest import E2E, WIKI, needs_vllm
 
 REQUESTS = int(os.environ.get("CHUNKWISE_CHAOS", "400"))
 CLIENTS = 6
@@ -41,6 +42,8 @@ RANKS = range(2, 17, 2)
 
 @pytest.fixture(scope="module", params=[{}, {"adapter_memory": MEMORY}], ids=["all memory", "little memory"])
 def url(example: ModuleType, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param:
+        needs_vllm(versions.MEMORY_SINCE)
     folder = tmp_path_factory.mktemp("chaos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")

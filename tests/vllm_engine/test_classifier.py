@@ -19,7 +19,7 @@ from torch import Tensor
 import small
 from chunkwise_lora import ChunkWiseConfig, RankLadder
 from chunkwise_lora.ladder.peft_files import CONFIG_NAME as CONFIG
-from conftest import PROMPTS, WIKI, Engine
+from conftest import PROMPTS, WIKI, Engine, needs_vllm
 
 WIDTH, LABELS = 256, 3
 PREFIX = "base_model.model."
@@ -98,6 +98,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def llm(options: dict[str, Any]) -> Iterator[Any]:
+    needs_vllm("0.31")  # before, adapters of a head are refused
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

@@ -154,7 +154,7 @@ class LevelKVPolicy(StrictConfig):
         None, description="Share of the closed chunk's tokens that evict keeps, rounded to whole tokens."
     )
     max_age: int | None = Field(
-        None, ge=1, le=MOST_TOKENS, description="Drop the chunk once this many tokens follow it; null keeps it."
+        None, ge=1, le=MOST_TOKENS, description="Drop the chunk once more tokens than this follow it; null keeps it."
     )
 
     @model_validator(mode="after")

@@ -43,8 +43,9 @@ class KVDecision:
 class KVCachePolicyController:
     """Decides what happens to the chunks of one sequence.
 
-    A chunk gets the policy of its level when it closes. It is dropped `max_age` tokens later. The first `sinks` tokens
-    of a sequence are never changed, because all later tokens attend to them (Xiao et al., arXiv 2309.17453).
+    A chunk gets the policy of its level when it closes. It is dropped once more than `max_age` tokens follow it. The
+    first `sinks` tokens of a sequence are never changed, because all later tokens attend to them (Xiao et al., arXiv
+    2309.17453).
     """
 
     def __init__(self, config: KVCacheConfig) -> None:

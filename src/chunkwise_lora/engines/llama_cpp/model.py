@@ -53,7 +53,8 @@ class ChunkWiseState(LlamaState):
 class ChunkWiseLlama(llama_cpp.Llama):
     """`llama_cpp.Llama` with adapters whose rank is chosen chunk by chunk.
 
-    It has the same arguments and methods. Methods that run the model also take `adapter=` and `chunkwise_config=`::
+    It has the same methods, and nearly the same arguments. Methods that run the model also take `adapter=` and
+    `chunkwise_config=`::
 
         llm = ChunkWiseLlama("model.gguf", {"squad": "ladder", "e2e": "other"}, n_ctx=4096)
         llm.create_chat_completion(messages, adapter="squad")
@@ -65,10 +66,11 @@ class ChunkWiseLlama(llama_cpp.Llama):
         model_path: The GGUF file.
         adapters: A ladder, the folder or hub name of a ladder or a PEFT adapter, or several of these by name.
         chunkwise_config: Settings of the method for all adapters. By default each ladder follows its own policy; a
-            ladder without a policy runs `lossless`. If all its levels store INT8, the KV cache is q8_0 by default.
+            ladder without a policy runs `lossless`. If all levels of this config store INT8, the KV cache is q8_0 by
+            default.
         factors: Element type of the adapters in memory: `float16`, `float32` (the most exact) or `int8` (the smallest).
         max_sequences: Largest number of prompts of `create_completions`.
-        options: As for `llama_cpp.Llama`.
+        options: As for `llama_cpp.Llama`, but for `lora_path`, `lora_base` and `draft_model`, which are refused.
 
     Raises:
         EngineError: The model or an option cannot run with adapters, or an adapter does not fit the model.
