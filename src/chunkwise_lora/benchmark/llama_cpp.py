@@ -18,7 +18,6 @@ from chunkwise_lora.benchmark.sizes import Sizes
 from chunkwise_lora.engines.llama_cpp import ChunkWiseLlama
 from chunkwise_lora.engines.llama_cpp.base_model import base_of
 from chunkwise_lora.engines.llama_cpp.batch import fill
-from chunkwise_lora.engines.llama_cpp.library import quiet
 from chunkwise_lora.errors import EngineError
 from chunkwise_lora.ladder import LadderModule, RankLadder, even_ranks
 from chunkwise_lora.ladder.gguf import GgufBase, write_gguf
@@ -106,8 +105,7 @@ def measure_llama(
         files = {name: Path(folder) / f"{name}.gguf" for name in dict.fromkeys(names)}
         for name, path in files.items():
             write_gguf(adapters[name], path, base=facts, dtype="f16")
-        with quiet(verbose=False):  # llama.cpp tells of every module that it does not repack
-            methods[OWN] = _OneByOne([Llama(str(model), lora_path=str(files[name]), **options) for name in names])
+        methods[OWN] = _OneByOne([Llama(str(model), lora_path=str(files[name]), **options) for name in names])
     several = {"n_ctx": length * sizes.batch, "max_sequences": sizes.batch, "factors": sizes.factors}
     for name, config in presets.items():
         llm = ChunkWiseLlama(str(model), adapters, chunkwise_config=config, **{**options, **several})
