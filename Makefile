@@ -60,7 +60,8 @@ R16 ?= wikitext=wiki squad=squad e2e=e2e
 paper: .venv/ready  ## The paper's table: make paper DATA="wikitext=test.txt squad=dev.json ..." R8="squad=runs/squad-r8" HALF=... QUARTER=...
 	$(BIN)/python benchmarks/paper.py --data $(DATA) --r16 $(R16) $(if $(R8),--r8 $(R8)) $(if $(HALF),--half $(HALF)) \
 	  $(if $(QUARTER),--quarter $(QUARTER)) $(if $(EIGHTH),--eighth $(EIGHTH)) $(if $(LOWEST),--lowest $(LOWEST)) \
-	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(NEW_TOKENS),--new-tokens $(NEW_TOKENS)) --out runs/paper
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(NEW_TOKENS),--new-tokens $(NEW_TOKENS)) --out runs/paper
 
 train: .venv/ready  ## Train the small model of the tests again: make train BOOKS="a.txt.xz ..." WIKI=valid.txt E2E=devset.csv
 	$(BIN)/python training/base.py $(BOOKS) --out runs/base
